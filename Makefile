@@ -1,0 +1,29 @@
+# `make train` and `make test` do all their own set-up: a virtual environment, then the job.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+
+.PHONY: train test test-gpu lint clean
+
+train: $(VENV)/.ready
+	$(BIN)/python -m tritonbnn.train $(ARGS)
+
+# One thread a worker: tests are small, and two pools of threads on two cores fight.
+test: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
+
+test-gpu: $(VENV)/.ready
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

@@ -1,0 +1,65 @@
+"""Argument checks that name the offending argument, what was expected and what was given."""
+
+import torch
+from torch import Tensor
+
+from tritonbnn.bits import words
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_float(name: str, x: Tensor) -> None:
+    """Raise TypeError unless ``x`` is a floating-point tensor of a supported dtype."""
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, not {x.dtype}")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all the given tensors are on one device."""
+    devices = {name: x.device for name, x in tensors.items() if x is not None}
+    if len(set(devices.values())) > 1:
+        given = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all tensors must be on one device, not {given}")
+
+
+def check_per_channel(channels: int, **vectors: Tensor | None) -> None:
+    """Raise ValueError unless each vector given has shape ``(channels,)``."""
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != (channels,):
+            raise ValueError(
+                f"{name} must have shape ({channels},), one value per channel, "
+                f"not {tuple(vector.shape)}"
+            )
+
+
+def check_packed(name: str, packed: Tensor, channels: int) -> None:
+    """Raise unless ``packed`` is int32 with the words of ``channels`` signs innermost."""
+    if packed.dtype != torch.int32:
+        raise TypeError(f"{name} must be packed signs in int32, not {packed.dtype}")
+    if channels < 1:
+        raise ValueError(f"{name}: the number of channels must be at least 1, not {channels}")
+    if packed.shape[-1] != words(channels):
+        raise ValueError(
+            f"{name} must hold {words(channels)} words for {channels} channels in its last "
+            f"dimension, not {packed.shape[-1]}"
+        )
+
+
+def conv_output_size(
+    height: int, width: int, kernel_size: int, stride: int, padding: int
+) -> tuple[int, int]:
+    """Output height and width of a convolution, after checking that its geometry is supported.
+
+    Supported: 3x3 and 1x1 kernels, stride 1 or 2, padding ``kernel_size // 2``, no dilation, no
+    groups.
+    """
+    if kernel_size not in (1, 3):
+        raise ValueError(f"kernel_size must be 1 or 3, not {kernel_size}")
+    if stride not in (1, 2):
+        raise ValueError(f"stride must be 1 or 2, not {stride}")
+    if padding != kernel_size // 2:
+        raise ValueError(
+            f"padding must be {kernel_size // 2} for kernel_size {kernel_size}, not {padding}"
+        )
+    reach = kernel_size - 2 * padding
+    return (height - reach) // stride + 1, (width - reach) // stride + 1

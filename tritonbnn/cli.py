@@ -1,0 +1,41 @@
+"""What every command line here shares: one-line errors, their exit code, and logging."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+USAGE_ERROR = 2
+
+
+class UserError(Exception):
+    """A user's mistake. The message is one line that names the thing and the remedy."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports a bad flag as one line, like any other user's mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see --help)")
+
+
+def log_to_stderr() -> None:
+    """Show the package's own log lines, bare, on stderr."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("tritonbnn")
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def run(main: Callable[[list[str]], int]) -> NoReturn:
+    """Run ``main(argv)`` and exit with its code; a :class:`UserError` is one line and code 2."""
+    log_to_stderr()
+    try:
+        code = main(sys.argv[1:])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = USAGE_ERROR
+    sys.exit(code)

@@ -1,0 +1,1 @@
+"""tritonbnn.models"""
