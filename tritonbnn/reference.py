@@ -1,0 +1,84 @@
+"""Plain differentiable torch for every op: the definition of correct.
+
+Nothing of ours is used and no Function is written: autograd derives every backward pass, so these
+are the truth for tests, in float64. sign(0) = +1 everywhere. Activations are (N, C, H, W) or
+(M, C); shifts and slopes (C,).
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def _per_channel(vector: Tensor, x: Tensor) -> Tensor:
+    return vector.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def hard_sign(x: Tensor) -> Tensor:
+    """+1 where x >= 0, else -1. Its gradient is zero."""
+    return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
+
+
+def binarize(x: Tensor, shift: Tensor | None = None) -> Tensor:
+    """sign(x + shift) whose gradient is that of the clipped quadratic (AdamBNN 1.2)."""
+    t = x if shift is None else x + _per_channel(shift, x)
+    inside = torch.where(t < 0, t * t + 2 * t, 2 * t - t * t)
+    quadratic = torch.where(t.abs() < 1, inside, hard_sign(t).detach())
+    return hard_sign(t) + quadratic - quadratic.detach()
+
+
+def binarize_weight(weight: Tensor) -> Tensor:
+    """alpha * sign(w), alpha the detached mean of abs(w) per output; gradient 1 on abs(w) <= 1."""
+    dims = tuple(range(1, weight.dim()))
+    alpha = weight.detach().abs().mean(dims, keepdim=True)
+    clipped = weight.clamp(-1, 1)
+    return alpha * hard_sign(weight) + clipped - clipped.detach()
+
+
+def binary_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    binary_weight: bool = True,
+) -> Tensor:
+    """conv2d(sign(x + shift), alpha * sign(w)), or with the real w; zeros padded after the sign."""
+    w = binarize_weight(weight) if binary_weight else weight
+    return F.conv2d(binarize(x, shift), w, stride=stride, padding=padding)
+
+
+def binary_linear(x: Tensor, weight: Tensor, shift: Tensor | None = None) -> Tensor:
+    """sign(x + shift) @ (alpha * sign(w))^T."""
+    return F.linear(binarize(x, shift), binarize_weight(weight))
+
+
+def rprelu(x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Tensor:
+    """PReLU(x + shift_in) + shift_out."""
+    t = x + _per_channel(shift_in, x)
+    return torch.where(t > 0, t, t * _per_channel(slope, x)) + _per_channel(shift_out, x)
+
+
+def binary_unit(
+    x: Tensor,
+    shift_in: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    shift_mid: Tensor,
+    slope: Tensor,
+    shift_out: Tensor,
+    *,
+    shortcut: Tensor,
+    stride: int = 1,
+    padding: int = 0,
+    binary_weight: bool = True,
+    eps: float = 1e-5,
+) -> Tensor:
+    """rprelu(BatchNorm(binary_conv2d(x)) + shortcut) with the batch's own statistics."""
+    a = binary_conv2d(
+        x, weight, shift_in, stride=stride, padding=padding, binary_weight=binary_weight
+    )
+    u = F.batch_norm(a, None, None, gamma, beta, training=True, eps=eps) + shortcut
+    return rprelu(u, shift_mid, slope, shift_out)
