@@ -14,6 +14,28 @@ def check_float(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, not {x.dtype}")
 
 
+def check_activation(name: str, x: Tensor, dims: tuple[int, ...] = (2, 4)) -> None:
+    """Raise unless ``x`` is floating point with channels in dimension 1: (N, C, H, W) or (M, C)."""
+    check_float(name, x)
+    if x.dim() not in dims:
+        expected = " or ".join(str(d) for d in dims)
+        raise ValueError(f"{name} must have {expected} dimensions, not shape {tuple(x.shape)}")
+    if x.shape[1] < 1:
+        raise ValueError(f"{name} must have at least one channel, not shape {tuple(x.shape)}")
+
+
+def check_conv_weight(weight: Tensor, channels: int) -> None:
+    """Raise unless ``weight`` is floating point of shape (O, channels, k, k)."""
+    check_float("weight", weight)
+    if weight.dim() != 4 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"weight must have shape (O, C, k, k), not {tuple(weight.shape)}")
+    if weight.shape[1] != channels:
+        raise ValueError(
+            f"weight must have {channels} input channels, as x has, not {weight.shape[1]}; "
+            "grouped convolution is not supported"
+        )
+
+
 def check_same_device(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all the given tensors are on one device."""
     devices = {name: x.device for name, x in tensors.items() if x is not None}

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonbnn import checks
 from tritonbnn.bits import WORD_BITS, words
 from tritonbnn.layout import channels_last, empty_channels_last, flat_pixels, from_flat
 
@@ -34,7 +33,7 @@ def _shifted(x: Tensor, shift: Tensor | None) -> Tensor:
 
 def _pack_rows(positive: Tensor) -> Tensor:
     """Pack (rows, C) booleans into (rows, words) int32."""
-    rows, channels = positive.shape
+    channels = positive.shape[1]
     lanes = words(channels) * WORD_BITS
     if lanes != channels:
         positive = F.pad(positive, (0, lanes - channels))
@@ -117,9 +116,10 @@ def packed_matmul(a: Tensor, b: Tensor, k: int) -> Tensor:
     Returns:
         int32 (M, N), each entry in [-k, k].
     """
-    # Sums of +-1 are exact in float64 up to 2^53; float32 would do up to k = 2^24 only.
-    dtype = torch.float32 if k < 2**24 else torch.float64
-    return (_unpack_rows(a, k, dtype) @ _unpack_rows(b, k, dtype).T).to(torch.int32)
+    # Sums of +-1 are exact in float32 up to k = 2^24.
+    dtype = torch.float32 if k <= 2**24 else torch.float64
+    with torch.autocast(a.device.type, enabled=False):
+        return (_unpack_rows(a, k, dtype) @ _unpack_rows(b, k, dtype).T).to(torch.int32)
 
 
 def conv_packed(
@@ -147,13 +147,8 @@ def conv_packed(
         (N, O, H', W') in channels_last memory.
     """
     acc = _accumulator(dtype)
-    y = F.conv2d(
-        unpack_signs(x, channels, acc),
-        unpack_signs(weight, channels, acc),
-        stride=stride,
-        padding=padding,
-    )
-    y = channels_last(y)
+    real = unpack_signs(weight, channels, acc)
+    y = _convolution(unpack_signs(x, channels, acc), real, stride, padding)
     if alpha is not None:
         flat_pixels(y).mul_(alpha)
     return y.to(dtype)
@@ -176,8 +171,13 @@ def conv_real(
     """
     acc = _accumulator(dtype)
     signs = unpack_signs(x, weight.shape[1], acc)
-    y = F.conv2d(signs, weight.to(dtype).to(acc), stride=stride, padding=padding)
-    return channels_last(y).to(dtype)
+    return _convolution(signs, weight.to(dtype).to(acc), stride, padding).to(dtype)
+
+
+def _convolution(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
+    """conv2d in the operands' own dtype: autocast would round the integers of the result."""
+    with torch.autocast(x.device.type, enabled=False):
+        return channels_last(F.conv2d(x, weight, stride=stride, padding=padding))
 
 
 def conv_input_grad(

@@ -1,1 +1,16 @@
-"""tritonbnn.nn"""
+"""Modules over the binary operators, with torch.nn's signatures."""
+
+from tritonbnn.nn.activations import RPReLU, RSign
+from tritonbnn.nn.layers import BinaryConv2d, BinaryLinear
+from tritonbnn.nn.parameters import binary_weights, decayed_parameters
+from tritonbnn.nn.unit import BinaryUnit
+
+__all__ = [
+    "BinaryConv2d",
+    "BinaryLinear",
+    "BinaryUnit",
+    "RPReLU",
+    "RSign",
+    "binary_weights",
+    "decayed_parameters",
+]

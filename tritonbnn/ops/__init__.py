@@ -1,1 +1,17 @@
-"""tritonbnn.ops"""
+"""Binary operators with gradients: they run on packed bits, and save packed bits for backward."""
+
+from tritonbnn.ops.binarize import binarize
+from tritonbnn.ops.conv import binary_conv2d
+from tritonbnn.ops.linear import binary_linear
+from tritonbnn.ops.pack import pack_signs, packed_matmul, unpack_signs
+from tritonbnn.ops.rprelu import rprelu
+
+__all__ = [
+    "binarize",
+    "binary_conv2d",
+    "binary_linear",
+    "pack_signs",
+    "packed_matmul",
+    "rprelu",
+    "unpack_signs",
+]

@@ -1,0 +1,170 @@
+"""Load the published AdamBNN and ReActNet-A weights, strictly and without running any code."""
+
+import logging
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tritonbnn.models.blocks import BinaryNetwork
+
+logger = logging.getLogger(__name__)
+
+# Our entry of a unit, and the published one in each half of a block.
+_HALVES = (
+    {
+        "shift_in": "move11.bias",
+        "weight": "binary_3x3.weight",
+        "bn": "bn1",
+        "shift_mid": "move12.bias",
+        "slope": "prelu1.weight",
+        "shift_out": "move13.bias",
+    },
+    {
+        "shift_in": "move21.bias",
+        "weight": "binary_pw.weight",
+        "bn": "bn2",
+        "shift_mid": "move22.bias",
+        "slope": "prelu2.weight",
+        "shift_out": "move23.bias",
+    },
+)
+# Where a block widens, a pair takes the place; it is joined along the output channels, in order.
+_PAIRS = {
+    "weight": ("binary_pw_down1.weight", "binary_pw_down2.weight"),
+    "bn": ("bn2_1", "bn2_2"),
+}
+_STEM = {"0.weight": "conv1.weight", "1": "bn1"}
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What :func:`load_adambnn` did.
+
+    Attributes:
+        source: where the weights came from.
+        tensors: how many published tensors were used: all of them.
+        merged: how many entries of ours were joined from a widening pair.
+    """
+
+    source: str
+    tensors: int
+    merged: int
+
+
+def load_adambnn(model: nn.Module, source: str | Path | dict[str, Tensor]) -> LoadReport:
+    """Load published ReActNet-A weights into ``model``; every tensor is used or named in the error.
+
+    Step-1 and step-2 files look alike: which of the two a file is, the caller says by having built
+    the model with ``binary_weights`` False or True.
+
+    Args:
+        model: ``build_model("reactnet_a", ...)`` of the file's width and classes.
+        source: a published ``.pth.tar``, or a state dict with the published names; with or without
+            the prefix ``module.``.
+
+    Returns:
+        What was done.
+
+    Raises:
+        TypeError: ``model`` is not ReActNet-A.
+        ValueError: the file is not a checkpoint that loads without running code, or a tensor is
+            missing, left over, or has another shape.
+    """
+    if not (isinstance(model, BinaryNetwork) and "blocks.0.0.weight" in model.state_dict()):
+        raise TypeError('model must come from build_model("reactnet_a", ...)')
+    name = "state dict" if isinstance(source, dict) else str(source)
+    published = dict(source) if isinstance(source, dict) else _read(Path(source))
+    published = {key.removeprefix("module."): value for key, value in published.items()}
+    sources = _published_names(model, published)
+    _check_names(name, sources, published)
+    own = model.state_dict()
+    merged = 0
+    state = {}
+    for key, names in sources.items():
+        merged += len(names) > 1
+        state[key] = _join(name, key, [published[n] for n in names], own[key])
+    model.load_state_dict(state)
+    report = LoadReport(name, len(published), merged)
+    logger.info(
+        "loaded %d tensors from %s; %d of the model's entries were joined from pairs",
+        report.tensors,
+        report.source,
+        report.merged,
+    )
+    return report
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} does not exist") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        raise ValueError(
+            f"{path} is not a checkpoint that can be loaded without running code"
+        ) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"{path} holds no state dict of tensors")
+    return state
+
+
+def _published_names(model: nn.Module, published: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """The published tensors that make up each entry of ``model``'s state dict."""
+    sources: dict[str, tuple[str, ...]] = {}
+    for key in model.state_dict():
+        root, rest = key.split(".", 1)
+        if root == "fc":
+            sources[key] = (key,)
+        elif root == "stem":
+            ours, leaf = _split_leaf(rest, _STEM)
+            sources[key] = (f"feature.0.{_STEM[ours]}{leaf}",)
+        else:
+            block, half, entry = rest.split(".", 2)
+            prefix = f"feature.{int(block) + 1}."
+            ours, leaf = _split_leaf(entry, _HALVES[int(half)])
+            names: tuple[str, ...] = (_HALVES[int(half)][ours],)
+            if half == "1" and f"{prefix}{_PAIRS['weight'][0]}" in published:
+                names = _PAIRS.get(ours, names)
+            sources[key] = tuple(f"{prefix}{n}{leaf}" for n in names)
+    return sources
+
+
+def _split_leaf(entry: str, table: dict[str, str]) -> tuple[str, str]:
+    """Split an entry into the part that ``table`` names and the rest: ("bn", ".weight")."""
+    if entry in table:
+        return entry, ""
+    head, _, leaf = entry.partition(".")
+    return head, f".{leaf}"
+
+
+def _check_names(
+    name: str, sources: dict[str, tuple[str, ...]], published: dict[str, Tensor]
+) -> None:
+    wanted = {n for names in sources.values() for n in names}
+    missing, unused = sorted(wanted - published.keys()), sorted(published.keys() - wanted)
+    problems = [
+        f"{what} {', '.join(names)}"
+        for what, names in (("missing", missing), ("not used", unused))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{name} does not fit the model: {'; '.join(problems)}")
+
+
+def _join(name: str, key: str, parts: list[Tensor], own: Tensor) -> Tensor:
+    """One entry of ours from its published parts, in order; shifts lose their singleton axes."""
+    if own.dim() == 0:  # num_batches_tracked, which both halves of a pair count alike
+        return parts[0]
+    joined = torch.cat(parts)
+    if own.dim() == 1 and joined.shape == (1, own.numel(), 1, 1):
+        joined = joined.flatten()
+    if joined.shape != own.shape:
+        raise ValueError(
+            f"{name} does not fit the model: {key} must have shape {tuple(own.shape)}, "
+            f"not {tuple(joined.shape)}"
+        )
+    return joined

@@ -1,0 +1,59 @@
+"""ReActNet-A (2003.03488): MobileNet's layout in binary half-blocks."""
+
+from torch import nn
+
+from tritonbnn.models.blocks import BinaryNetwork, conv_bn, scaled
+from tritonbnn.nn import BinaryUnit
+
+STEM_CHANNELS = 32
+# Output channels and stride of each block; the first widens at stride 1.
+BLOCKS = (
+    (64, 1),
+    *((128, 2), (128, 1)),
+    *((256, 2), (256, 1)),
+    *((512, 2), *[(512, 1)] * 5),
+    *((1024, 2), (1024, 1)),
+)
+
+
+def reactnet_a(
+    *,
+    num_classes: int,
+    binary_weights: bool,
+    width: float,
+    in_channels: int,
+    small_images: bool,
+) -> BinaryNetwork:
+    """Build ReActNet-A: a stem, 13 blocks of two units each, a head.
+
+    A block is a 3x3 unit that keeps the channels and may halve the resolution, and a 1x1 unit that
+    keeps or doubles the channels. The published pairs of widening 1x1 convolutions, each with a
+    BatchNorm and the same shortcut, are one unit here.
+
+    Args:
+        num_classes: outputs of the head.
+        binary_weights: False for the network of step 1.
+        width: multiplies all channels; they are rounded to multiples of 8.
+        in_channels: 1 or 3.
+        small_images: a stem of stride 1, for images of 32x32; sizes are multiples of 16, not 32.
+    """
+    channels = scaled(STEM_CHANNELS, width)
+    stem = conv_bn(in_channels, channels, 3, stride=1 if small_images else 2)
+    blocks = []
+    for out, stride in BLOCKS:
+        out_channels = scaled(out, width)
+        blocks.append(
+            nn.Sequential(
+                BinaryUnit(channels, channels, 3, stride, binary_weight=binary_weights),
+                BinaryUnit(channels, out_channels, 1, binary_weight=binary_weights),
+            )
+        )
+        channels = out_channels
+    return BinaryNetwork(
+        stem,
+        nn.Sequential(*blocks),
+        in_channels=in_channels,
+        features=channels,
+        num_classes=num_classes,
+        size_multiple=16 if small_images else 32,
+    )

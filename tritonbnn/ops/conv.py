@@ -1,0 +1,109 @@
+"""The binary convolution: signs in, real numbers out, packed signs saved."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tritonbnn import checks
+from tritonbnn.ops import library
+from tritonbnn.ops.autocast import autocast_input
+
+
+class _BinaryConv2d(torch.autograd.Function):
+    """y = alpha * conv(sign(x + shift), sign(w)), or conv(sign(x + shift), w).
+
+    Saved: x, which the shortcut keeps alive anyway, and the packed signs of both operands.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        shift: Tensor | None,
+        stride: int,
+        padding: int,
+        binary_weight: bool,
+    ) -> Tensor:
+        signs = library.pack_signs(x, shift)
+        geometry = {"stride": stride, "padding": padding}
+        packed, alpha = library.pack_weight(weight) if binary_weight else (None, None)
+        if binary_weight:
+            y = library.conv_packed(
+                signs, packed, alpha, channels=x.shape[1], dtype=x.dtype, **geometry
+            )
+        else:
+            y = library.conv_real(signs, weight, dtype=x.dtype, **geometry)
+        ctx.save_for_backward(x, shift, weight, signs, packed, alpha)
+        ctx.geometry = geometry
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, shift, weight, signs, packed, alpha = ctx.saved_tensors
+        channels, height, width = x.shape[1:]
+        needs_x, needs_weight, needs_shift = ctx.needs_input_grad[:3]
+        dx = dweight = dshift = None
+        if needs_weight:
+            dweight = library.conv_weight_grad(
+                grad, signs, channels=channels, kernel_size=weight.shape[2], **ctx.geometry
+            )
+            if packed is not None:
+                dweight = clipped_weight_grad(dweight, weight)
+        if needs_x or needs_shift:
+            operand = weight if packed is None else packed
+            size = {"channels": channels, "height": height, "width": width}
+            dsigns = library.conv_input_grad(grad, operand, alpha, **size, **ctx.geometry)
+            dx, dshift = library.sign_backward(dsigns, x, shift)
+        return (
+            dx if needs_x else None,
+            dweight,
+            dshift if needs_shift else None,
+            *(None, None, None),
+        )
+
+
+def clipped_weight_grad(grad: Tensor, weight: Tensor) -> Tensor:
+    """The gradient to a latent weight: 1 where abs(w) <= 1, no alpha (AdamBNN 1.3)."""
+    return torch.where(weight.abs() <= 1, grad, 0)
+
+
+def binary_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    binary_weight: bool = True,
+) -> Tensor:
+    """Convolve sign(x + shift) with alpha * sign(w), alpha the mean of abs(w) per output channel.
+
+    Zero padding comes after the sign, so it adds nothing. Gradients (AdamBNN, 2106.11309): to x
+    and shift through the clipped quadratic, see :func:`~tritonbnn.ops.binarize`; to w it is the
+    gradient to the binary weight where abs(w) <= 1, else 0, with no alpha and none through alpha.
+    With ``binary_weight=False`` the weight is real, as in the first step of the schedule.
+
+    Args:
+        x: (N, C, H, W); float32, bfloat16, float16, or float64 on the CPU. Under autocast a
+            float32 x is cast first.
+        weight: (O, C, k, k), k = 1 or 3, floating point.
+        shift: (C,), added before the sign, or None.
+        stride: 1 or 2.
+        padding: k // 2.
+        binary_weight: whether the weight is binarised.
+
+    Returns:
+        (N, O, H', W') in ``x``'s dtype and channels_last memory.
+
+    Raises:
+        TypeError: an operand is not floating point.
+        ValueError: the shapes do not match, a geometry that is not supported, several devices.
+    """
+    checks.check_activation("x", x, dims=(4,))
+    checks.check_conv_weight(weight, x.shape[1])
+    checks.check_per_channel(x.shape[1], shift=shift)
+    checks.check_same_device(x=x, weight=weight, shift=shift)
+    checks.conv_output_size(x.shape[2], x.shape[3], weight.shape[2], stride, padding)
+    return _BinaryConv2d.apply(autocast_input(x), weight, shift, stride, padding, binary_weight)

@@ -1,0 +1,131 @@
+"""The launchers as torch.library operators, so that torch.compile sees each as one opaque node.
+
+An operator has its eager twin's schema and no gradient: gradients belong to the autograd Functions
+that call it. Outside of tracing, the launcher is called directly: the dispatcher costs some 30
+microseconds a call, which a training step would pay several hundred times.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tritonbnn import eager
+from tritonbnn.bits import words
+from tritonbnn.checks import conv_output_size
+from tritonbnn.layout import empty_channels_last
+from tritonbnn.ops import backend
+
+NAMESPACE = "tritonbnn"
+OPERATORS: dict[str, Callable[..., Any]] = {}
+
+
+def _operator(fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Register the launcher named as ``fake``, which computes shapes only; return its caller."""
+    name = fake.__name__
+    schema = torch.library.infer_schema(getattr(eager, name), mutates_args=())
+
+    def launch(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(backend.launchers(x), name)(x, *args, **kwargs)
+
+    operator = torch.library.custom_op(
+        f"{NAMESPACE}::{name}", launch, mutates_args=(), schema=schema
+    )
+    operator.register_fake(fake)
+    OPERATORS[name] = operator
+
+    def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or not _holds_data(x):
+            return operator(x, *args, **kwargs)
+        return launch(x, *args, **kwargs)
+
+    call.__name__ = name
+    call.__doc__ = getattr(eager, name).__doc__
+    return call
+
+
+def _holds_data(x: Tensor) -> bool:
+    """Whether ``x`` is an ordinary tensor: neither a tracing subclass nor on the meta device."""
+    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _innermost_channels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An empty tensor of ``x``'s shape, channels innermost in memory."""
+    memory = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=memory)
+
+
+@_operator
+def pack_signs(x, shift=None):
+    spatial = x.shape[2:]
+    return x.new_empty((x.shape[0], *spatial, words(x.shape[1])), dtype=torch.int32)
+
+
+@_operator
+def unpack_signs(packed, channels, dtype):
+    if packed.dim() == 2:
+        return packed.new_empty((packed.shape[0], channels), dtype=dtype)
+    n, h, w, _ = packed.shape
+    return empty_channels_last((n, channels, h, w), dtype, packed.device)
+
+
+@_operator
+def pack_weight(weight):
+    packed = weight.new_empty(
+        (weight.shape[0], *weight.shape[2:], words(weight.shape[1])), dtype=torch.int32
+    )
+    return packed, weight.new_empty(weight.shape[0], dtype=_accumulator(weight.dtype))
+
+
+@_operator
+def packed_matmul(a, b, k):
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32)
+
+
+@_operator
+def conv_packed(x, weight, alpha, *, channels, stride, padding, dtype):
+    size = conv_output_size(x.shape[1], x.shape[2], weight.shape[1], stride, padding)
+    return empty_channels_last((x.shape[0], weight.shape[0], *size), dtype, x.device)
+
+
+@_operator
+def conv_real(x, weight, *, stride, padding, dtype):
+    size = conv_output_size(x.shape[1], x.shape[2], weight.shape[2], stride, padding)
+    return empty_channels_last((x.shape[0], weight.shape[0], *size), dtype, x.device)
+
+
+@_operator
+def conv_input_grad(grad, weight, alpha, *, channels, height, width, stride, padding):
+    return empty_channels_last((grad.shape[0], channels, height, width), grad.dtype, grad.device)
+
+
+@_operator
+def conv_weight_grad(grad, x, *, channels, kernel_size, stride, padding):
+    shape = (grad.shape[1], channels, kernel_size, kernel_size)
+    return empty_channels_last(shape, _accumulator(grad.dtype), grad.device)
+
+
+@_operator
+def sign_forward(x, shift=None):
+    return _innermost_channels(x, x.dtype)
+
+
+@_operator
+def sign_backward(grad, x, shift=None, residual=None):
+    return _innermost_channels(x, x.dtype), x.new_empty(x.shape[1], dtype=_accumulator(x.dtype))
+
+
+@_operator
+def rprelu_forward(x, shift_in, slope, shift_out):
+    return _innermost_channels(x, x.dtype)
+
+
+@_operator
+def rprelu_backward(grad, x, shift_in, slope):
+    sums = [x.new_empty(x.shape[1], dtype=_accumulator(x.dtype)) for _ in range(3)]
+    return _innermost_channels(x, x.dtype), *sums

@@ -1,0 +1,78 @@
+"""The binary linear layer, on the packed matrix product."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tritonbnn import checks
+from tritonbnn.ops import library
+from tritonbnn.ops.autocast import autocast_input
+from tritonbnn.ops.conv import clipped_weight_grad
+
+_POINTWISE = {"stride": 1, "padding": 0}
+
+
+def _as_image(matrix: Tensor) -> Tensor:
+    """(M, C) as M images of one pixel, whose convolution with a 1x1 kernel is the product."""
+    return matrix[:, :, None, None]
+
+
+class _BinaryLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, shift: Tensor | None) -> Tensor:
+        signs = library.pack_signs(x, shift)
+        packed, alpha = library.pack_weight(weight)
+        ctx.save_for_backward(x, shift, weight, signs, packed, alpha)
+        return (library.packed_matmul(signs, packed, x.shape[1]) * alpha).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, shift, weight, signs, packed, alpha = ctx.saved_tensors
+        features = x.shape[1]
+        needs_x, needs_weight, needs_shift = ctx.needs_input_grad
+        dx = dweight = dshift = None
+        image_grad = _as_image(grad.contiguous())
+        if needs_weight:
+            signs = signs[:, None, None]
+            dweight = library.conv_weight_grad(
+                image_grad, signs, channels=features, kernel_size=1, **_POINTWISE
+            )
+            dweight = clipped_weight_grad(dweight.flatten(1), weight)
+        if needs_x or needs_shift:
+            packed = packed[:, None, None]
+            size = {"channels": features, "height": 1, "width": 1}
+            dsigns = library.conv_input_grad(image_grad, packed, alpha, **size, **_POINTWISE)
+            dx, dshift = library.sign_backward(dsigns.flatten(1), x, shift)
+        return dx if needs_x else None, dweight, dshift if needs_shift else None
+
+
+def binary_linear(x: Tensor, weight: Tensor, shift: Tensor | None = None) -> Tensor:
+    """sign(x + shift) @ (alpha * sign(w))^T, alpha the mean of abs(w) per output feature.
+
+    The gradients are those of :func:`~tritonbnn.ops.binary_conv2d`.
+
+    Args:
+        x: (..., K); float32, bfloat16, float16, or float64 on the CPU. Under autocast a float32 x
+            is cast first.
+        weight: (O, K), floating point.
+        shift: (K,), added before the sign, or None.
+
+    Returns:
+        (..., O) in ``x``'s dtype.
+
+    Raises:
+        TypeError: an operand is not floating point.
+        ValueError: the shapes do not match, or several devices.
+    """
+    checks.check_float("x", x)
+    checks.check_float("weight", weight)
+    if x.dim() < 1 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "x (..., K) and weight (O, K) must share K, "
+            f"not {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    checks.check_per_channel(x.shape[-1], shift=shift)
+    checks.check_same_device(x=x, weight=weight, shift=shift)
+    rows = autocast_input(x).reshape(-1, x.shape[-1])
+    return _BinaryLinear.apply(rows, weight, shift).view(*x.shape[:-1], weight.shape[0])

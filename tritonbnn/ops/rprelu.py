@@ -1,0 +1,44 @@
+"""ReActNet's activation: a PReLU with a learnable shift before and after it."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tritonbnn import checks
+from tritonbnn.ops import library
+
+
+class _RPReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Tensor:
+        ctx.save_for_backward(x, shift_in, slope)
+        return library.rprelu_forward(x, shift_in, slope, shift_out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, shift_in, slope = ctx.saved_tensors
+        return library.rprelu_backward(grad, x, shift_in, slope)
+
+
+def rprelu(x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Tensor:
+    """PReLU(x + shift_in) + shift_out, per channel (ReActNet, 2003.03488, section 4.2).
+
+    Args:
+        x: (N, C, H, W) or (M, C); float32, bfloat16, float16, or float64 on the CPU.
+        shift_in: (C,), added before the PReLU.
+        slope: (C,), the slope where x + shift_in <= 0.
+        shift_out: (C,), added after the PReLU.
+
+    Returns:
+        The shape and dtype of ``x``, channels innermost in memory.
+
+    Raises:
+        TypeError: ``x`` is not floating point.
+        ValueError: a parameter has another shape, or is on another device.
+    """
+    checks.check_activation("x", x)
+    parameters = {"shift_in": shift_in, "slope": slope, "shift_out": shift_out}
+    checks.check_per_channel(x.shape[1], **parameters)
+    checks.check_same_device(x=x, **parameters)
+    return _RPReLU.apply(x, shift_in, slope, shift_out)
