@@ -8,7 +8,9 @@ table and gets defaults. A table that cannot be trusted is an error that names f
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -69,11 +71,11 @@ class ProblemKey:
 
     def bucketed(self) -> "ProblemKey":
         """The key with its batch rounded up to a power of two, so a new batch tunes nothing."""
-        return ProblemKey(**{**asdict(self), "batch": power_of_two(self.batch)})
+        return replace(self, batch=power_of_two(self.batch))
 
     def distance(self, other: "ProblemKey") -> float:
         """How many batch doublings lie between two keys; infinite if they differ otherwise."""
-        if ProblemKey(**{**asdict(self), "batch": other.batch}) != other:
+        if replace(self, batch=other.batch) != other:
             return math.inf
         return abs(math.log2(self.batch / other.batch))
 
@@ -100,9 +102,28 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def choose(key: ProblemKey, device: torch.device) -> Choice:
     """The formulation and tile for a problem on a device."""
-    if device.type != "cuda":
-        return default(key)
-    return look_up(key, shipped_table(torch.cuda.get_device_name(device)))
+    if _forced is not None:
+        return _forced
+    return _choose(key, torch.cuda.get_device_name(device) if device.type == "cuda" else None)
+
+
+@lru_cache(maxsize=4096)
+def _choose(key: ProblemKey, gpu: str | None) -> Choice:
+    return look_up(key, {} if gpu is None else shipped_table(gpu))
+
+
+_forced: Choice | None = None
+
+
+@contextmanager
+def using(choice: Choice) -> Iterator[None]:
+    """Make every launcher in the block take ``choice``: for the tuner, which tries them all."""
+    global _forced
+    _forced, previous = choice, _forced
+    try:
+        yield
+    finally:
+        _forced = previous
 
 
 def look_up(key: ProblemKey, table: Table) -> Choice:
@@ -124,19 +145,24 @@ def default(key: ProblemKey) -> Choice:
 def default_tile(key: ProblemKey) -> TileConfig:
     """A tile that fits every problem of the operation, clipped to this one."""
     if key.out_channels == 0:
-        block_n = min(128, power_of_two(key.channels))
         # A backward pass keeps up to three accumulators per element in registers.
         elements = 2048 if key.op.endswith("backward") else 4096
+        block_n = min(128, power_of_two(key.channels))
         return TileConfig(elements // block_n, block_n, 1, 4, 1)
+    inner, columns = key.channels, key.out_channels
+    if key.op == "conv_input_grad":
+        inner, columns = columns, inner
     if key.op == "conv_weight_grad":
         block_m = min(128, max(16, power_of_two(key.out_channels)))
-        block_n = min(128, max(32, power_of_two(key.channels)))
-        return TileConfig(block_m, block_n, 64 if key.dtype != "float32" else 32, 8, 3)
-    columns = key.channels if key.op == "conv_input_grad" else key.out_channels
-    inner = key.out_channels if key.op == "conv_input_grad" else key.channels
-    block_n = min(128, max(16, power_of_two(columns)))
-    widest = {"conv_packed": 128, "float32": 32}.get(key.op, 32 if key.dtype == "float32" else 64)
-    return TileConfig(128, block_n, min(widest, max(32, power_of_two(inner))), 8, 3)
+        block_n, block_k = min(128, max(32, power_of_two(key.channels))), 64
+    else:
+        block_m, block_n = 128, min(128, max(16, power_of_two(columns)))
+        widest = 128 if key.op == "conv_packed" else 64
+        block_k = min(widest, max(32, power_of_two(inner)))
+    if key.dtype == "float32":  # no tensor core: registers, not shared memory, bound the tile
+        block_m, block_n, block_k = min(block_m, 64), min(block_n, 64), 32
+    num_warps = 8 if block_m * block_n > 64 * 128 else 4
+    return TileConfig(block_m, block_n, block_k, num_warps, 3)
 
 
 def table_path(gpu: str) -> Path:

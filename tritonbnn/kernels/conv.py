@@ -9,14 +9,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from tritonbnn import checks
 from tritonbnn.bits import WORD_BITS
 from tritonbnn.kernels import config
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
-from tritonbnn.kernels.library import library_flags
+from tritonbnn.kernels.library import convolution
 from tritonbnn.kernels.pack import unpack_signs
 from tritonbnn.kernels.tiles import popcount, signs, tile_of, window
 from tritonbnn.layout import channels_last, flat_pixels, from_flat
@@ -175,9 +174,7 @@ def conv_real(
     choice = config.choose(geometry.key("conv_real", config.dtype_name(dtype)), x.device)
     weight = channels_last(weight.to(dtype))
     if choice.formulation == "library":
-        with library_flags():
-            signs_of_x = unpack_signs(x, channels, dtype)
-            return channels_last(F.conv2d(signs_of_x, weight, stride=stride, padding=padding))
+        return convolution(unpack_signs(x, channels, dtype), weight, geometry)
     y = torch.empty((geometry.pixels, out_channels), dtype=dtype, device=x.device)
     if y.numel():
         _launch_dot(x.contiguous(), flat_pixels(weight), None, y, geometry, choice.tile)

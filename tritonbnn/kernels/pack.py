@@ -89,7 +89,7 @@ def pack_signs(x: Tensor, shift: Tensor | None = None) -> Tensor:
     if x.dim() == 2:
         return packed
     n, _, h, w = x.shape
-    return packed.view(n, h, w, -1)
+    return packed.view(n, h, w, packed.shape[1])
 
 
 def unpack_signs(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
