@@ -20,7 +20,8 @@ def _pack_rows(positive: Tensor) -> Tensor:
         positive = F.pad(positive, (0, lanes - channels))
     octets = positive.contiguous().view(torch.uint8).view(torch.int64)
     packed = (octets * _GATHER_BYTES).view(torch.uint8)[:, 7::8]
-    return packed.contiguous().view(torch.int32)
+    # A clone, because an empty slice counts as contiguous and keeps its odd offset.
+    return packed.clone(memory_format=torch.contiguous_format).view(torch.int32)
 
 
 def _sign_table(dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -51,7 +52,7 @@ def pack_signs(x: Tensor, shift: Tensor | None = None) -> Tensor:
     if x.dim() == 2:
         return packed
     n, _, h, w = x.shape
-    return packed.view(n, h, w, -1)
+    return packed.view(n, h, w, packed.shape[1])
 
 
 def unpack_signs(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
