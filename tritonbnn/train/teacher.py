@@ -63,12 +63,14 @@ def _download() -> object:
 
 
 def _read(path: Path) -> object:
-    if not path.is_file():
-        raise UserError(f"teacher {path} is neither a file, nor resnet34, nor none")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"teacher {path} is neither a file, nor resnet34, nor none") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise UserError(f"teacher {path} cannot be read: {error.strerror}") from error
     # the unpickler raises almost anything on damaged bytes
     except Exception as error:
         raise UserError(
