@@ -160,6 +160,7 @@ def test_a_bad_image_is_one_line_even_from_a_worker(tmp_path, workers):
         list(train_batches(source.train, seed=0, step=1, epoch=0, batch_size=2, workers=workers))
     assert str(error.value).startswith(f"{bad} cannot be read as an image (it is empty)")
     assert "\n" not in str(error.value)
+    assert multiprocessing.active_children() == []
 
 
 def test_an_abandoned_epoch_leaves_no_worker():

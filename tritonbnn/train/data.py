@@ -175,10 +175,13 @@ def _load(
     )
     with _stop_signals_blocked():
         iterator = iter(loader)
-    for batch in iterator:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    try:
+        for batch in iterator:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    finally:
+        del iterator  # ends the workers now; a traceback would keep them
 
 
 @dataclass(frozen=True)
