@@ -350,6 +350,7 @@ def test_cmyk_images_load(tmp_path):
     np.testing.assert_allclose(np.asarray(load_image(path, 3))[4, 4], [255, 0, 255], atol=3)
 
 
+@pytest.mark.filterwarnings("error")
 def test_palette_images_with_transparency_load(tmp_path):
     path = tmp_path / "x.png"
     image = Image.new("P", (2, 1))

@@ -48,7 +48,9 @@ def test_the_weights_are_pinned_to_version_1():
 def test_a_local_file_gives_a_frozen_network(tmp_path, state, suffix):
     path = tmp_path / f"t{suffix}"
     (torch.save if suffix == ".pth" else save_file)(state, path)
+    before = torch.get_rng_state()
     net = load_teacher(str(path), num_classes=7, device="cpu")
+    assert torch.equal(torch.get_rng_state(), before)
     expected = resnet34(num_classes=7)
     expected.load_state_dict(state)
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -135,7 +137,8 @@ def test_a_truncated_file_is_named(tmp_path, state):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda s: s.pop("fc.weight"), "no tensor fc.weight"),
+        (lambda s: s.pop("fc.weight"), "no matrix fc.weight"),
+        (lambda s: s.update({"fc.weight": torch.tensor(7.0)}), "no matrix fc.weight"),
         (lambda s: s.pop("conv1.weight"), r"Missing key.*conv1\.weight"),
         (lambda s: s.update(extra=torch.zeros(1)), r"Unexpected key.*extra"),
         (lambda s: s.update({"conv1.weight": torch.zeros(64, 1, 7, 7)}), "size mismatch"),
@@ -151,4 +154,4 @@ def test_another_network_is_named(tmp_path, state, change, reason):
 
 def test_a_file_that_is_no_dict_is_named(tmp_path):
     torch.save([torch.zeros(7)], tmp_path / "t.pth")
-    refuse(tmp_path / "t.pth", 7, "no tensor fc.weight")
+    refuse(tmp_path / "t.pth", 7, "no matrix fc.weight")

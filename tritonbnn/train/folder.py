@@ -20,7 +20,7 @@ _LAYOUT = "an image tree has train/CLASS/*.jpg and val/CLASS/*.jpg"
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FolderImages:
     """The images of one split, read when they are asked for.
 

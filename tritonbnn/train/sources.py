@@ -48,7 +48,7 @@ class Images(Protocol):
 _Opened = tuple[tuple[str, ...], Images, Images]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ArrayImages:
     """Grey images (N, H, W) uint8 in memory, shown with a black border of some pixels."""
 
@@ -61,7 +61,7 @@ class ArrayImages:
         return ImageOps.expand(Image.fromarray(self.pixels[index]), self.border)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainSet(Dataset):
     """Random views of the training images; a view depends on seed, step, epoch and index only."""
 
@@ -79,7 +79,7 @@ class TrainSet(Dataset):
         return image, int(self.images.labels[key.index])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EvalSet(Dataset):
     """The fixed view of every validation image."""
 

@@ -81,10 +81,12 @@ def _read(path: Path) -> object:
 
 def _build(spec: str, state: object, num_classes: int) -> nn.Module:
     head = state.get(_HEAD) if isinstance(state, dict) else None
-    if not isinstance(head, Tensor):
-        raise UserError(f"teacher {spec} is not a ResNet-34 state dict: it has no tensor {_HEAD}")
+    if not isinstance(head, Tensor) or head.ndim != 2:
+        raise UserError(f"teacher {spec} is not a ResNet-34 state dict: it has no matrix {_HEAD}")
     _check_classes(spec, len(head), num_classes)
-    teacher = resnet34(num_classes=num_classes)
+    with torch.device("meta"):  # no initial weights, which would draw from the global generator
+        teacher = resnet34(num_classes=num_classes)
+    teacher = teacher.to_empty(device="cpu")
     try:
         teacher.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:
