@@ -87,6 +87,7 @@ def test_every_image_is_seen_once_and_weighs_the_same(size, batch_size, accumula
         real = [label for part in parts if part.count for label in part.labels.tolist()]
         assert real == whole.tolist()
         assert {part.global_count for part in parts} == {len(whole)}
+        assert all(part.count for part in shares[0])
         for part in parts:
             assert len(part.images) == len(part.labels) == max(part.count, 1)
         sizes = [sum(part.count for part in share) for share in shares]
