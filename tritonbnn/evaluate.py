@@ -21,7 +21,8 @@ def main(argv: list[str]) -> int:
     compute = Compute(choose_device(given.device), given.precision)
     source = _open(checkpoint, given.data_dir)
     batches = val_batches(source.val, batch_size=given.batch_size, workers=given.workers)
-    score = evaluate(compute.place(model), batches, compute, World())
+    compute.place(model)
+    score = evaluate(model, batches, compute, World())
     weights = "1-bit" if checkpoint.facts["network"]["binary_weights"] else "real"
     print(
         f"{checkpoint.path}: {weights} weights, {score.images} images of {source.name}:"

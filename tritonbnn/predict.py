@@ -7,11 +7,10 @@ import torch
 from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError
 from tritonbnn.train.device import choose_device
+from tritonbnn.train.images import is_image
 from tritonbnn.train.meters import TOP
 from tritonbnn.train.sources import eval_reader
 from tritonbnn.train.weights import load_network
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm")
 
 
 def main(argv: list[str]) -> int:
@@ -53,7 +52,7 @@ def _images(place: Path) -> list[Path]:
         if not place.exists():
             raise UserError(f"{place} does not exist: name an image file or a folder")
         return [place]
-    found = sorted(p for p in place.rglob("*") if p.suffix.lower() in SUFFIXES)
+    found = sorted(p for p in place.rglob("*") if p.is_file() and is_image(p.name))
     if not found:
         raise UserError(f"{place} holds no image files")
     return found

@@ -43,10 +43,11 @@ class Compute:
         """A loss scaler, at rest unless the precision needs one."""
         return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
-    def place(self, model: nn.Module) -> nn.Module:
-        """A network where and as it runs."""
-        model = model.to(self.device)
-        return model.to(memory_format=torch.channels_last) if self.channels_last else model
+    def place(self, model: nn.Module) -> None:
+        """Put a network where and as it runs."""
+        model.to(self.device)
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """A batch where and as the network wants it."""

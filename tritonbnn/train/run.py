@@ -63,9 +63,7 @@ class StepRun:
         self.epochs = config.of_step(step).epochs
         self.source = _open_source(config, step)
         self.network = _network(config, self.source, step)
-        self.batches_per_epoch = train_steps(
-            len(self.source.train.images.labels), config.batch_size
-        )
+        self.batches_per_epoch = _steps_of_epoch(self.source, config)
         self.state = self._new_state()
         self.bad = FirstBad(compute.device)
         self.keeper = Keeper(
@@ -104,11 +102,16 @@ class StepRun:
         config = self.config.of_step(self.step)
         torch.manual_seed(self.config.seed)
         model = build(self.network)
+        if self.config.image_size % model.size_multiple:
+            raise UserError(
+                f"--image-size {self.config.image_size} does not suit the network:"
+                f" use a multiple of {model.size_multiple}"
+            )
         if self.config.sync_bn and self.world.size > 1:
             if self.compute.device.type != "cuda":
                 raise UserError("--sync-bn needs CUDA: leave it out")
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model = self.compute.place(model)
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.compute.place(model)
         return State(
             step=self.step,
             model=model,
@@ -295,6 +298,10 @@ def _open_source(config: Config, step: int) -> Source:
         step=step,
         skip_bad_images=config.skip_bad_images,
     )
+
+
+def _steps_of_epoch(source: Source, config: Config) -> int:
+    return train_steps(len(source.train), config.batch_size)  # type: ignore[arg-type]
 
 
 def _network(config: Config, source: Source, step: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torchvision
 
 import tritonbnn
 from tritonbnn.cli import UserError
-from tritonbnn.train.config import STEPS, Config, differences, read_recipe, resolve, to_toml
+from tritonbnn.train.config import Config, differences, read_recipe, resolve, to_toml
 from tritonbnn.train.files import FolderLock, make_folder, remove_leftovers, write_atomically
 
 CONFIG = "config.toml"
@@ -39,23 +39,20 @@ class RunFolder:
         make_folder(self.path)
         self._lock = FolderLock(self.path)
         remove_leftovers(self.path)
-        before = self._saved_config()
-        if before is None:
-            self._refuse_foreign()
-        else:
-            _check(before, config, self.path)
+        self._check_begun(config)
         write_atomically(self.path / CONFIG, to_toml(config).encode())
         write_atomically(self.path / ENVIRONMENT, _environment(config, device).encode())
 
-    def _saved_config(self) -> Config | None:
+    def _check_begun(self, config: Config) -> None:
+        """A run that has a checkpoint goes on with its own settings; before, nothing is lost."""
+        if not any(self.path.glob("step[12]/*.safetensors")):
+            return
         path = self.path / CONFIG
-        return resolve(read_recipe(str(path))) if path.exists() else None
-
-    def _refuse_foreign(self) -> None:
-        if any(step_folder(self.path, step).exists() for step in STEPS):
+        if not path.exists():
             raise UserError(
                 f"{self.path} holds checkpoints but no {CONFIG}: use --fresh, or another --out"
             )
+        _check(resolve(read_recipe(str(path))), config, self.path)
 
     def release(self) -> None:
         """Let others use it."""
@@ -78,7 +75,7 @@ def _unused(out: Path) -> Path:
 
 def _check(before: Config, config: Config, path: Path) -> None:
     changed = differences(before, config)
-    if before.step1.epochs != config.step1.epochs and step_folder(path, 2).exists():
+    if before.step1.epochs != config.step1.epochs and any(step_folder(path, 2).glob("last*")):
         changed.append(
             f"step1.epochs was {before.step1.epochs} and is {config.step1.epochs},"
             " but step 2 has begun"

@@ -8,6 +8,7 @@ from torch import nn
 
 from tritonbnn.cli import UserError
 from tritonbnn.models import build_model
+from tritonbnn.models.blocks import BinaryNetwork
 from tritonbnn.train.checkpoint import Checkpoint, read
 from tritonbnn.train.keeper import BEST
 
@@ -41,7 +42,7 @@ def network_of(checkpoint: Checkpoint) -> dict[str, Any]:
         raise UserError(f"{checkpoint.path} does not say what network it is of") from error
 
 
-def build(network: dict[str, Any]) -> nn.Module:
+def build(network: dict[str, Any]) -> BinaryNetwork:
     """``build_model``, with a wrong argument as the user's mistake.
 
     Raises:
@@ -53,7 +54,7 @@ def build(network: dict[str, Any]) -> nn.Module:
         raise UserError(str(error)) from error
 
 
-def load_network(place: Path) -> tuple[nn.Module, Checkpoint]:
+def load_network(place: Path) -> tuple[BinaryNetwork, Checkpoint]:
     """The network of a checkpoint, with its weights.
 
     Raises:
