@@ -54,6 +54,20 @@ def check_per_channel(channels: int, **vectors: Tensor | None) -> None:
             )
 
 
+def check_same_shape(**tensors: Tensor | None) -> None:
+    """Raise ValueError unless all the given tensors have the shape of the first."""
+    given = {name: tuple(x.shape) for name, x in tensors.items() if x is not None}
+    if len(set(given.values())) > 1:
+        shapes = ", ".join(f"{name} {shape}" for name, shape in given.items())
+        raise ValueError(f"all tensors must have one shape, not {shapes}")
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise ValueError unless ``x`` has the given shape."""
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, not {tuple(x.shape)}")
+
+
 def check_packed(name: str, packed: Tensor, channels: int) -> None:
     """Raise unless ``packed`` is int32 with the words of ``channels`` signs innermost."""
     if packed.dtype != torch.int32:

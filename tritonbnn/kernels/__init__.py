@@ -1,1 +1,26 @@
-"""tritonbnn.kernels"""
+"""Triton kernels and their launchers, the twins of :mod:`tritonbnn.eager`.
+
+Importing this package imports Triton; nothing else does.
+"""
+
+from tritonbnn.kernels.binarize import sign_backward, sign_forward
+from tritonbnn.kernels.conv import conv_packed, conv_real
+from tritonbnn.kernels.conv_grad import conv_input_grad, conv_weight_grad
+from tritonbnn.kernels.matmul import packed_matmul
+from tritonbnn.kernels.pack import pack_signs, pack_weight, unpack_signs
+from tritonbnn.kernels.rprelu import rprelu_backward, rprelu_forward
+
+__all__ = [
+    "conv_input_grad",
+    "conv_packed",
+    "conv_real",
+    "conv_weight_grad",
+    "pack_signs",
+    "pack_weight",
+    "packed_matmul",
+    "rprelu_backward",
+    "rprelu_forward",
+    "sign_backward",
+    "sign_forward",
+    "unpack_signs",
+]

@@ -11,6 +11,6 @@ def autocast_input(x: Tensor) -> Tensor:
     dtype; parameters stay float32, because the launchers read them in float32.
     """
     kind = x.device.type
-    if x.dtype == torch.float32 and torch.is_autocast_enabled(kind):
+    if x.dtype == torch.float32 and not x.is_meta and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x

@@ -29,7 +29,7 @@ _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHIELDED = hasattr(signal, "sigwaitinfo")  # not on macOS and Windows
 
 
-@dataclass
+@dataclass(eq=False)
 class MicroBatch:
     """What one process takes in one forward and backward pass.
 
@@ -48,7 +48,7 @@ class MicroBatch:
     last: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Part:
     """A micro-batch before its images are read."""
 
@@ -175,13 +175,16 @@ def _load(
     )
     with _stop_signals_blocked():
         iterator = iter(loader)
-    for batch in iterator:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    try:
+        for batch in iterator:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    finally:
+        del iterator  # ends the workers now; a traceback would keep them
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Batches(Dataset):
     """A data set of whole batches. A user's mistake is handed over as a value.
 

@@ -20,7 +20,7 @@ _LAYOUT = "an image tree has train/CLASS/*.jpg and val/CLASS/*.jpg"
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FolderImages:
     """The images of one split, read when they are asked for.
 
@@ -59,12 +59,10 @@ def open_tree(
 
     Raises:
         UserError: The tree is missing, incomplete or contradicts itself.
+        OSError: A folder cannot be read.
     """
-    try:
-        classes = _classes_of(root)
-        train, val = (_list_split(root / split, classes) for split in ("train", "val"))
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    classes = _classes_of(root)
+    train, val = (_list_split(root / split, classes) for split in ("train", "val"))
     if skip_bad_images:
         train, val = _readable(train), _readable(val)
     for split in (train, val):

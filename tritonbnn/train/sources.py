@@ -45,7 +45,10 @@ class Images(Protocol):
         """One image as 8-bit RGB or grey."""
 
 
-@dataclass(frozen=True)
+_Opened = tuple[tuple[str, ...], Images, Images]
+
+
+@dataclass(frozen=True, eq=False)
 class ArrayImages:
     """Grey images (N, H, W) uint8 in memory, shown with a black border of some pixels."""
 
@@ -58,7 +61,7 @@ class ArrayImages:
         return ImageOps.expand(Image.fromarray(self.pixels[index]), self.border)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TrainSet(Dataset):
     """Random views of the training images; a view depends on seed, step, epoch and index only."""
 
@@ -76,7 +79,7 @@ class TrainSet(Dataset):
         return image, int(self.images.labels[key.index])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EvalSet(Dataset):
     """The fixed view of every validation image."""
 
@@ -132,15 +135,11 @@ def open_source(
     _check_choice("data set", name, NAMES)
     _check_choice("augment", augment, AUGMENTATIONS)
     _check_choice("lighting", lighting, LIGHTINGS)
-    name = _resolve(name, data_dir)
-    train: Images
-    val: Images
-    if name == "folder":
-        if data_dir is None:
-            raise UserError("no data folder given: pass an image tree as --data-dir")
-        classes, train, val = folder.open_tree(data_dir, skip_bad_images=skip_bad_images)
-    else:
-        classes, train, val = _open_fashion(data_dir) if name == "fashion" else _open_digits()
+    try:
+        name = _resolve(name, data_dir)
+        classes, train, val = _open(name, data_dir, skip_bad_images)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
     channels = folder.CHANNELS if name == "folder" else 1
     if channels == 1 and lighting != "none":
         raise UserError(f"lighting {lighting!r} needs colour images and {name} is grey: use 'none'")
@@ -186,13 +185,23 @@ def _resolve(name: str, data_dir: Path | None) -> str:
     return name
 
 
-def _open_fashion(data_dir: Path | None) -> tuple[tuple[str, ...], ArrayImages, ArrayImages]:
+def _open(name: str, data_dir: Path | None, skip_bad_images: bool) -> _Opened:
+    if name == "digits":
+        return _open_digits()
+    if name == "fashion":
+        return _open_fashion(data_dir)
+    if data_dir is None:
+        raise UserError("no data folder given: pass an image tree as --data-dir")
+    return folder.open_tree(data_dir, skip_bad_images=skip_bad_images)
+
+
+def _open_fashion(data_dir: Path | None) -> _Opened:
     train, val = fashion.load(data_dir)
     border = _FASHION_BORDER
     return fashion.CLASSES, ArrayImages(*train, border), ArrayImages(*val, border)
 
 
-def _open_digits() -> tuple[tuple[str, ...], ArrayImages, ArrayImages]:
+def _open_digits() -> _Opened:
     with resources.files("tritonbnn.data").joinpath("digits.npz").open("rb") as file:
         arrays = dict(np.load(file))
     test = arrays["test"]

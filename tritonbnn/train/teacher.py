@@ -63,12 +63,14 @@ def _download() -> object:
 
 
 def _read(path: Path) -> object:
-    if not path.is_file():
-        raise UserError(f"teacher {path} is neither a file, nor resnet34, nor none")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"teacher {path} is neither a file, nor resnet34, nor none") from error
+    except (PermissionError, IsADirectoryError) as error:
+        raise UserError(f"teacher {path} cannot be read: {error.strerror}") from error
     # the unpickler raises almost anything on damaged bytes
     except Exception as error:
         raise UserError(
@@ -79,10 +81,12 @@ def _read(path: Path) -> object:
 
 def _build(spec: str, state: object, num_classes: int) -> nn.Module:
     head = state.get(_HEAD) if isinstance(state, dict) else None
-    if not isinstance(head, Tensor):
-        raise UserError(f"teacher {spec} is not a ResNet-34 state dict: it has no tensor {_HEAD}")
+    if not isinstance(head, Tensor) or head.ndim != 2:
+        raise UserError(f"teacher {spec} is not a ResNet-34 state dict: it has no matrix {_HEAD}")
     _check_classes(spec, len(head), num_classes)
-    teacher = resnet34(num_classes=num_classes)
+    with torch.device("meta"):  # no initial weights, which would draw from the global generator
+        teacher = resnet34(num_classes=num_classes)
+    teacher = teacher.to_empty(device="cpu")
     try:
         teacher.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError) as error:

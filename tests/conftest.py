@@ -1,0 +1,62 @@
+"""Fixtures that every test may ask for."""
+
+import os
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+from tritonbnn import eager
+
+HAS_GPU = torch.cuda.is_available()
+
+# Triton decides when a function is decorated whether it is interpreted, so this must be its first
+# import. Afterwards the variable is gone again: only tests that ask for kernels get them.
+with mock.patch.dict(os.environ, {} if HAS_GPU else {"TRITON_INTERPRET": "1"}):
+    import triton.experimental.gluon  # noqa: F401  the interpreter's first launch would import it
+
+    from tritonbnn import kernels
+
+SENTINEL = -0x5EED
+"""What an integer tensor holds where nothing was written, if its dtype can hold it."""
+
+
+@pytest.fixture(params=["eager", "kernels"])
+def launchers(request, monkeypatch, unwritten_memory):
+    """The eager twins, then the kernels; the operators of ``tritonbnn.ops`` follow."""
+    if request.param == "eager":
+        return eager
+    if not HAS_GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    return kernels
+
+
+@pytest.fixture
+def device(launchers):
+    """Where the launchers under test run."""
+    return torch.device("cuda" if HAS_GPU and launchers is kernels else "cpu")
+
+
+@pytest.fixture
+def gpu():
+    """A CUDA device, or a skip."""
+    if not HAS_GPU:
+        pytest.skip("needs CUDA")
+    return torch.device("cuda")
+
+
+@pytest.fixture
+def unwritten_memory(monkeypatch):
+    """Fill what the package gets from ``torch.empty``, so that an unwritten element is seen."""
+    empty = torch.empty
+
+    def filled(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith("tritonbnn."):
+            return tensor
+        if tensor.is_floating_point():
+            return tensor.fill_(torch.nan)
+        return tensor.fill_(max(SENTINEL, torch.iinfo(tensor.dtype).min))
+
+    monkeypatch.setattr(torch, "empty", filled)

@@ -1,0 +1,92 @@
+"""The sign as +-1, and its pseudo-gradient."""
+
+import pytest
+import torch
+
+from tests.helpers import activation, assert_no_worse_than_eager, vectors
+from tritonbnn import kernels, reference
+from tritonbnn.kernels import binarize
+
+INPUTS = [
+    pytest.param((2, 32, 7, 7), torch.float32, "channels_last", id="ordinary"),
+    pytest.param((2, 33, 5, 3), torch.bfloat16, "contiguous", id="odd"),
+    pytest.param((2, 31, 1, 7), torch.float16, "strided", id="strided"),
+    pytest.param((2, 96, 1, 1), torch.float32, "contiguous", id="one_pixel"),
+    pytest.param((3, 1, 5, 3), torch.float32, "channels_last", id="one_channel"),
+    pytest.param((5, 40), torch.bfloat16, "contiguous", id="matrix"),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "layout"), INPUTS)
+def test_forward_is_the_sign_of_the_shifted_value(launchers, device, shape, dtype, layout):
+    x = activation(*shape, dtype=dtype, layout=layout)
+    (shift,) = vectors(1, shape[1])
+    along = shift.view(-1, *[1] * (len(shape) - 2))
+    y = launchers.sign_forward(x.to(device))
+    shifted = launchers.sign_forward(x.to(device), shift.to(device))
+    assert y.dtype == shifted.dtype == dtype
+    assert y.movedim(1, -1).is_contiguous()
+    assert torch.equal(y.cpu(), reference.hard_sign(x))
+    assert torch.equal(shifted.cpu(), reference.hard_sign(x.float() + along).to(dtype))
+
+
+def autograd(dtype, grad, x, shift, residual):
+    """Gradients to x and shift through ``reference`` in ``dtype``; ``residual`` by its own way."""
+    x, shift = x.to(dtype).requires_grad_(), shift.to(dtype).requires_grad_()
+    total = (reference.binarize(x, shift) * grad.to(dtype)).sum()
+    if residual is not None:
+        total = total + (x * residual.to(dtype)).sum()
+    return torch.autograd.grad(total, (x, shift))
+
+
+@pytest.mark.parametrize("with_residual", [False, True], ids=["bare", "residual"])
+@pytest.mark.parametrize(("shape", "dtype", "layout"), INPUTS)
+def test_gradients(launchers, device, shape, dtype, layout, with_residual):
+    x = activation(*shape, dtype=dtype, layout=layout)
+    grad = activation(*shape, dtype=dtype, seed=5)
+    residual = activation(*shape, dtype=dtype, seed=6) if with_residual else None
+    (shift,) = vectors(1, shape[1])
+    dx, dshift = launchers.sign_backward(
+        grad.to(device),
+        x.to(device),
+        shift.to(device),
+        None if residual is None else residual.to(device),
+    )
+    assert dx.dtype == dtype
+    assert dshift.dtype == torch.float32
+    ordinary, truth = (autograd(d, grad, x, shift, residual) for d in (dtype, torch.float64))
+    assert_no_worse_than_eager(dx, ordinary[0], truth[0])
+    assert_no_worse_than_eager(dshift, ordinary[1], truth[1])
+
+
+def test_the_slope_at_its_corners(launchers, device):
+    x = torch.tensor([[-1.5, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 1.5]], device=device)
+    dx, dshift = launchers.sign_backward(torch.ones_like(x), x)
+    assert dx.tolist() == [[0.0, 0.0, 1.0, 2.0, 2.0, 1.0, 0.0, 0.0]]
+    assert torch.equal(dshift, dx[0])
+
+
+def test_programs_share_many_rows(monkeypatch):
+    monkeypatch.setattr(binarize, "MAX_PARTIALS", 2)
+    x, grad = activation(300, 40), activation(300, 40, seed=5)
+    (shift,) = vectors(1, 40)
+    dx, dshift = kernels.sign_backward(grad, x, shift)
+    ordinary, truth = (autograd(d, grad, x, shift, None) for d in (torch.float32, torch.float64))
+    assert_no_worse_than_eager(dx, ordinary[0], truth[0])
+    assert_no_worse_than_eager(dshift, ordinary[1], truth[1])
+
+
+def test_an_empty_batch(launchers, device):
+    x = torch.zeros(0, 33, 5, 3, device=device)
+    assert launchers.sign_forward(x).shape == x.shape
+    dx, dshift = launchers.sign_backward(x, x)
+    assert dx.shape == x.shape
+    assert torch.equal(dshift.cpu(), torch.zeros(33))
+
+
+def test_bad_input_is_named():
+    x = torch.zeros(2, 33, 5, 3)
+    with pytest.raises(ValueError, match=r"one shape, not x \(2, 33, 5, 3\), grad \(2, 32, 5, 3\)"):
+        kernels.sign_backward(x[:, :32], x)
+    with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16"):
+        kernels.sign_forward(x.int())

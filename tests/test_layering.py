@@ -1,0 +1,71 @@
+"""Imports point one way, and importing the package does nothing else."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tritonbnn
+
+ROOT = Path(tritonbnn.__file__).parent
+BASE = {"bits", "layout", "checks", "cli"}
+ALLOWED = {
+    "bits": set(),
+    "layout": set(),
+    "checks": {"bits"},
+    "cli": set(),
+    "reference": set(),
+    "eager": {"bits", "layout", "checks"},
+    "kernels": BASE,
+    "ops": {"kernels", "eager", *BASE},
+    "nn": {"ops", *BASE},
+    "models": {"nn", *BASE},
+    "data": set(),
+    "train": {"models", "nn", "data", *BASE},
+    "evaluate": {"train", "models", "nn", *BASE},
+    "predict": {"train", "models", "nn", *BASE},
+}
+TOOLS = {"autotune", "bench", "shipped", "aot", "workload", "timing"}  # at the top of the stack
+
+
+def imported(path):
+    """The parts of the package that a source file imports, at any depth of its code."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        yield from (name.split(".") for name in names if name.startswith("tritonbnn."))
+
+
+def sources():
+    return sorted(p for p in ROOT.rglob("*.py") if p.parent != ROOT or p.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path):
+    part = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    for _, other, *rest in imported(path):
+        if part == "kernels":
+            tool = path.stem in TOOLS
+            assert tool or not (other == "kernels" and rest and rest[0] in TOOLS)
+            if tool:
+                continue
+        assert other == part or other in ALLOWED[part], f"{part} imports {other}"
+
+
+def test_importing_is_inert():
+    """No output, no CUDA initialisation, no Triton, and no environment read of ours."""
+    code = (
+        "import sys, torch, tritonbnn, tritonbnn.ops, tritonbnn.nn, tritonbnn.models\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert 'tritonbnn.kernels' not in sys.modules\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

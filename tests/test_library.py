@@ -1,0 +1,95 @@
+"""The operators that torch.compile sees: which there are, their schemas, and whole networks."""
+
+import pytest
+import torch
+
+from tritonbnn import eager, ops
+from tritonbnn.models import build_model
+from tritonbnn.ops import library
+
+NAMES = {
+    "channel_moments",
+    "conv_input_grad",
+    "conv_packed",
+    "conv_real",
+    "conv_weight_grad",
+    "pack_signs",
+    "pack_weight",
+    "packed_matmul",
+    "rprelu_backward",
+    "rprelu_forward",
+    "sign_backward",
+    "sign_forward",
+    "unit_activation_backward",
+    "unit_forward",
+    "unit_norm_backward",
+    "unpack_signs",
+}
+
+
+def test_exactly_these_operators_are_registered():
+    assert set(library.OPERATORS) == NAMES
+    assert all(hasattr(torch.ops.tritonbnn, name) for name in NAMES)
+
+
+def samples():
+    """Arguments for each operator: odd sizes, a channel count that is not a multiple of 32."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 33, 5, 7).contiguous(memory_format=torch.channels_last)
+    grad = torch.randn(2, 40, 3, 4)
+    vector = torch.randn(33)
+    weight = torch.randn(40, 33, 3, 3)
+    signs = eager.pack_signs(x)
+    packed, alpha = eager.pack_weight(weight)
+    matrix = eager.pack_signs(torch.randn(6, 33))
+    geometry = {"stride": 2, "padding": 1}
+    integers = {"channels": 33, "dtype": torch.int16, **geometry}
+    size = {"channels": 33, "height": 5, "width": 7}
+    return {
+        "pack_signs": ((x, vector), {}),
+        "unpack_signs": ((signs, 33, torch.bfloat16), {}),
+        "pack_weight": ((weight,), {}),
+        "packed_matmul": ((matrix, matrix, 33), {}),
+        "conv_packed": ((signs, packed, None), integers),
+        "conv_real": ((signs, weight), {"dtype": torch.float32, **geometry}),
+        "conv_input_grad": ((grad, packed, alpha), {**size, **geometry}),
+        "conv_weight_grad": ((grad, signs), {"channels": 33, "kernel_size": 3, **geometry}),
+        "sign_forward": ((x, None), {}),
+        "sign_backward": ((x, x, vector, x), {}),
+        "rprelu_forward": ((x, vector, vector, vector), {}),
+        "rprelu_backward": ((x, x, vector, vector), {}),
+        "channel_moments": ((eager.conv_packed(signs, packed, None, **integers),), {}),
+        "unit_forward": ((x, x, *[vector] * 6), {"shortcut": "identity"}),
+        "unit_activation_backward": ((x, x, x, *[vector] * 5), {"shortcut": "identity"}),
+        "unit_norm_backward": ((x, x, *[vector] * 3), {}),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_operators_pass_opcheck(name):
+    args, kwargs = samples()[name]
+    torch.library.opcheck(library.OPERATORS[name], args, kwargs)
+
+
+def test_a_whole_network_compiles_without_a_graph_break():
+    """Forward and backward, against the same network not compiled; in float64, so bits agree."""
+    torch.manual_seed(0)
+    options = {"width": 0.25, "num_classes": 10, "small_images": True}
+    model = build_model("reactnet_a", **options).double()
+    twin = build_model("reactnet_a", **options).double()
+    twin.load_state_dict(model.state_dict())
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    expected = twin(x)
+    actual = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    actual.backward(upstream)
+    assert torch.allclose(actual, expected, rtol=1e-9)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert (a.grad - b.grad).abs().max() <= 1e-9 * b.grad.abs().max()
+
+
+def test_meta_tensors_give_shapes():
+    x = torch.empty(2, 33, 5, 7, device="meta")
+    y = ops.binary_conv2d(x, torch.empty(40, 33, 3, 3, device="meta"), stride=2, padding=1)
+    assert (y.shape, y.device.type) == ((2, 40, 3, 4), "meta")

@@ -1,0 +1,114 @@
+"""The networks' counts, names, sizes and errors."""
+
+import pytest
+import torch
+
+from benchmarks.baseline import ObviousReActNetA
+from tritonbnn.models import build_model
+from tritonbnn.nn import BinaryUnit, binary_weights, decayed_parameters
+
+
+def scalars(tensors):
+    return sum(t.numel() for t in tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "tensors", "entries", "binary", "layers", "decayed"),
+    [
+        ("reactnet_a", 29_343_592, 187, 268, 28_253_184, 26, (105, 28_285_792)),
+        ("reactnet_18", 11_704_424, 126, 186, 10_985_472, 16, (68, 11_177_984)),
+        ("birealnet_18", 11_689_512, 62, 122, 10_985_472, 16, (20, 11_166_912)),
+    ],
+)
+def test_counts_are_the_published_ones(name, parameters, tensors, entries, binary, layers, decayed):
+    with torch.device("meta"):
+        model = build_model(name)
+    weights = binary_weights(model)
+    group = list(decayed_parameters(model))
+    assert scalars(model.parameters()) == parameters
+    assert len(list(model.parameters())) == tensors
+    assert len(model.state_dict()) == entries
+    assert (len(weights), scalars(weights.values())) == (layers, binary)
+    assert (len(group), scalars(group)) == decayed
+
+
+def test_the_baseline_counts_are_the_published_ones():
+    with torch.device("meta"):
+        model = ObviousReActNetA()
+    kinds = [name for name, _ in model.named_parameters() if "binary" in name]
+    group = [p for n, p in model.named_parameters() if p.dim() == 4 or "conv" in n]
+    assert scalars(model.parameters()) == 29_343_592
+    assert (len(list(model.parameters())), len(model.state_dict()), len(kinds)) == (202, 298, 31)
+    assert (len(group), scalars(group)) == (110, 28_285_792)
+
+
+def test_both_steps_share_names_and_shapes():
+    with torch.device("meta"):
+        one, two = (build_model("reactnet_a", binary_weights=b) for b in (False, True))
+    assert {k: v.shape for k, v in one.state_dict().items()} == {
+        k: v.shape for k, v in two.state_dict().items()
+    }
+
+
+def test_only_the_second_step_depends_on_the_signs_alone():
+    for binary, same in ((True, True), (False, False)):
+        torch.manual_seed(0)
+        model = build_model(
+            "reactnet_a", binary_weights=binary, width=0.25, num_classes=10, small_images=True
+        ).eval()
+        x = torch.randn(2, 3, 32, 32)
+        before = model(x)
+        for weight in binary_weights(model).values():
+            magnitude = weight.detach().abs().mean(dim=(1, 2, 3), keepdim=True)
+            weight.data = torch.where(weight >= 0, magnitude, -magnitude)
+        assert torch.allclose(before, model(x), atol=1e-4) is same
+
+
+@pytest.mark.parametrize(
+    ("name", "small", "multiple"),
+    [
+        ("reactnet_a", True, 16),
+        ("reactnet_a", False, 32),
+        ("reactnet_18", True, 8),
+        ("birealnet_18", False, 32),
+    ],
+)
+def test_legal_sizes_run_and_others_are_named(name, small, multiple):
+    model = build_model(name, width=0.25, num_classes=7, in_channels=1, small_images=small).eval()
+    assert model(torch.randn(2, 1, multiple, 2 * multiple)).shape == (2, 7)
+    with pytest.raises(ValueError, match=f"multiples of {multiple}, not {multiple + 1} x"):
+        model(torch.randn(1, 1, multiple + 1, multiple))
+    with pytest.raises(ValueError, match=r"\(N, 1, H, W\)"):
+        model(torch.randn(1, 3, multiple, multiple))
+
+
+def test_width_rounds_to_multiples_of_8():
+    model = build_model("reactnet_a", width=0.3, num_classes=2)
+    assert model.stem[0].weight.shape[0] == 8  # 9.6
+    assert model.fc.weight.shape[1] == 304  # 307.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "resnet"}, "unknown model 'resnet'; choose from reactnet_a"),
+        ({"width": 0.01}, "width 0.01 leaves no channels"),
+        ({"width": 0.0}, "positive"),
+        ({"width": float("nan")}, "positive"),
+        ({"num_classes": 1}, "num_classes must be at least 2"),
+        ({"in_channels": 2}, "in_channels must be 1 or 3"),
+    ],
+)
+def test_bad_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        build_model(**{"name": "reactnet_a", **options})
+
+
+def test_a_unit_names_what_does_not_fit():
+    unit = BinaryUnit(8, 8, 3, stride=2)
+    with pytest.raises(ValueError, match=r"even height and width, not \(5, 4\)"):
+        unit(torch.randn(1, 8, 5, 4))
+    with pytest.raises(ValueError, match=r"shortcut must have shape \(1, 8, 2, 2\)"):
+        unit(torch.randn(1, 8, 4, 4), torch.randn(1, 8, 4, 4))
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        BinaryUnit(8, 8, 3)(torch.randn(1, 8, 1, 1))

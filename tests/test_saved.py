@@ -1,0 +1,45 @@
+"""What is saved for backward: counted through autograd's hooks, and seen in live memory."""
+
+import pytest
+import torch
+
+from benchmarks.baseline import ObviousReActNetA
+from benchmarks.saved import saved_bytes, saved_slope
+from tritonbnn.models import build_model
+
+MB_PER_IMAGE = 70  # in float32 at 224, of the small Functions
+
+
+def images(count):
+    return torch.randn(count, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+
+
+def allocated_by(call):
+    """Bytes that ``call`` allocates and does not free, as the allocator reports them."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        result = call()
+    return sum(event.self_cpu_memory_usage for event in profile.key_averages()), result
+
+
+def test_the_baseline_is_the_obvious_one():
+    saved = saved_slope(ObviousReActNetA(), images)
+    assert saved.per_image == pytest.approx(185, abs=8)
+    assert saved.per_batch == pytest.approx(113, abs=2)
+
+
+def test_the_network_saves_bits_and_the_stream():
+    saved = saved_slope(build_model("reactnet_a"), images)
+    assert saved.per_image <= MB_PER_IMAGE
+    assert saved.per_batch <= 4  # packed weights and scales
+
+
+def test_live_memory_agrees_with_the_count():
+    """A tensor kept anywhere but in save_for_backward would be live and not counted."""
+    model = build_model("reactnet_a", width=0.25)
+    x = images(2)
+    saved = saved_bytes(model, lambda: model(x))
+    live, logits = allocated_by(lambda: model(x))
+    outside = logits.untyped_storage().nbytes() - x.untyped_storage().nbytes()
+    assert live - outside == pytest.approx(saved, rel=1e-3)

@@ -1,0 +1,119 @@
+"""Compile recorded launches for a GPU that is not there, and read what the compiler made.
+
+Registers, spills and shared memory come from the cubin, instructions from its disassembly; both
+tools are in the Triton wheel. Needs TRITON_INTERPRET unset when Triton is imported.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from tritonbnn.kernels.launch import Launch, interpreted, recording
+
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes of shared memory a block may have, by compute capability."""
+
+TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|IMMA|IGMMA)\b")
+
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int8: "*i8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes of a GPU, and what it does there."""
+
+    kernel: str
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    instructions: Counter[str]
+
+    @property
+    def tensor_core(self) -> dict[str, int]:
+        """How often each tensor-core instruction occurs, by name without modifiers."""
+        return {name: n for name, n in sorted(self.instructions.items()) if TENSOR_CORE.match(name)}
+
+
+def parse_target(text: str) -> int:
+    """The compute capability of ``sm_90``; ValueError names the supported ones."""
+    known = {f"sm_{capability}": capability for capability in SHARED_MEMORY_LIMIT}
+    if text not in known:
+        raise ValueError(f"target must be one of {', '.join(known)}, not {text!r}")
+    return known[text]
+
+
+def record(call: Callable[[], Any]) -> list[Launch]:
+    """The launches that a call on ``meta`` tensors would make."""
+    with recording() as launches:
+        call()
+    return launches
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    """Compile a launch as its arguments specialise it, for a compute capability."""
+    if interpreted(launch.kernel):
+        raise RuntimeError("an interpreted kernel cannot be compiled: unset TRITON_INTERPRET")
+    constants, signature, attributes = {}, {}, {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = _POINTERS[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "i32"
+            if value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
+    options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return _read_cubin(launch.kernel.__name__, compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def _read_cubin(kernel: str, cubin: bytes, shared_bytes: int) -> Resources:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = _tool("cuobjdump", "-res-usage", str(path))
+        listing = _tool("nvdisasm", "-c", str(path))
+    registers, stack = _usage(usage)
+    names = re.findall(r"^\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)[. ;]", _bare(listing), re.MULTILINE)
+    return Resources(kernel, registers, stack, shared_bytes, Counter(names))
+
+
+def _usage(text: str) -> tuple[int, int]:
+    """Registers and bytes of stack. Kernels have no arrays, so a stack holds spills only."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump reported no registers: {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def _bare(listing: str) -> str:
+    """A disassembly without the addresses in comments."""
+    return re.sub(r"/\*.*?\*/", "", listing)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout

@@ -1,0 +1,232 @@
+"""Which formulation and which tile a problem gets: tuning table first, then the default.
+
+A table is ``configs/<gpu>.json``, written by :mod:`tritonbnn.kernels.autotune` and reviewed. A
+lookup takes the exact key, else the nearest batch bucket, else the default; an unknown GPU has no
+table and gets defaults. A table that cannot be trusted is an error that names file and entry.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+
+CONFIG_DIR = Path(__file__).parent / "configs"
+
+FORMULATIONS = {
+    "pack_signs": ("direct",),
+    "sign_forward": ("direct",),
+    "sign_backward": ("direct",),
+    "rprelu_forward": ("direct",),
+    "rprelu_backward": ("direct",),
+    "conv_packed": ("int8", "popcount"),
+    "conv_real": ("dot", "library"),
+    "conv_input_grad": ("dot", "library"),
+    "conv_weight_grad": ("dot", "library"),
+}
+"""The formulations of each operation, the default first."""
+
+
+@dataclass(frozen=True, order=True)
+class TileConfig:
+    """How a kernel cuts its problem: a tile of M x N outputs, K at a time.
+
+    Elementwise kernels read ``block_m`` as rows and ``block_n`` as channels.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, order=True)
+class Choice:
+    """What a problem runs as."""
+
+    formulation: str
+    tile: TileConfig
+
+
+@dataclass(frozen=True, order=True)
+class ProblemKey:
+    """A problem as the tuning table knows it. Elementwise problems have ``out_channels`` 0."""
+
+    op: str
+    dtype: str
+    batch: int
+    height: int
+    width: int
+    channels: int
+    out_channels: int = 0
+    kernel_size: int = 1
+    stride: int = 1
+
+    def bucketed(self) -> "ProblemKey":
+        """The key with its batch rounded up to a power of two, so a new batch tunes nothing."""
+        return replace(self, batch=power_of_two(self.batch))
+
+    def distance(self, other: "ProblemKey") -> float:
+        """How many batch doublings lie between two keys; infinite if they differ otherwise."""
+        if replace(self, batch=other.batch) != other:
+            return math.inf
+        return abs(math.log2(self.batch / other.batch))
+
+
+Table = dict[ProblemKey, Choice]
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is at least ``size``."""
+    return 1 << max(size - 1, 0).bit_length()
+
+
+def elementwise_key(op: str, x: torch.Tensor) -> ProblemKey:
+    """The key of an elementwise problem over (N, C, H, W) or (M, C)."""
+    batch, channels = x.shape[:2]
+    height, width = x.shape[2:] if x.dim() == 4 else (1, 1)
+    return ProblemKey(op, dtype_name(x.dtype), batch, height, width, channels)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32`` for ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def choose(key: ProblemKey, device: torch.device) -> Choice:
+    """The formulation and tile for a problem on a device."""
+    if _forced is not None:
+        return _forced
+    return _choose(key, torch.cuda.get_device_name(device) if device.type == "cuda" else None)
+
+
+@lru_cache(maxsize=4096)
+def _choose(key: ProblemKey, gpu: str | None) -> Choice:
+    return look_up(key, {} if gpu is None else shipped_table(gpu))
+
+
+_forced: Choice | None = None
+
+
+@contextmanager
+def using(choice: Choice) -> Iterator[None]:
+    """Make every launcher in the block take ``choice``: for the tuner, which tries them all."""
+    global _forced
+    _forced, previous = choice, _forced
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def look_up(key: ProblemKey, table: Table) -> Choice:
+    """The exact entry, else that of the nearest batch bucket, else the default."""
+    key = key.bucketed()
+    if key in table:
+        return table[key]
+    nearest = min(table, key=key.distance, default=None)
+    if nearest is None or math.isinf(key.distance(nearest)):
+        return default(key)
+    return table[nearest]
+
+
+def default(key: ProblemKey) -> Choice:
+    """What an untuned problem runs as: the first formulation, and a tile clipped to the problem."""
+    return Choice(FORMULATIONS[key.op][0], default_tile(key))
+
+
+def default_tile(key: ProblemKey) -> TileConfig:
+    """A tile that fits every problem of the operation, clipped to this one."""
+    if key.out_channels == 0:
+        # A backward pass keeps up to three accumulators per element in registers.
+        elements = 2048 if key.op.endswith("backward") else 4096
+        block_n = min(128, power_of_two(key.channels))
+        return TileConfig(elements // block_n, block_n, 1, 4, 1)
+    inner, columns = key.channels, key.out_channels
+    if key.op == "conv_input_grad":
+        inner, columns = columns, inner
+    if key.op == "conv_weight_grad":
+        block_m = min(128, max(16, power_of_two(key.out_channels)))
+        block_n, block_k = min(128, max(32, power_of_two(key.channels))), 64
+    else:
+        block_m, block_n = 128, min(128, max(16, power_of_two(columns)))
+        widest = 128 if key.op == "conv_packed" else 64
+        block_k = min(widest, max(32, power_of_two(inner)))
+    if key.dtype == "float32":  # no tensor core: registers, not shared memory, bound the tile
+        block_m, block_n, block_k = min(block_m, 64), min(block_n, 64), 32
+    num_warps = 8 if block_m * block_n > 64 * 128 else 4
+    return TileConfig(block_m, block_n, block_k, num_warps, 3)
+
+
+def table_path(gpu: str) -> Path:
+    """Where the table of a GPU model lives."""
+    return CONFIG_DIR / (re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json")
+
+
+@lru_cache
+def shipped_table(gpu: str) -> Table:
+    """The reviewed table of a GPU model; empty for a model that has none."""
+    path = table_path(gpu)
+    return read_table(path, gpu) if path.exists() else {}
+
+
+def read_table(path: Path, gpu: str) -> Table:
+    """Read and check a tuning table; ValueError names the file and the entry at fault."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("entries"), list):
+        raise ValueError(f"{path}: a tuning table is an object with a list of entries")
+    if document.get("gpu") != gpu:
+        raise ValueError(f"{path}: tuned for {document.get('gpu')!r}, not for {gpu!r}")
+    table: Table = {}
+    for index, entry in enumerate(document["entries"]):
+        try:
+            key, choice = parse_entry(entry)
+            if key in table:
+                raise ValueError(f"repeats the key {asdict(key)}")
+        except (TypeError, KeyError, ValueError) as error:
+            raise ValueError(f"{path}: entry {index}: {error}") from error
+        table[key] = choice
+    return table
+
+
+def parse_entry(entry: Any) -> tuple[ProblemKey, Choice]:
+    """Key and choice of one entry of a table, every value checked."""
+    if not isinstance(entry, dict):
+        raise TypeError(f"expected an object, not {entry!r}")
+    missing = {"key", "formulation", "tile"} - set(entry)
+    if missing:
+        raise KeyError(f"misses {', '.join(sorted(missing))}")
+    key = _from_fields(ProblemKey, entry["key"])
+    tile = _from_fields(TileConfig, entry["tile"])
+    if key.op not in FORMULATIONS:
+        raise ValueError(f"unknown op {key.op!r}; expected one of {', '.join(FORMULATIONS)}")
+    if entry["formulation"] not in FORMULATIONS[key.op]:
+        expected = " or ".join(FORMULATIONS[key.op])
+        raise ValueError(f"{key.op} runs as {expected}, not as {entry['formulation']!r}")
+    for name, value in asdict(tile).items():
+        if value < 1 or (name != "num_stages" and value != power_of_two(value)):
+            raise ValueError(f"{name} must be a power of two, not {value}")
+    if key != key.bucketed():
+        raise ValueError(f"batch must be a power of two, not {key.batch}")
+    return key, Choice(entry["formulation"], tile)
+
+
+def _from_fields(cls: type, values: Any) -> Any:
+    """Build a dataclass from a JSON object that has exactly its fields, each of its type."""
+    expected = get_type_hints(cls)
+    if not isinstance(values, dict) or set(values) != set(expected):
+        raise ValueError(f"expected the fields {', '.join(expected)}, not {values!r}")
+    for name, kind in expected.items():
+        if type(values[name]) is not kind:
+            raise TypeError(f"{name} must be {kind.__name__}, not {values[name]!r}")
+    return cls(**values)

@@ -1,0 +1,232 @@
+"""Binary convolution, forward: implicit GEMM over packed channels-last images.
+
+M is the output pixels, N the output channels, K the taps times the channels. A weight arrives
+either packed, for the popcount kernel, or expanded to numbers, for the tensor cores: it is small,
+and expanding it once spares every tile the shuffles that expanding both operands would cost.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritonbnn import checks
+from tritonbnn.bits import WORD_BITS
+from tritonbnn.kernels import config
+from tritonbnn.kernels.geometry import Geometry, checked_geometry
+from tritonbnn.kernels.launch import check_kernel_dtype, launch
+from tritonbnn.kernels.library import convolution
+from tritonbnn.kernels.pack import unpack_signs
+from tritonbnn.kernels.tiles import popcount, signs, tile_of, window
+from tritonbnn.layout import channels_last, flat_pixels, from_flat
+
+
+@triton.jit
+def _conv_dot_kernel(
+    x_ptr,
+    weight_ptr,
+    alpha_ptr,
+    y_ptr,
+    pixels,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """y[p, o] = alpha[o] * sum over valid taps t and c of sign(x[p + t, c]) weight[o, t, c].
+
+    x (N H W, words) int32, expanded in registers to the weight's dtype; weight (O, kh kw, C)
+    float or int8; alpha (O,) float32 or None; y (N H' W', O) of any number dtype.
+    """
+    OPERAND: tl.constexpr = weight_ptr.dtype.element_ty
+    ACCUMULATOR: tl.constexpr = tl.int32 if OPERAND.is_int() else tl.float32
+    WORDS: tl.constexpr = (CHANNELS + 31) // 32
+    TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
+    CHUNKS: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
+    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(OUT_CHANNELS, BLOCK_N))
+    pixel = (pid_m * BLOCK_M).to(tl.int32) + tl.arange(0, BLOCK_M)
+    out = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACCUMULATOR)
+    for step in range(TAPS * CHUNKS):
+        tap = step // CHUNKS
+        chunk = step % CHUNKS
+        source, inside = window(
+            pixel, pixels, tap, HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, KERNEL_SIZE, STRIDE, PADDING
+        )
+        word = chunk * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
+        x_mask = inside[:, None] & (word < WORDS)[None, :]
+        bits = tl.load(x_ptr + source[:, None] * WORDS + word[None, :], mask=x_mask, other=0)
+        channel = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+        offs_w = (out[None, :] * TAPS + tap) * CHANNELS + channel[:, None]
+        w_mask = (channel < CHANNELS)[:, None] & (out < OUT_CHANNELS)[None, :]
+        # Lanes beyond C are -1 in x, so the weight's must be 0.
+        w = tl.load(weight_ptr + offs_w, mask=w_mask, other=0)
+        s = signs(bits, inside, OPERAND)
+        acc = tl.dot(s, w, acc, input_precision="ieee", out_dtype=ACCUMULATOR)
+    known = out < OUT_CHANNELS
+    y = acc
+    if alpha_ptr is not None:
+        y = acc.to(tl.float32) * tl.load(alpha_ptr + out, mask=known, other=0.0)[None, :]
+    offs_y = pixel.to(tl.int64)[:, None] * OUT_CHANNELS + out[None, :]
+    mask = (pixel < pixels)[:, None] & known[None, :]
+    tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _conv_popcount_kernel(
+    x_ptr,
+    weight_ptr,
+    alpha_ptr,
+    y_ptr,
+    pixels,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y[p, o] = alpha[o] * sum over valid taps t of C - 2 popcount(x[p + t] ^ weight[o, t]).
+
+    x (N H W, words) int32; weight (O, kh kw, words) int32; alpha (O,) float32 or None; y
+    (N H' W', O) of any number dtype.
+    """
+    WORDS: tl.constexpr = (CHANNELS + 31) // 32
+    TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
+    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(OUT_CHANNELS, BLOCK_N))
+    pixel = (pid_m * BLOCK_M).to(tl.int32) + tl.arange(0, BLOCK_M)
+    out = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    known = out < OUT_CHANNELS
+    differing = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    valid_taps = tl.zeros((BLOCK_M,), tl.int32)
+    for tap in range(TAPS):
+        source, inside = window(
+            pixel, pixels, tap, HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, KERNEL_SIZE, STRIDE, PADDING
+        )
+        valid_taps += inside.to(tl.int32)
+        # x ^ w & keep is one three-input instruction, so the padding costs nothing.
+        keep = tl.where(inside, -1, 0)[:, None]
+        for word in range(WORDS):
+            x = tl.load(x_ptr + source * WORDS + word, mask=inside, other=0)
+            w = tl.load(weight_ptr + (out * TAPS + tap) * WORDS + word, mask=known, other=0)
+            differing += popcount((x[:, None] ^ w[None, :]) & keep)
+    y = CHANNELS * valid_taps[:, None] - 2 * differing
+    if alpha_ptr is not None:
+        y = y.to(tl.float32) * tl.load(alpha_ptr + out, mask=known, other=0.0)[None, :]
+    offs_y = pixel.to(tl.int64)[:, None] * OUT_CHANNELS + out[None, :]
+    mask = (pixel < pixels)[:, None] & known[None, :]
+    tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def conv_packed(
+    x: Tensor,
+    weight: Tensor,
+    alpha: Tensor | None,
+    *,
+    channels: int,
+    stride: int,
+    padding: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Convolve signs with signs: the twin of :func:`tritonbnn.eager.conv_packed`."""
+    checks.check_packed("x", x, channels)
+    checks.check_packed("weight", weight, channels)
+    checks.check_same_device(x=x, weight=weight, alpha=alpha)
+    checks.check_per_channel(weight.shape[0], alpha=alpha)
+    if dtype not in (torch.int16, torch.int32):
+        check_kernel_dtype("dtype", dtype)
+    geometry = checked_geometry(x, channels, weight.shape[0], weight.shape[1], stride, padding)
+    choice = config.choose(geometry.key("conv_packed", "int32"), x.device)
+    y = torch.empty((geometry.pixels, weight.shape[0]), dtype=dtype, device=x.device)
+    if alpha is not None:
+        alpha = alpha.to(torch.float32).contiguous()
+    if y.numel() and choice.formulation == "popcount":
+        _launch_popcount(x.contiguous(), weight.contiguous(), alpha, y, geometry, choice.tile)
+    elif y.numel():
+        expanded = flat_pixels(unpack_signs(weight, channels, torch.int8))
+        _launch_dot(x.contiguous(), expanded, alpha, y, geometry, choice.tile)
+    return from_flat(y, geometry.output_shape)
+
+
+def conv_real(
+    x: Tensor, weight: Tensor, *, stride: int, padding: int, dtype: torch.dtype
+) -> Tensor:
+    """Convolve signs with a real weight: the twin of :func:`tritonbnn.eager.conv_real`."""
+    out_channels, channels, kernel_size, _ = weight.shape
+    checks.check_packed("x", x, channels)
+    checks.check_same_device(x=x, weight=weight)
+    check_kernel_dtype("weight", weight.dtype)
+    check_kernel_dtype("dtype", dtype)
+    geometry = checked_geometry(x, channels, out_channels, kernel_size, stride, padding)
+    choice = config.choose(geometry.key("conv_real", config.dtype_name(dtype)), x.device)
+    weight = channels_last(weight.to(dtype))
+    if choice.formulation == "library":
+        return convolution(unpack_signs(x, channels, dtype), weight, geometry)
+    y = torch.empty((geometry.pixels, out_channels), dtype=dtype, device=x.device)
+    if y.numel():
+        _launch_dot(x.contiguous(), flat_pixels(weight), None, y, geometry, choice.tile)
+    return from_flat(y, geometry.output_shape)
+
+
+def _launch_dot(
+    x: Tensor,
+    weight: Tensor,
+    alpha: Tensor | None,
+    y: Tensor,
+    geometry: Geometry,
+    tile: config.TileConfig,
+) -> None:
+    """Run the tensor-core kernel; ``weight`` holds numbers, (O kh kw, C)."""
+    launch(
+        _conv_dot_kernel,
+        triton.cdiv(geometry.pixels, tile.block_m)
+        * triton.cdiv(geometry.out_channels, tile.block_n),
+        tile,
+        x_ptr=x,
+        weight_ptr=weight,
+        alpha_ptr=alpha,
+        y_ptr=y,
+        pixels=geometry.pixels,
+        **geometry.constants,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=max(tile.block_k, WORD_BITS),
+    )
+
+
+def _launch_popcount(
+    x: Tensor,
+    weight: Tensor,
+    alpha: Tensor | None,
+    y: Tensor,
+    geometry: Geometry,
+    tile: config.TileConfig,
+) -> None:
+    """Run the popcount kernel; ``weight`` is packed, (O, kh, kw, words)."""
+    launch(
+        _conv_popcount_kernel,
+        triton.cdiv(geometry.pixels, tile.block_m)
+        * triton.cdiv(geometry.out_channels, tile.block_n),
+        tile,
+        x_ptr=x,
+        weight_ptr=weight,
+        alpha_ptr=alpha,
+        y_ptr=y,
+        pixels=geometry.pixels,
+        **geometry.constants,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+    )

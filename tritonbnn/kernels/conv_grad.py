@@ -1,0 +1,279 @@
+"""The gradients of a binary convolution, to its input and to its weight: implicit GEMM.
+
+One operand is real, so these are real GEMMs: products in the gradient's dtype (float32 in true
+float32), sums in float32. Nothing is added atomically, so results are the same every time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritonbnn import checks
+from tritonbnn.bits import WORD_BITS
+from tritonbnn.kernels import config
+from tritonbnn.kernels.geometry import Geometry, check_geometry, checked_geometry
+from tritonbnn.kernels.launch import check_kernel_dtype, launch
+from tritonbnn.kernels.library import convolution_backward
+from tritonbnn.kernels.pack import unpack_signs
+from tritonbnn.kernels.tiles import signs, tile_of, window
+from tritonbnn.layout import channels_last, empty_channels_last, from_flat
+
+TARGET_PROGRAMS = 512
+"""Programs that the weight gradient splits its pixels for: a few waves of any current GPU."""
+
+MIN_STEPS = 8
+"""Blocks of pixels that a split is worth, so that partial sums stay small traffic."""
+
+
+@triton.jit
+def _conv_input_grad_kernel(
+    grad_ptr,
+    weight_ptr,
+    dx_ptr,
+    batch,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dx[y, x, c] = sum over ky, kx, o of grad[(y + p - ky) / s, (x + p - kx) / s, o] w[o, t, c].
+
+    grad (N H' W', O) float, weight (O, kh kw, C) and dx (N H W, C) of the same dtype. With stride 2
+    a pixel meets only the taps of its parity, so axis 1 of the grid is the parity class and a
+    program's pixels share their taps.
+    """
+    TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
+    CHUNKS: tl.constexpr = (OUT_CHANNELS + BLOCK_K - 1) // BLOCK_K
+    ROWS: tl.constexpr = (HEIGHT + STRIDE - 1) // STRIDE
+    COLUMNS: tl.constexpr = (WIDTH + STRIDE - 1) // STRIDE
+    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(CHANNELS, BLOCK_N))
+    pixel = (pid_m * BLOCK_M).to(tl.int32) + tl.arange(0, BLOCK_M)
+    image = pixel // (ROWS * COLUMNS)
+    y = pixel // COLUMNS % ROWS * STRIDE + tl.program_id(1) // STRIDE
+    x = pixel % COLUMNS * STRIDE + tl.program_id(1) % STRIDE
+    exists = (image < batch) & (y < HEIGHT) & (x < WIDTH)
+    first_y = (tl.program_id(1) // STRIDE + PADDING) % STRIDE
+    first_x = (tl.program_id(1) % STRIDE + PADDING) % STRIDE
+    taps_y = (KERNEL_SIZE - first_y + STRIDE - 1) // STRIDE
+    taps_x = (KERNEL_SIZE - first_x + STRIDE - 1) // STRIDE
+    channel = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(taps_y * taps_x * CHUNKS):
+        out = step % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
+        ky = first_y + step // CHUNKS // taps_x * STRIDE
+        kx = first_x + step // CHUNKS % taps_x * STRIDE
+        # May be negative, where truncation would round up to 0: test before dividing.
+        reach_y = y + PADDING - ky
+        reach_x = x + PADDING - kx
+        out_y = reach_y // STRIDE
+        out_x = reach_x // STRIDE
+        inside = exists & (reach_y >= 0) & (out_y < OUT_HEIGHT)
+        inside &= (reach_x >= 0) & (out_x < OUT_WIDTH)
+        source = (image * OUT_HEIGHT + out_y).to(tl.int64) * OUT_WIDTH + out_x
+        g_mask = inside[:, None] & (out < OUT_CHANNELS)[None, :]
+        g = tl.load(grad_ptr + source[:, None] * OUT_CHANNELS + out[None, :], mask=g_mask, other=0)
+        offs_w = (out[:, None] * TAPS + ky * KERNEL_SIZE + kx) * CHANNELS + channel[None, :]
+        w_mask = (out < OUT_CHANNELS)[:, None] & (channel < CHANNELS)[None, :]
+        w = tl.load(weight_ptr + offs_w, mask=w_mask, other=0)
+        acc = tl.dot(g, w, acc, input_precision="ieee")
+    target = (image * HEIGHT + y).to(tl.int64) * WIDTH + x
+    mask = exists[:, None] & (channel < CHANNELS)[None, :]
+    dx = acc.to(dx_ptr.dtype.element_ty)
+    tl.store(dx_ptr + target[:, None] * CHANNELS + channel[None, :], dx, mask=mask)
+
+
+@triton.jit
+def _conv_weight_grad_kernel(
+    grad_ptr,
+    x_ptr,
+    partial_ptr,
+    pixels,
+    steps,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    OUT_CHANNELS: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """partial[split, o, t, c] = sum over the split's pixels p of grad[p, o] sign(x[p + t, c]).
+
+    grad (N H' W', O) float; x (N H W, words) int32, expanded in registers to grad's dtype; partial
+    (splits, O, kh kw, C) float32. Axis 1 of the grid is the tap, axis 2 the split, ``steps``
+    blocks of BLOCK_K pixels each.
+    """
+    WORDS: tl.constexpr = (CHANNELS + 31) // 32
+    TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
+    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(CHANNELS, BLOCK_N))
+    tap = tl.program_id(1)
+    split = tl.program_id(2)
+    out = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    word = pid_n * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)
+    channel = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for step in range(split * steps, split * steps + steps):
+        pixel = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        source, inside = window(
+            pixel, pixels, tap, HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, KERNEL_SIZE, STRIDE, PADDING
+        )
+        offs_g = pixel.to(tl.int64)[None, :] * OUT_CHANNELS + out[:, None]
+        g_mask = (pixel < pixels)[None, :] & (out < OUT_CHANNELS)[:, None]
+        g = tl.load(grad_ptr + offs_g, mask=g_mask, other=0)
+        x_mask = inside[:, None] & (word < WORDS)[None, :]
+        bits = tl.load(x_ptr + source[:, None] * WORDS + word[None, :], mask=x_mask, other=0)
+        acc = tl.dot(g, signs(bits, inside, grad_ptr.dtype.element_ty), acc, input_precision="ieee")
+    offs = ((split * OUT_CHANNELS + out[:, None]) * TAPS + tap) * CHANNELS + channel[None, :]
+    mask = (out < OUT_CHANNELS)[:, None] & (channel < CHANNELS)[None, :]
+    tl.store(partial_ptr + offs, acc, mask=mask)
+
+
+def conv_input_grad(
+    grad: Tensor,
+    weight: Tensor,
+    alpha: Tensor | None,
+    *,
+    channels: int,
+    height: int,
+    width: int,
+    stride: int,
+    padding: int,
+) -> Tensor:
+    """The gradient to the +-1 input: the twin of :func:`tritonbnn.eager.conv_input_grad`."""
+    check_kernel_dtype("grad", grad.dtype)
+    checks.check_same_device(grad=grad, weight=weight, alpha=alpha)
+    real = _real_weight(weight, alpha, channels, grad.dtype)
+    out_channels, _, kernel_size, _ = real.shape
+    geometry = Geometry(
+        grad.shape[0], height, width, channels, out_channels, kernel_size, stride, padding
+    )
+    check_geometry(geometry)
+    checks.check_shape("grad", grad, geometry.output_shape)
+    choice = config.choose(
+        geometry.key("conv_input_grad", config.dtype_name(grad.dtype)), grad.device
+    )
+    shape = (geometry.batch, channels, height, width)
+    if choice.formulation == "library":
+        like = empty_channels_last(shape, grad.dtype, grad.device)
+        return convolution_backward(grad, like, real, geometry, [True, False, False])[0]
+    dx = torch.empty(
+        (geometry.batch * height * width, channels), dtype=grad.dtype, device=grad.device
+    )
+    if dx.numel():
+        _launch_input_grad(channels_last(grad), real, dx, geometry, choice.tile)
+    return from_flat(dx, shape)
+
+
+def _real_weight(weight: Tensor, alpha: Tensor | None, channels: int, dtype: torch.dtype) -> Tensor:
+    """The weight as numbers, (O, C, kh, kw) in ``dtype`` and channels_last memory."""
+    if alpha is None:
+        if weight.shape[1] != channels:
+            raise ValueError(f"weight must have {channels} input channels, not {weight.shape[1]}")
+        return channels_last(weight.to(dtype))
+    checks.check_packed("weight", weight, channels)
+    checks.check_per_channel(weight.shape[0], alpha=alpha)
+    return unpack_signs(weight, channels, dtype).mul_(alpha.to(dtype).view(-1, 1, 1, 1))
+
+
+def _launch_input_grad(
+    grad: Tensor, weight: Tensor, dx: Tensor, geometry: Geometry, tile: config.TileConfig
+) -> None:
+    stride = geometry.stride
+    rows, columns = triton.cdiv(geometry.height, stride), triton.cdiv(geometry.width, stride)
+    programs = triton.cdiv(geometry.batch * rows * columns, tile.block_m)
+    launch(
+        _conv_input_grad_kernel,
+        (programs * triton.cdiv(geometry.channels, tile.block_n), stride * stride),
+        tile,
+        grad_ptr=grad,
+        weight_ptr=weight,
+        dx_ptr=dx,
+        batch=geometry.batch,
+        **geometry.constants,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+    )
+
+
+def conv_weight_grad(
+    grad: Tensor, x: Tensor, *, channels: int, kernel_size: int, stride: int, padding: int
+) -> Tensor:
+    """The gradient to the weight: the twin of :func:`tritonbnn.eager.conv_weight_grad`."""
+    check_kernel_dtype("grad", grad.dtype)
+    checks.check_packed("x", x, channels)
+    checks.check_same_device(grad=grad, x=x)
+    geometry = checked_geometry(x, channels, grad.shape[1], kernel_size, stride, padding)
+    checks.check_shape("grad", grad, geometry.output_shape)
+    choice = config.choose(
+        geometry.key("conv_weight_grad", config.dtype_name(grad.dtype)), grad.device
+    )
+    shape = (geometry.out_channels, channels, kernel_size, kernel_size)
+    if choice.formulation == "library":
+        like = empty_channels_last(shape, grad.dtype, grad.device)
+        signs_of_x = unpack_signs(x, channels, grad.dtype)
+        mask = [False, True, False]
+        weight_grad = convolution_backward(grad, signs_of_x, like, geometry, mask)[1]
+        return channels_last(weight_grad.to(torch.float32))
+    tile = choice.tile
+    blocks = triton.cdiv(geometry.pixels, tile.block_k)
+    splits = _splits(geometry, tile, blocks)
+    taps = kernel_size * kernel_size
+    partial = torch.empty(
+        (splits, geometry.out_channels * taps, channels), dtype=torch.float32, device=grad.device
+    )
+    if partial.numel():
+        _launch_weight_grad(channels_last(grad), x.contiguous(), partial, geometry, tile, blocks)
+    return from_flat(partial.sum(0) if splits != 1 else partial[0], shape)
+
+
+def _splits(geometry: Geometry, tile: config.TileConfig, blocks: int) -> int:
+    """How many programs share the pixels of one tile: a function of the problem alone.
+
+    No device is asked, so that the order of summation is the same on all of them.
+    """
+    tiles = triton.cdiv(geometry.out_channels, tile.block_m)
+    tiles *= triton.cdiv(geometry.channels, tile.block_n) * geometry.kernel_size**2
+    splits = min(triton.cdiv(TARGET_PROGRAMS, tiles), triton.cdiv(blocks, MIN_STEPS))
+    return triton.cdiv(blocks, triton.cdiv(blocks, splits)) if splits else 0
+
+
+def _launch_weight_grad(
+    grad: Tensor,
+    x: Tensor,
+    partial: Tensor,
+    geometry: Geometry,
+    tile: config.TileConfig,
+    blocks: int,
+) -> None:
+    splits = partial.shape[0]
+    tiles = triton.cdiv(geometry.out_channels, tile.block_m)
+    tiles *= triton.cdiv(geometry.channels, tile.block_n)
+    launch(
+        _conv_weight_grad_kernel,
+        (tiles, geometry.kernel_size**2, splits),
+        tile,
+        grad_ptr=grad,
+        x_ptr=x,
+        partial_ptr=partial,
+        pixels=geometry.pixels,
+        steps=triton.cdiv(blocks, splits),
+        **geometry.constants,
+        BLOCK_M=tile.block_m,
+        BLOCK_N=max(tile.block_n, WORD_BITS),
+        BLOCK_K=tile.block_k,
+    )

@@ -1,0 +1,101 @@
+"""The shapes of one convolution problem, checked once and handed to kernels as constants."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tritonbnn import checks
+from tritonbnn.kernels.config import ProblemKey
+
+MAX_PIXELS = 2**31 - 2**12
+"""Pixels are counted in int32, tails of a tile included; addresses are int64."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A square convolution over channels-last images."""
+
+    batch: int
+    height: int
+    width: int
+    channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int
+    padding: int
+
+    @property
+    def out_height(self) -> int:
+        return self._out_size[0]
+
+    @property
+    def out_width(self) -> int:
+        return self._out_size[1]
+
+    @property
+    def _out_size(self) -> tuple[int, int]:
+        return checks.conv_output_size(
+            self.height, self.width, self.kernel_size, self.stride, self.padding
+        )
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of the output, over the batch."""
+        return self.batch * self.out_height * self.out_width
+
+    @property
+    def output_shape(self) -> tuple[int, int, int, int]:
+        return self.batch, self.out_channels, self.out_height, self.out_width
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The kernels' constexpr arguments: division by a constant is a multiplication."""
+        return {
+            "HEIGHT": self.height,
+            "WIDTH": self.width,
+            "OUT_HEIGHT": self.out_height,
+            "OUT_WIDTH": self.out_width,
+            "CHANNELS": self.channels,
+            "OUT_CHANNELS": self.out_channels,
+            "KERNEL_SIZE": self.kernel_size,
+            "STRIDE": self.stride,
+            "PADDING": self.padding,
+        }
+
+    def key(self, op: str, dtype: str) -> ProblemKey:
+        """The tuning table's name for an operation on this problem."""
+        return ProblemKey(
+            op,
+            dtype,
+            self.batch,
+            self.height,
+            self.width,
+            self.channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+        )
+
+
+def check_geometry(geometry: Geometry) -> None:
+    """Raise ValueError unless kernels take the problem; the message names what they take."""
+    if min(geometry.batch, geometry.height, geometry.width) < 0:
+        raise ValueError(
+            f"batch, height and width must not be negative, not "
+            f"{geometry.batch}, {geometry.height}, {geometry.width}"
+        )
+    if min(geometry.out_height, geometry.out_width) < 0:
+        raise ValueError(f"the image of {geometry.height} x {geometry.width} is too small")
+    pixels = max(geometry.pixels, geometry.batch * geometry.height * geometry.width)
+    if pixels > MAX_PIXELS:
+        raise ValueError(f"at most {MAX_PIXELS} pixels in a batch, not {pixels}")
+
+
+def checked_geometry(
+    x: Tensor, channels: int, out_channels: int, kernel_size: int, stride: int, padding: int
+) -> Geometry:
+    """The problem whose input is ``x``, packed (N, H, W, words), if kernels take it."""
+    batch, height, width, _ = x.shape
+    geometry = Geometry(batch, height, width, channels, out_channels, kernel_size, stride, padding)
+    check_geometry(geometry)
+    return geometry

@@ -1,0 +1,129 @@
+"""Pack signs into int32 words along channels, and back."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritonbnn import checks
+from tritonbnn.bits import WORD_BITS, words
+from tritonbnn.kernels import config
+from tritonbnn.kernels.launch import check_kernel_dtype, launch
+from tritonbnn.layout import channels_last, flat_pixels, from_flat
+
+
+@triton.jit
+def _pack_kernel(
+    x_ptr,
+    shift_ptr,
+    packed_ptr,
+    rows,
+    CHANNELS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """packed[r, w] = sum over l of (x[r, 32 w + l] + shift[32 w + l] >= 0) << l.
+
+    x (rows, CHANNELS) float, shift (CHANNELS,) float or None, packed (rows, WORDS) int32. A
+    program packs BLOCK words, counted over the whole of ``packed``.
+    """
+    word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = word // WORDS
+    lane = tl.arange(0, 32)[None, :]
+    channel = (word % WORDS)[:, None] * 32 + lane
+    mask = (row < rows)[:, None] & (channel < CHANNELS)
+    # A lane beyond C must pack to 0, and a negative number does.
+    x = tl.load(x_ptr + row[:, None] * CHANNELS + channel, mask=mask, other=-1.0).to(tl.float32)
+    if shift_ptr is not None:
+        x += tl.load(shift_ptr + channel, mask=mask, other=0.0).to(tl.float32)
+    packed = tl.sum((x >= 0).to(tl.int32) << lane, axis=1)
+    tl.store(packed_ptr + word, packed, mask=row < rows)
+
+
+@triton.jit
+def _unpack_kernel(
+    packed_ptr,
+    x_ptr,
+    rows,
+    CHANNELS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x[r, 32 w + l] = 2 (packed[r, w] >> l & 1) - 1.
+
+    packed (rows, WORDS) int32, x (rows, CHANNELS) of any number dtype.
+    """
+    word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    row = word // WORDS
+    lane = tl.arange(0, 32)[None, :]
+    channel = (word % WORDS)[:, None] * 32 + lane
+    mask = (row < rows)[:, None] & (channel < CHANNELS)
+    bits = (tl.load(packed_ptr + word, mask=row < rows, other=0)[:, None] >> lane) & 1
+    plus_minus = tl.where(bits != 0, 1.0, -1.0).to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + row[:, None] * CHANNELS + channel, plus_minus, mask=mask)
+
+
+def pack_signs(x: Tensor, shift: Tensor | None = None) -> Tensor:
+    """Pack the signs of ``x + shift``: the twin of :func:`tritonbnn.eager.pack_signs`."""
+    check_kernel_dtype("x", x.dtype)
+    checks.check_per_channel(x.shape[1], shift=shift)
+    checks.check_same_device(x=x, shift=shift)
+    flat = flat_pixels(channels_last(x))
+    rows, channels = flat.shape
+    packed = torch.empty((rows, words(channels)), dtype=torch.int32, device=x.device)
+    tile = config.choose(config.elementwise_key("pack_signs", x), x.device).tile
+    block = max(1, tile.block_m * tile.block_n // WORD_BITS)
+    if packed.numel():
+        launch(
+            _pack_kernel,
+            triton.cdiv(packed.numel(), block),
+            tile,
+            x_ptr=flat,
+            shift_ptr=None if shift is None else shift.contiguous(),
+            packed_ptr=packed,
+            rows=rows,
+            CHANNELS=channels,
+            WORDS=words(channels),
+            BLOCK=block,
+        )
+    if x.dim() == 2:
+        return packed
+    n, _, h, w = x.shape
+    return packed.view(n, h, w, packed.shape[1])
+
+
+def unpack_signs(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
+    """Expand packed signs to +1 and -1: the twin of :func:`tritonbnn.eager.unpack_signs`.
+
+    ``dtype`` may also be an integer one: int8 feeds the integer tensor core.
+    """
+    checks.check_packed("packed", packed, channels)
+    if dtype != torch.int8:
+        check_kernel_dtype("dtype", dtype)
+    rows = packed.numel() // packed.shape[-1]
+    flat = torch.empty((rows, channels), dtype=dtype, device=packed.device)
+    tile = config.default_tile(config.ProblemKey("pack_signs", "int32", rows, 1, 1, channels))
+    block = max(1, tile.block_m * tile.block_n // WORD_BITS)
+    if rows:
+        launch(
+            _unpack_kernel,
+            triton.cdiv(rows * words(channels), block),
+            tile,
+            packed_ptr=packed.contiguous(),
+            x_ptr=flat,
+            rows=rows,
+            CHANNELS=channels,
+            WORDS=words(channels),
+            BLOCK=block,
+        )
+    if packed.dim() == 2:
+        return flat
+    n, h, w, _ = packed.shape
+    return from_flat(flat, (n, channels, h, w))
+
+
+def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Pack a weight and scale it: the twin of :func:`tritonbnn.eager.pack_weight`."""
+    check_kernel_dtype("weight", weight.dtype)
+    alpha = weight.abs().mean(dim=tuple(range(1, weight.dim())), dtype=torch.float32)
+    return pack_signs(weight), alpha

@@ -1,0 +1,55 @@
+"""Jit helpers that several kernels share: popcount, signs from bits, program order."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def popcount(x):
+    """The number of bits set in each int32. LLVM knows this idiom and emits one POPC for it."""
+    x = x.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def signs(words, valid, DTYPE: tl.constexpr):
+    """Expand (ROWS, WORDS) int32 to (ROWS, 32 WORDS) of +1 and -1, and 0 in rows not ``valid``."""
+    ROWS: tl.constexpr = words.shape[0]
+    WORDS: tl.constexpr = words.shape[1]
+    bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
+    one = tl.full((1, 1, 1), 1, DTYPE)
+    plus_minus = tl.where(bits != 0, one, -one)
+    zero = tl.full((1, 1, 1), 0, DTYPE)
+    return tl.reshape(tl.where(valid[:, None, None], plus_minus, zero), (ROWS, 32 * WORDS))
+
+
+@triton.jit
+def tile_of(program, tiles_n):
+    """The (m, n) tile of a program. n runs fastest: neighbours share the larger operand in L2."""
+    return (program // tiles_n).to(tl.int64), program % tiles_n
+
+
+@triton.jit
+def window(
+    pixel,
+    pixels,
+    tap,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OUT_HEIGHT: tl.constexpr,
+    OUT_WIDTH: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PADDING: tl.constexpr,
+):
+    """The input pixel (flat, int64) that a tap of an output pixel reads, and whether it exists."""
+    column = pixel % OUT_WIDTH
+    row = pixel // OUT_WIDTH % OUT_HEIGHT
+    image = pixel // (OUT_WIDTH * OUT_HEIGHT)
+    y = row * STRIDE - PADDING + tap // KERNEL_SIZE
+    x = column * STRIDE - PADDING + tap % KERNEL_SIZE
+    inside = (pixel < pixels) & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
+    return (image * HEIGHT + y).to(tl.int64) * WIDTH + x, inside
