@@ -150,7 +150,8 @@ def write_tree(root: Path, *, train: int = 8, val: int = 3, classes: str = "ab")
             folder = root / split / name
             folder.mkdir(parents=True)
             for index in range(count):
-                pixels = random.integers(60 * number, 120 + 60 * number, (32, 32, 3), np.uint8)
+                dark = 160 * number // len(classes)
+                pixels = random.integers(dark, dark + 96, (32, 32, 3), np.uint8)
                 Image.fromarray(pixels).save(folder / f"{index}.png")
     return root
 
