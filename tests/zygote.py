@@ -34,7 +34,7 @@ class Faults:
 
     def __init__(self, mishap: str | None, at_call: int, at_step: int) -> None:
         self.calls, self._steps, self._mishap = 0, 0, mishap
-        self._at_call, self._at_step = at_call, at_step
+        self._at_call, self._at_step = (at_call, at_step) if mishap else (0, 0)
         for name in WATCHED:
             setattr(os, name, self._watched(name, getattr(os, name)))
         Keeper.after_step = self._stepping(Keeper.after_step)
