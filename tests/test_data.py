@@ -87,6 +87,7 @@ def test_every_image_is_seen_once_and_weighs_the_same(size, batch_size, accumula
         real = [label for part in parts if part.count for label in part.labels.tolist()]
         assert real == whole.tolist()
         assert {part.global_count for part in parts} == {len(whole)}
+        assert all(part.count for part in shares[0])
         for part in parts:
             assert len(part.images) == len(part.labels) == max(part.count, 1)
         sizes = [sum(part.count for part in share) for share in shares]
@@ -191,34 +192,45 @@ print(seen, sorted(caught))
 """
 
 
-def start(ending: str) -> subprocess.Popen:
-    root = Path(__file__).parents[1]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, ending],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": str(root)},
-        start_new_session=True,
-    )
-    assert process.stdout
-    assert process.stdout.readline() == "ready\n"
-    return process
+@pytest.fixture
+def start():
+    """A function that runs SCRIPT in a session of its own, up to its first batch."""
+    started = []
+
+    def run(ending: str) -> subprocess.Popen:
+        root = Path(__file__).parents[1]
+        process = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, ending],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            start_new_session=True,
+        )
+        started.append(process)
+        assert process.stdout.readline() == "ready\n"
+        return process
+
+    yield run
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
-def test_workers_outlive_a_signal_to_the_group():
+def test_workers_outlive_a_signal_to_the_group(start):
     process = start("go on")
     for number in (signal.SIGINT, signal.SIGTERM):
         os.killpg(process.pid, number)
-    out, err = process.communicate("\n", timeout=300)
+    out, err = process.communicate("\n", timeout=120)
     assert out == f"1437 [{signal.SIGINT:d}, {signal.SIGTERM:d}]\n"
     assert err == ""
 
 
-def test_workers_end_with_a_process_that_fails():
+def test_workers_end_with_a_process_that_fails(start):
     process = start("fail")
-    _, err = process.communicate("\n", timeout=300)
+    _, err = process.communicate("\n", timeout=120)
     assert process.returncode == 1
     assert err.rstrip().endswith("RuntimeError: a mistake of ours")

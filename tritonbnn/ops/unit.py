@@ -4,13 +4,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
-from torch.autograd.function import once_differentiable
 
 from tritonbnn import checks
 from tritonbnn.ops import library
 from tritonbnn.ops.autocast import autocast_input
 from tritonbnn.ops.conv import clipped_weight_grad
 from tritonbnn.ops.norm import Affine, Statistics, batch_affine, norm_grads, running_affine
+from tritonbnn.ops.once import differentiable_once
 
 PLANS = ("keep", "recompute")
 SHORTCUTS = ("identity", "pool", "repeat")
@@ -109,7 +109,7 @@ class _BinaryUnit(torch.autograd.Function):
         return z, mean, variance
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gamma, shift_in, shift_mid, slope, residual, *computed = ctx.saved_tensors
         signs, packed, alpha, a, *vectors = computed
@@ -275,12 +275,12 @@ def _check_shortcut(
         raise ValueError(
             f"shortcut must be a tensor or one of {', '.join(SHORTCUTS)}, not {kind!r}"
         )
+    if (stride == 2) != (kind == "pool"):
+        raise ValueError(f"the shortcut {kind!r} does not go with stride {stride}")
     if kind == "pool" and (x.shape[2] % 2 or x.shape[3] % 2):
         raise ValueError(
             f"a unit of stride 2 needs even height and width, not {tuple(x.shape[2:])}"
         )
-    if (stride == 2) != (kind == "pool"):
-        raise ValueError(f"the shortcut {kind!r} does not go with stride {stride}")
     if shape[1] != x.shape[1] * (2 if kind == "repeat" else 1):
         raise ValueError(
             f"the shortcut {kind!r} does not lead from {x.shape[1]} to {shape[1]} channels"

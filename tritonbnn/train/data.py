@@ -87,6 +87,8 @@ def train_batches(
     Over all processes every image comes exactly once, and all processes get the same number of
     micro-batches in every optimiser step. Where a process would get none, it gets the first image
     of the global batch again, with ``count`` 0, so that its collectives match the others'.
+    It passes through that process's batch norm all the same; process 0, whose statistics count,
+    never gets one.
 
     Args:
         dataset: indexed with :class:`SampleKey`, giving (image, label).
