@@ -1,5 +1,7 @@
 """``python -m tritonbnn.evaluate RUN|FILE``: score a checkpoint on its validation images."""
 
+from argparse import ArgumentTypeError
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +40,21 @@ def _parser() -> Parser:
     )
     parser.add_argument("--data-dir", type=Path, help="where the data are now")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--batch-size", type=_count, default=128, help="images at a time")
-    parser.add_argument("--workers", type=int, default=0, help="processes that read images")
+    parser.add_argument("--batch-size", type=_at_least(1), default=128, help="images at a time")
+    parser.add_argument(
+        "--workers", type=_at_least(0), default=0, help="processes that read images"
+    )
     parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     return parser
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise UserError(f"--batch-size must be a whole number of at least 1, not {text!r}")
-    return int(text)
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
+        return int(text)
+
+    return number
 
 
 def _open(checkpoint: Checkpoint, data_dir: Path | None) -> Source:

@@ -16,6 +16,11 @@ from torch import Tensor
 
 from tritonbnn.cli import UserError
 
+# The files in a step's folder: where to go on, where before that, and the best weights.
+LAST = "last.safetensors"
+PREVIOUS = "previous.safetensors"
+BEST = "best.safetensors"
+
 _FORMAT = 1
 _FACTS = "tritonbnn"
 

@@ -9,18 +9,16 @@ from typing import Any, TypeVar
 import torch
 
 from tritonbnn.cli import UserError
-from tritonbnn.train.checkpoint import Checkpoint, encode, read
+from tritonbnn.train.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, encode, read
 from tritonbnn.train.distributed import World
 from tritonbnn.train.files import make_folder, write_atomically
 from tritonbnn.train.meters import FirstBad
 from tritonbnn.train.state import State
 from tritonbnn.train.stop import Stopped, StopSignals
+from tritonbnn.train.weights import check_same_network
 
 logger = logging.getLogger(__name__)
 
-LAST = "last.safetensors"
-PREVIOUS = "previous.safetensors"
-BEST = "best.safetensors"
 T = TypeVar("T")
 
 
@@ -86,6 +84,7 @@ class Keeper:
         checkpoint = read_latest(self.folder)
         if checkpoint is None:
             return False
+        check_same_network(checkpoint, self.identity["network"])
         self.state.restore(checkpoint, self._world)
         before = checkpoint.facts["world_size"]
         if before != self._world.size and self._world.leads:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tritonbnn.cli import UserError
-from tritonbnn.train.checkpoint import read
+from tritonbnn.train.checkpoint import BEST, read
 from tritonbnn.train.config import Config, to_toml
 from tritonbnn.train.data import train_batches, train_steps, val_batches
 from tritonbnn.train.distributed import World
@@ -22,7 +22,7 @@ from tritonbnn.train.engine import (
     teacher_objective,
     train_one_epoch,
 )
-from tritonbnn.train.keeper import BEST, Keeper, read_latest
+from tritonbnn.train.keeper import Keeper, read_latest
 from tritonbnn.train.log import Bar, Board, Line, describe, write_log
 from tritonbnn.train.meters import FirstBad, TrainMeter
 from tritonbnn.train.optim import build_adam, describe_groups, learning_rate, warn_of_few_epochs

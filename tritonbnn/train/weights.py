@@ -9,8 +9,7 @@ from torch import nn
 from tritonbnn.cli import UserError
 from tritonbnn.models import build_model
 from tritonbnn.models.blocks import BinaryNetwork
-from tritonbnn.train.checkpoint import Checkpoint, read
-from tritonbnn.train.keeper import BEST
+from tritonbnn.train.checkpoint import BEST, Checkpoint, read
 
 logger = logging.getLogger(__name__)
 
