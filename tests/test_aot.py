@@ -124,7 +124,7 @@ def is_tensor(value):
 
 
 def test_limits_are_reported():
-    made = aot.Resources("_conv_dot_kernel", 255, 8, 230 * 1024, Counter({"FFMA": 1}))
+    made = aot.Resources("_conv_dot_kernel", 255, 8, 230 * 1024, Counter({"FFMA": 1}), Counter())
     tile = config.TileConfig(16, 16, 32, 4, 1)
     row = shipped.Row("sm_90", "conv_real", "", "bf16", tile, made)
     assert row.problems == [

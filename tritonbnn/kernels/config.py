@@ -161,11 +161,11 @@ def default_tile(key: ProblemKey, formulation: str) -> TileConfig:
         block_n, block_k = min(128, max(32, power_of_two(key.channels))), 64
     else:
         block_m, block_n = 128, min(128, max(16, power_of_two(columns)))
-        block_k = min(128 if key.op == "conv_packed" else 64, max(32, power_of_two(inner)))
+        block_k = min(64, max(32, power_of_two(inner)))
     if key.dtype == "float32":  # no tensor core: registers, not shared memory, bound the tile
         return TileConfig(min(block_m, 64), min(block_n, 64), 32, 8, 3)
     num_warps = 8 if block_m * block_n > 64 * 128 else 4
-    return TileConfig(block_m, block_n, block_k, num_warps, 3)
+    return TileConfig(block_m, block_n, block_k, num_warps, 3 if block_n > 32 else 2)
 
 
 def table_path(gpu: str) -> Path:
@@ -217,7 +217,9 @@ def parse_entry(entry: Any) -> tuple[ProblemKey, Choice]:
         expected = " or ".join(FORMULATIONS[key.op])
         raise ValueError(f"{key.op} runs as {expected}, not as {entry['formulation']!r}")
     for name, value in asdict(tile).items():
-        if value < 1 or (name != "num_stages" and value != power_of_two(value)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+        if name != "num_stages" and value != power_of_two(value):
             raise ValueError(f"{name} must be a power of two, not {value}")
     if key != key.bucketed():
         raise ValueError(f"batch must be a power of two, not {key.batch}")
