@@ -56,6 +56,7 @@ def test_candidates_are_clipped_to_the_problem_and_to_shared_memory():
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_default_passes_the_check(op, dtype):
+    torch.manual_seed(0)
     problem = Problem(op, LAYER, dtype)
     inputs = problem.inputs(CPU)
     results = problem.run(inputs)

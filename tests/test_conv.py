@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tests.helpers import activation, assert_no_worse_than_eager, plus_minus, vectors
+from tests.helpers import activation, assert_no_worse_than_eager, gradient, plus_minus, vectors
 from tritonbnn import eager, kernels, reference
 from tritonbnn.kernels import config
 
@@ -108,7 +108,7 @@ def test_any_problem_agrees_with_unfolding(size, channels, outputs, kernel_size,
 def test_signs_with_a_real_weight(launchers, device, problem, dtype):
     n, c, h, w, o, k, stride = problem
     x = activation(n, c, h, w)
-    weight = activation(o, c, k, k, seed=4)
+    weight = gradient(o, c, k, k, seed=4)
     arguments = {"stride": stride, "padding": k // 2}
     y = launchers.conv_real(
         eager.pack_signs(x).to(device), weight.to(device), dtype=dtype, **arguments

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import activation, assert_no_worse_than_eager, plus_minus
+from tests.helpers import assert_no_worse_than_eager, gradient, plus_minus
 from tests.test_conv import PROBLEMS
 from tritonbnn import eager, kernels, reference
 from tritonbnn.kernels import config, conv_grad
@@ -21,10 +21,10 @@ class Problem:
     def __init__(self, problem, dtype):
         n, c, h, w, o, k, stride = problem
         self.x = plus_minus(n, c, h, w) / 2
-        self.weight = activation(o, c, k, k, seed=4).div(8).clamp(-1, 1)
+        self.weight = gradient(o, c, k, k, seed=4).div(8).clamp(-1, 1)
         self.geometry = {"stride": stride, "padding": k // 2}
         y = reference.binary_conv2d(self.x, self.weight, **self.geometry)
-        self.grad = activation(*y.shape, dtype=dtype, seed=5)
+        self.grad = gradient(*y.shape, dtype=dtype, seed=5)
         self.size = {"channels": c, "height": h, "width": w}
 
     def autograd(self, dtype, binary_weight):
