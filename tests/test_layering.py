@@ -28,7 +28,7 @@ ALLOWED = {
     "predict": {"train", "models", "nn", *BASE},
 }
 # At the top of the stack:
-TOOLS = {"autotune", "bench", "candidates", "shipped", "aot", "workload", "timing"}
+TOOLS = {"autotune", "bench", "candidates", "commands", "shipped", "aot", "workload", "timing"}
 
 
 def imported(path):

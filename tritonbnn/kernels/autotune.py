@@ -5,12 +5,9 @@ run had finished is kept, and the same command goes on. Without a GPU, ``--compi
 sm_90`` ranks the candidates by what the compiler makes of them.
 """
 
-import argparse
 import json
-import subprocess
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +18,10 @@ from tqdm import tqdm
 from tritonbnn import cli
 from tritonbnn.kernels import aot, config, shipped
 from tritonbnn.kernels.candidates import candidates
-from tritonbnn.kernels.timing import time_callable
-from tritonbnn.kernels.workload import DTYPES, STEP_OPS, Problem, error_of, model_layers
+from tritonbnn.kernels.commands import add_problem_arguments, named_problems, positive
+from tritonbnn.kernels.shipped import check_target
+from tritonbnn.kernels.timing import measured_on, time_callable
+from tritonbnn.kernels.workload import STEP_OPS, Problem, error_of
 
 CHECK_BATCH = 2
 """Images that a candidate is checked on before it is timed."""
@@ -71,22 +70,6 @@ def tune(
     return Entry(problem.key.bucketed(), best, times[best], times[default])
 
 
-def header(gpu: str, device: torch.device) -> dict[str, Any]:
-    """What a table was measured on."""
-    return {
-        "gpu": gpu,
-        "driver": _driver() if device.type == "cuda" else None,
-        "torch": version("torch"),
-        "triton": version("triton"),
-    }
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout.split()[0]
-
-
 def read_entries(path: Path, head: dict[str, Any]) -> dict[config.ProblemKey, dict[str, Any]]:
     """The entries of an earlier run; none if other versions wrote them."""
     if not path.exists():
@@ -124,7 +107,7 @@ def tune_all(
     runs: int = 30,
 ) -> int:
     """Tune what the table at ``path`` misses, write it after every problem; how many were tuned."""
-    head = header(gpu, device)
+    head = {**measured_on(device), "gpu": gpu}
     entries = read_entries(path, head)
     todo = {problem.key.bucketed(): problem for problem in problems}
     todo = {key: problem for key, problem in todo.items() if key not in entries}
@@ -164,8 +147,9 @@ def rank(problem: Problem, target: str, limit: int | None) -> list[dict[str, Any
 def main(argv: list[str]) -> int:
     """Command line."""
     arguments = _parser().parse_args(argv)
-    problems = _problems(arguments)
+    problems = named_problems(arguments, (*STEP_OPS, "conv_real"))
     if arguments.compile_only:
+        check_target(arguments.target)
         for problem in tqdm(problems, unit="problem", disable=None):
             for row in rank(problem, arguments.target, arguments.limit)[: arguments.top]:
                 print(json.dumps(row))
@@ -191,33 +175,14 @@ def _nearest_target(capability: int) -> int:
 
 def _parser() -> cli.Parser:
     parser = cli.Parser(prog="tritonbnn.kernels.autotune", description=__doc__)
-    parser.add_argument("--model", default="reactnet_a")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--size", type=int, default=224, help="of the images")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    add_problem_arguments(parser, "reactnet_a")
     parser.add_argument("--gpu", default="auto", help="the GPU's name, to be sure of it")
-    parser.add_argument("--op", action="append", choices=sorted(config.FORMULATIONS))
-    parser.add_argument("--layer", type=int, action="append", help="only these of the layers")
-    parser.add_argument("--limit", type=int, help="try at most so many candidates a problem")
+    parser.add_argument("--limit", type=positive, help="try at most so many candidates a problem")
     parser.add_argument("--output", type=Path, help="the table, instead of the package's own")
     parser.add_argument("--compile-only", action="store_true", help="rank without a GPU")
     parser.add_argument("--target", default="sm_90", help="of --compile-only: sm_80 or sm_90")
-    parser.add_argument("--top", type=int, default=5, help="of --compile-only: rows a problem")
+    parser.add_argument("--top", type=positive, default=5, help="of --compile-only: rows a problem")
     return parser
-
-
-def _problems(arguments: argparse.Namespace) -> list[Problem]:
-    try:
-        aot.parse_target(arguments.target)
-        layers = list(model_layers(arguments.model, arguments.batch, arguments.size))
-    except ValueError as error:
-        raise cli.UserError(str(error)) from error
-    chosen = arguments.layer or range(len(layers))
-    if not set(chosen) <= set(range(len(layers))):
-        raise cli.UserError(f"--layer must be below {len(layers)}")
-    dtype = DTYPES[arguments.dtype]
-    ops = arguments.op or [*STEP_OPS, "conv_real"]
-    return [Problem(op, layers[index], dtype) for index in chosen for op in ops]
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@
 tensor-core instructions of each kernel, and fails if one of them breaks a limit.
 """
 
-import argparse
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from tqdm import tqdm
 
 from tritonbnn import cli
 from tritonbnn.kernels import aot, config
+from tritonbnn.kernels.commands import add_problem_arguments, named_problems
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import Launch
-from tritonbnn.kernels.workload import DTYPES, OPS, Problem, model_layers
+from tritonbnn.kernels.workload import DTYPES, Problem
 
 META = torch.device("meta")
 
@@ -130,14 +130,14 @@ def main(argv: list[str]) -> int:
     """Command line."""
     parser = cli.Parser(prog="tritonbnn.kernels.shipped", description=__doc__)
     parser.add_argument("--target", action="append", help="sm_80 or sm_90; repeat for both")
-    parser.add_argument("--model", help="every layer of a network, not a representative few")
-    parser.add_argument("--layer", type=int, action="append", help="only these of the layers")
-    parser.add_argument("--batch", type=int, default=256)
-    parser.add_argument("--size", type=int, default=224, help="of the images")
-    parser.add_argument("--dtype", action="append", choices=sorted(DTYPES))
+    add_problem_arguments(parser, None)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args(argv)
-    rows = _compile(arguments)
+    targets = arguments.target or ["sm_90"]
+    for target in targets:
+        check_target(target)
+    problems = named_problems(arguments, layers=REPRESENTATIVE)
+    rows = list(compile_all(tqdm(problems, unit="problem", disable=None), targets))
     if arguments.json:
         text = json.dumps([row.as_json() for row in rows], indent=1)
         arguments.json.write_text(text + "\n", encoding="utf-8")
@@ -147,21 +147,12 @@ def main(argv: list[str]) -> int:
     return 1 if broken else 0
 
 
-def _compile(arguments: argparse.Namespace) -> list[Row]:
-    targets = arguments.target or ["sm_90"]
-    for target in targets:
-        try:
-            aot.parse_target(target)
-        except ValueError as error:
-            raise cli.UserError(str(error)) from error
-    layers = list(REPRESENTATIVE)
-    if arguments.model:
-        layers = list(model_layers(arguments.model, arguments.batch, arguments.size))
-    if arguments.layer:
-        layers = [layer for index, layer in enumerate(layers) if index in arguments.layer]
-    dtypes = [DTYPES[name] for name in arguments.dtype or ["bf16"]]
-    problems = [Problem(op, layer, dtype) for layer in layers for dtype in dtypes for op in OPS]
-    return list(compile_all(tqdm(problems, unit="problem", disable=None), targets))
+def check_target(target: str) -> None:
+    """Raise a UserError unless the target is known."""
+    try:
+        aot.parse_target(target)
+    except ValueError as error:
+        raise cli.UserError(str(error)) from error
 
 
 def _line(row: Row) -> str:
