@@ -2,7 +2,15 @@
 
 import torch
 
+from tritonbnn import kernels
 from tritonbnn.kernels.workload import tolerance
+
+KERNEL_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_of(launchers):
+    """Where launchers run: kernels on a GPU if there is one, and their eager twins on the CPU."""
+    return KERNEL_DEVICE if launchers is kernels else torch.device("cpu")
 
 
 def assert_no_worse_than_eager(result, eager, truth):

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+from tests.helpers import KERNEL_DEVICE
 from tritonbnn import cli
 from tritonbnn.kernels import aot, autotune, config, workload
 from tritonbnn.kernels.candidates import candidates
@@ -15,7 +16,6 @@ from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.timing import Timing
 from tritonbnn.kernels.workload import OPS, Problem
 
-CPU = torch.device("cpu")
 LAYER = Geometry(2, 5, 3, 33, 31, 3, 1, 1)
 FORWARD = Problem("conv_packed", LAYER, torch.float32)
 
@@ -58,7 +58,7 @@ def test_candidates_are_clipped_to_the_problem_and_to_shared_memory():
 def test_every_default_passes_the_check(op, dtype):
     torch.manual_seed(0)
     problem = Problem(op, LAYER, dtype)
-    inputs = problem.inputs(CPU)
+    inputs = problem.inputs(KERNEL_DEVICE)
     results = problem.run(inputs)
     assert workload.error_of(problem, inputs, results) == ""
     wrong = (results[0] + 1, *results[1:])
@@ -75,7 +75,7 @@ def test_the_fastest_right_candidate_wins(monkeypatch):
     run = Problem.run
 
     def corrupted(problem, inputs):
-        current[:] = [config.choose(problem.key, CPU)]
+        current[:] = [config.choose(problem.key, KERNEL_DEVICE)]
         return tuple(r + (current[0] == wrong) for r in run(problem, inputs))
 
     def clock(call, device, runs):
@@ -84,7 +84,7 @@ def test_the_fastest_right_candidate_wins(monkeypatch):
 
     monkeypatch.setattr(Problem, "run", corrupted)
     monkeypatch.setattr(autotune, "time_callable", clock)
-    entry = autotune.tune(FORWARD, [default, wrong, right], CPU)
+    entry = autotune.tune(FORWARD, [default, wrong, right], KERNEL_DEVICE)
     assert (entry.choice, entry.time_us, entry.default_us) == (right, 2.0, 3.0)
 
 
@@ -92,10 +92,10 @@ def test_a_table_is_written_read_and_gone_on_with(tmp_path):
     path = tmp_path / "gpu.json"
     problems = [FORWARD, Problem("pack_signs", LAYER, torch.float32)]
     options = {"capability": 90, "limit": 2, "runs": 1}
-    assert autotune.tune_all(problems[:1], path, "test gpu", CPU, **options) == 1
-    assert autotune.tune_all(problems, path, "test gpu", CPU, **options) == 1
+    assert autotune.tune_all(problems[:1], path, "test gpu", KERNEL_DEVICE, **options) == 1
+    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == 1
     first = path.read_text()
-    assert autotune.tune_all(problems, path, "test gpu", CPU, **options) == 0
+    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == 0
     assert path.read_text() == first
     table = config.read_table(path, "test gpu")
     assert set(table) == {problem.key.bucketed() for problem in problems}
@@ -109,13 +109,13 @@ def test_other_versions_tune_again_and_a_broken_table_stops(tmp_path):
     path = tmp_path / "gpu.json"
     options = {"capability": 90, "limit": 1, "runs": 1}
     problems = [Problem("pack_signs", LAYER, torch.float32)]
-    autotune.tune_all(problems, path, "test gpu", CPU, **options)
+    autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options)
     document = json.loads(path.read_text())
     path.write_text(json.dumps({**document, "triton": "1.0"}))
-    assert autotune.tune_all(problems, path, "test gpu", CPU, **options) == 1
+    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == 1
     path.write_text("{")
     with pytest.raises(cli.UserError, match=r"gpu.json: not JSON.*; mend or remove the file"):
-        autotune.tune_all(problems, path, "test gpu", CPU, **options)
+        autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options)
 
 
 @pytest.mark.parametrize(

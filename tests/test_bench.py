@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from tests.conftest import HAS_GPU
+from tests.helpers import KERNEL_DEVICE
 from tritonbnn import cli
 from tritonbnn.kernels import bench, timing
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.workload import OPS, Problem
 
-CPU = torch.device("cpu")
 ROOFS = {"copy_bytes_per_s": 1e9, "matmul_ops_per_s": 1e9}
 
 
@@ -35,7 +35,7 @@ def test_the_command_writes_a_results_file(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("op", OPS)
 def test_every_operation_has_contenders_of_its_shape(op):
     problem = Problem(op, Geometry(2, 5, 3, 33, 31, 1, 1, 0), torch.float32)
-    inputs = problem.inputs(CPU)
+    inputs = problem.inputs(KERNEL_DEVICE)
     calls = bench.alternatives(problem, inputs, compiled=False)
     assert set(calls) == ({"cudnn", "cublas"} if op.startswith("conv") else {"eager"})
     for name, call in calls.items():
@@ -50,7 +50,7 @@ def test_every_operation_has_contenders_of_its_shape(op):
 def test_contenders_compute_the_same():
     for op in ("sign_backward", "rprelu_forward", "rprelu_backward"):
         problem = Problem(op, Geometry(2, 5, 3, 33, 31, 1, 1, 0), torch.float32)
-        inputs = problem.inputs(CPU)
+        inputs = problem.inputs(KERNEL_DEVICE)
         results = bench.alternatives(problem, inputs, compiled=False)["eager"]()
         results = results if isinstance(results, tuple) else (results,)
         for result, plain in zip(results, problem.plain(inputs, torch.float32), strict=False):
@@ -61,7 +61,7 @@ def test_a_wrong_launcher_gets_no_number(monkeypatch):
     problem = Problem("conv_packed", Geometry(1, 5, 3, 33, 31, 1, 1, 0), torch.float32)
     run = Problem.run
     monkeypatch.setattr(Problem, "run", lambda *a: tuple(r + 1 for r in run(*a)))
-    row = bench.measure(problem, CPU, ROOFS, runs=1, compiled=False)
+    row = bench.measure(problem, KERNEL_DEVICE, ROOFS, runs=1, compiled=False)
     assert set(row) == {"op", "layer", "wrong"}
 
 
@@ -86,7 +86,7 @@ def test_percentiles():
 
 def test_every_timed_run_is_one_call():
     calls = []
-    result = timing.time_callable(lambda: calls.append(1), CPU, runs=4, warmup=2)
+    result = timing.time_callable(lambda: calls.append(1), torch.device("cpu"), runs=4, warmup=2)
     assert len(calls) == 6
     assert 0 <= result.p20 <= result.p50 <= result.p80
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import activation, assert_no_worse_than_eager, gradient, vectors
+from tests.helpers import KERNEL_DEVICE, activation, assert_no_worse_than_eager, gradient, vectors
 from tritonbnn import kernels, reference
 from tritonbnn.kernels import binarize
 
@@ -70,7 +70,7 @@ def test_programs_share_many_rows(monkeypatch):
     monkeypatch.setattr(binarize, "MAX_PARTIALS", 2)
     x, grad = activation(300, 40), gradient(300, 40, seed=5)
     (shift,) = vectors(1, 40)
-    dx, dshift = kernels.sign_backward(grad, x, shift)
+    dx, dshift = kernels.sign_backward(*(t.to(KERNEL_DEVICE) for t in (grad, x, shift)))
     ordinary, truth = (autograd(d, grad, x, shift, None) for d in (torch.float32, torch.float64))
     assert_no_worse_than_eager(dx, ordinary[0], truth[0])
     assert_no_worse_than_eager(dshift, ordinary[1], truth[1])

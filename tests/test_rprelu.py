@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import activation, assert_no_worse_than_eager, gradient, vectors
+from tests.helpers import KERNEL_DEVICE, activation, assert_no_worse_than_eager, gradient, vectors
 from tests.test_binarize import INPUTS
 from tritonbnn import kernels, reference
 from tritonbnn.kernels import rprelu
@@ -45,7 +45,8 @@ def test_programs_share_many_rows(monkeypatch):
     monkeypatch.setattr(rprelu, "MAX_PARTIALS", 2)
     x, grad = activation(300, 40), gradient(300, 40, seed=5)
     shift_in, slope, shift_out = vectors(3, 40)
-    gradients = kernels.rprelu_backward(grad, x, shift_in, slope)
+    inputs = (t.to(KERNEL_DEVICE) for t in (grad, x, shift_in, slope))
+    gradients = kernels.rprelu_backward(*inputs)
     ordinary, truth = (
         autograd(d, grad, x, shift_in, slope, shift_out)[1:] for d in (torch.float32, torch.float64)
     )
