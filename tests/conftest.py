@@ -14,7 +14,7 @@ HAS_GPU = torch.cuda.is_available()
 # Triton decides when a function is decorated whether it is interpreted, so this must be its first
 # import. Afterwards the variable is gone again: only tests that ask for kernels get them.
 with mock.patch.dict(os.environ, {} if HAS_GPU else {"TRITON_INTERPRET": "1"}):
-    import triton.experimental.gluon  # noqa: F401 (the first launch imports it, and it looks too)
+    import triton.experimental.gluon  # noqa: F401  the interpreter's first launch would import it
 
     from tritonbnn import kernels
 

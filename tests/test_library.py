@@ -8,6 +8,7 @@ from tritonbnn.models import build_model
 from tritonbnn.ops import library
 
 NAMES = {
+    "channel_moments",
     "conv_input_grad",
     "conv_packed",
     "conv_real",
@@ -19,6 +20,9 @@ NAMES = {
     "rprelu_forward",
     "sign_backward",
     "sign_forward",
+    "unit_activation_backward",
+    "unit_forward",
+    "unit_norm_backward",
     "unpack_signs",
 }
 
@@ -39,16 +43,14 @@ def samples():
     packed, alpha = eager.pack_weight(weight)
     matrix = eager.pack_signs(torch.randn(6, 33))
     geometry = {"stride": 2, "padding": 1}
+    integers = {"channels": 33, "dtype": torch.int16, **geometry}
     size = {"channels": 33, "height": 5, "width": 7}
     return {
         "pack_signs": ((x, vector), {}),
         "unpack_signs": ((signs, 33, torch.bfloat16), {}),
         "pack_weight": ((weight,), {}),
         "packed_matmul": ((matrix, matrix, 33), {}),
-        "conv_packed": (
-            (signs, packed, None),
-            {"channels": 33, "dtype": torch.int16, **geometry},
-        ),
+        "conv_packed": ((signs, packed, None), integers),
         "conv_real": ((signs, weight), {"dtype": torch.float32, **geometry}),
         "conv_input_grad": ((grad, packed, alpha), {**size, **geometry}),
         "conv_weight_grad": ((grad, signs), {"channels": 33, "kernel_size": 3, **geometry}),
@@ -56,6 +58,10 @@ def samples():
         "sign_backward": ((x, x, vector, x), {}),
         "rprelu_forward": ((x, vector, vector, vector), {}),
         "rprelu_backward": ((x, x, vector, vector), {}),
+        "channel_moments": ((eager.conv_packed(signs, packed, None, **integers),), {}),
+        "unit_forward": ((x, x, *[vector] * 6), {"shortcut": "identity"}),
+        "unit_activation_backward": ((x, x, x, *[vector] * 5), {"shortcut": "identity"}),
+        "unit_norm_backward": ((x, x, *[vector] * 3), {}),
     }
 
 

@@ -9,8 +9,15 @@ from tritonbnn.kernels.conv_grad import conv_input_grad, conv_weight_grad
 from tritonbnn.kernels.matmul import packed_matmul
 from tritonbnn.kernels.pack import pack_signs, pack_weight, unpack_signs
 from tritonbnn.kernels.rprelu import rprelu_backward, rprelu_forward
+from tritonbnn.kernels.unit import (
+    channel_moments,
+    unit_activation_backward,
+    unit_forward,
+    unit_norm_backward,
+)
 
 __all__ = [
+    "channel_moments",
     "conv_input_grad",
     "conv_packed",
     "conv_real",
@@ -22,5 +29,8 @@ __all__ = [
     "rprelu_forward",
     "sign_backward",
     "sign_forward",
+    "unit_activation_backward",
+    "unit_forward",
+    "unit_norm_backward",
     "unpack_signs",
 ]

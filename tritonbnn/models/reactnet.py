@@ -1,5 +1,7 @@
 """ReActNet-A (2003.03488): MobileNet's layout in binary half-blocks."""
 
+from functools import partial
+
 from torch import nn
 
 from tritonbnn.models.blocks import BinaryNetwork, conv_bn, scaled
@@ -23,6 +25,7 @@ def reactnet_a(
     width: float,
     in_channels: int,
     small_images: bool,
+    fused: bool,
 ) -> BinaryNetwork:
     """Build ReActNet-A: a stem, 13 blocks of two units each, a head.
 
@@ -36,16 +39,18 @@ def reactnet_a(
         width: multiplies all channels; they are rounded to multiples of 8.
         in_channels: 1 or 3.
         small_images: a stem of stride 1, for images of 32x32; sizes are multiples of 16, not 32.
+        fused: see :class:`~tritonbnn.nn.BinaryUnit`.
     """
     channels = scaled(STEM_CHANNELS, width)
     stem = conv_bn(in_channels, channels, 3, stride=1 if small_images else 2)
+    unit = partial(BinaryUnit, binary_weight=binary_weights, fused=fused)
     blocks = []
     for out, stride in BLOCKS:
         out_channels = scaled(out, width)
         blocks.append(
             nn.Sequential(
-                BinaryUnit(channels, channels, 3, stride, binary_weight=binary_weights),
-                BinaryUnit(channels, out_channels, 1, binary_weight=binary_weights),
+                unit(channels, channels, 3, stride),
+                unit(channels, out_channels, 1),
             )
         )
         channels = out_channels

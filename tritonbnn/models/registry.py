@@ -23,6 +23,7 @@ def build_model(
     width: float = 1.0,
     in_channels: int = 3,
     small_images: bool = False,
+    fused: bool = True,
 ) -> BinaryNetwork:
     """Build a network.
 
@@ -36,6 +37,7 @@ def build_model(
         width: multiplies all channels; they are rounded to multiples of 8.
         in_channels: 1 or 3.
         small_images: a stem of stride 1 for images of about 32x32.
+        fused: whether a unit is one Function; see :class:`~tritonbnn.nn.BinaryUnit`.
 
     Returns:
         A module from images (N, in_channels, H, W) to logits (N, num_classes). H and W must be
@@ -58,4 +60,5 @@ def build_model(
         width=width,
         in_channels=in_channels,
         small_images=small_images,
+        fused=fused,
     )

@@ -4,6 +4,8 @@ Bi-Real Net 18 (ECCV 2018) has no activation but the sign; ReActNet-18 (2003.034
 learnable shifts and the PReLU.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from tritonbnn.models.blocks import BinaryNetwork, conv_bn, scaled
@@ -16,7 +18,7 @@ UNITS_PER_STAGE = 4
 class DownsamplingUnit(BinaryUnit):
     """A 3x3 unit of stride 2 whose shortcut is pooled and projected by a real 1x1 convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, **options: bool) -> None:
+    def __init__(self, in_channels: int, out_channels: int, **options: Any) -> None:
         super().__init__(in_channels, out_channels, 3, stride=2, **options)
         self.downsample = nn.Sequential(
             nn.AvgPool2d(2), *conv_bn(in_channels, out_channels, 1, stride=1)
@@ -33,6 +35,7 @@ def resnet_18(
     width: float,
     in_channels: int,
     small_images: bool,
+    fused: bool,
     rprelu: bool,
 ) -> BinaryNetwork:
     """Build ReActNet-18 (``rprelu=True``) or Bi-Real Net 18.
@@ -44,6 +47,7 @@ def resnet_18(
         in_channels: 1 or 3.
         small_images: a 3x3 stem of stride 1 without max-pooling, for images of 32x32; sizes are
             multiples of 8, not 32.
+        fused: see :class:`~tritonbnn.nn.BinaryUnit`.
         rprelu: whether a unit has shifts and a PReLU.
     """
     channels = scaled(STAGES[0], width)
@@ -52,7 +56,7 @@ def resnet_18(
     else:
         stem = conv_bn(in_channels, channels, 7, stride=2)
         stem.append(nn.MaxPool2d(3, stride=2, padding=1))
-    options = {"binary_weight": binary_weights, "rprelu": rprelu}
+    options: dict[str, Any] = {"binary_weight": binary_weights, "rprelu": rprelu, "fused": fused}
     units: list[nn.Module] = []
     for stage in STAGES:
         out_channels = scaled(stage, width)

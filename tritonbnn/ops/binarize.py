@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tritonbnn import checks
 from tritonbnn.ops import library
+from tritonbnn.ops.once import differentiable_once
 
 
 class _Binarize(torch.autograd.Function):
@@ -15,7 +15,7 @@ class _Binarize(torch.autograd.Function):
         return library.sign_forward(x, shift)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad: Tensor):
         x, shift = ctx.saved_tensors
         dx, dshift = library.sign_backward(grad, x, shift)

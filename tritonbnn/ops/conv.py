@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tritonbnn import checks
 from tritonbnn.ops import library
 from tritonbnn.ops.autocast import autocast_input
+from tritonbnn.ops.once import differentiable_once
 
 
 class _BinaryConv2d(torch.autograd.Function):
@@ -39,7 +39,7 @@ class _BinaryConv2d(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad: Tensor):
         x, shift, weight, signs, packed, alpha = ctx.saved_tensors
         channels, height, width = x.shape[1:]

@@ -129,3 +129,24 @@ def rprelu_forward(x, shift_in, slope, shift_out):
 def rprelu_backward(grad, x, shift_in, slope):
     sums = [x.new_empty(x.shape[1], dtype=_accumulator(x.dtype)) for _ in range(3)]
     return _innermost_channels(x, x.dtype), *sums
+
+
+@_operator
+def channel_moments(a):
+    return tuple(a.new_empty(a.shape[1], dtype=torch.float64) for _ in range(2))
+
+
+@_operator
+def unit_forward(a, stream, mean, scale, offset, shift_mid, slope, shift_out, *, shortcut):
+    return _innermost_channels(a, stream.dtype)
+
+
+@_operator
+def unit_activation_backward(grad, a, stream, mean, scale, offset, shift_mid, slope, *, shortcut):
+    sums = grad.new_empty((4, a.shape[1]), dtype=_accumulator(grad.dtype))
+    return _innermost_channels(a, grad.dtype), sums
+
+
+@_operator
+def unit_norm_backward(du, a, du_scale, a_scale, constant):
+    return _innermost_channels(a, du.dtype)

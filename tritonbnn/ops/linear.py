@@ -2,12 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tritonbnn import checks
 from tritonbnn.ops import library
 from tritonbnn.ops.autocast import autocast_input
 from tritonbnn.ops.conv import clipped_weight_grad
+from tritonbnn.ops.once import differentiable_once
 
 _POINTWISE = {"stride": 1, "padding": 0}
 
@@ -26,7 +26,7 @@ class _BinaryLinear(torch.autograd.Function):
         return (library.packed_matmul(signs, packed, x.shape[1]) * alpha).to(x.dtype)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad: Tensor):
         x, shift, weight, signs, packed, alpha = ctx.saved_tensors
         features = x.shape[1]

@@ -2,10 +2,10 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tritonbnn import checks
 from tritonbnn.ops import library
+from tritonbnn.ops.once import differentiable_once
 
 
 class _RPReLU(torch.autograd.Function):
@@ -15,7 +15,7 @@ class _RPReLU(torch.autograd.Function):
         return library.rprelu_forward(x, shift_in, slope, shift_out)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx, grad: Tensor):
         x, shift_in, slope = ctx.saved_tensors
         return library.rprelu_backward(grad, x, shift_in, slope)

@@ -1,0 +1,86 @@
+"""One epoch in float64, alone or in two processes; leaves what it saw in a file for each rank."""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import Dataset
+
+from tritonbnn import cli
+from tritonbnn.nn import BinaryConv2d, RPReLU, RSign
+from tritonbnn.train import distributed
+from tritonbnn.train.data import train_batches, val_batches
+from tritonbnn.train.engine import Compute, evaluate, label_objective, train_one_epoch
+from tritonbnn.train.meters import FirstBad, TrainMeter
+from tritonbnn.train.optim import build_adam
+from tritonbnn.train.signs import SignTracker
+from tritonbnn.train.sources import SampleKey
+from tritonbnn.train.state import State
+
+CPU = torch.device("cpu")
+
+
+class Images(Dataset):
+    """Eleven: batches of 5 are shared 3 to 2, and the last one, of 1, is shared 1 to 0."""
+
+    def __len__(self) -> int:
+        return 11
+
+    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int]:
+        generator = torch.Generator().manual_seed(key.index)
+        return torch.randn(3, 8, 8, generator=generator, dtype=torch.float64), key.index % 3
+
+
+def network() -> nn.Module:
+    """Without BatchNorm, whose statistics are each process's own."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), RSign(8), BinaryConv2d(8, 8, 3, padding=1), RPReLU(8)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).double()
+
+
+def main(argv: list[str]) -> int:
+    """Take an epoch with the accumulation given, and evaluate."""
+    world = distributed.join(CPU)
+    model = network()
+    wrapped = DistributedDataParallel(model) if world.size > 1 else model
+    state = State(
+        step=1,
+        model=model,
+        optimizer=build_adam(model, 1e-3, 1e-2),
+        scaler=Compute(CPU).scaler(),
+        meter=TrainMeter(CPU),
+        signs=SignTracker(model),
+    )
+    gradients: list[list[Tensor]] = []
+    state.optimizer.register_step_pre_hook(
+        lambda *_: gradients.append([p.grad.clone() for p in model.parameters()])
+    )
+    shares = {"rank": world.rank, "world_size": world.size, "batch_size": 5}
+    batches = train_batches(Images(), seed=0, step=1, epoch=0, accumulation=int(argv[0]), **shares)
+    train_one_epoch(
+        state,
+        wrapped,
+        batches,
+        label_objective(0.0),
+        Compute(CPU),
+        FirstBad(CPU),
+        world_size=world.size,
+        after_step=lambda: None,
+    )
+    score = evaluate(model, val_batches(Images(), **shares), Compute(CPU), world)
+    torch.save(
+        {
+            "gradients": gradients,
+            "sums": world.total(state.meter.sums),
+            "score": (score.loss, score.top1, score.images),
+        },
+        Path(f"seen-{argv[0]}-{world.size}-{world.rank}.pt"),
+    )
+    distributed.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))

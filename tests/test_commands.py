@@ -1,0 +1,113 @@
+"""``python -m tritonbnn.evaluate`` and ``.predict``, and the package as it is installed."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.commands import EVALUATE, PREDICT, TRAIN, run, write_tiny, write_tree
+from tritonbnn.train.sources import SampleKey, open_source
+from tritonbnn.train.weights import load_network
+
+SEVEN = "abcdefg"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run on seven classes."""
+    folder = tmp_path_factory.mktemp("commands")
+    write_tiny(folder)
+    write_tree(folder / "seven", train=4, val=2, classes=SEVEN)
+    result = run(TRAIN, "tiny.toml", "--data-dir", "seven", "--out", "run", cwd=folder)
+    assert result.code == 0, result.output
+    return folder
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_evaluate_gives_the_logged_score(place: Path, step: int):
+    path = place / "run" / f"step{step}" / "best.safetensors"
+    result = run(EVALUATE, path, "--batch-size", 3, cwd=place)
+    assert result.code == 0, result.output
+    lines = [json.loads(line) for line in (place / "run" / "log.jsonl").open()]
+    best = max((x for x in lines if x["step"] == step), key=lambda x: x["val_top1"])
+    weights = "real" if step == 1 else "1-bit"
+    assert result.output == (
+        f"{path}: {weights} weights, 14 images of folder: top-1 {best['val_top1']:.2f} %,"
+        f" top-5 {best['val_top5']:.2f} %, loss {best['val_loss']:.4f}\n"
+    )
+
+
+def test_evaluate_a_run_takes_its_second_step(place: Path):
+    result = run(EVALUATE, "run", cwd=place)
+    assert "step2/best.safetensors: 1-bit weights" in result.output
+
+
+def test_evaluate_on_data_elsewhere(place: Path, tmp_path: Path):
+    write_tree(tmp_path / "other", train=1, val=5, classes=SEVEN)
+    result = run(EVALUATE, place / "run", "--data-dir", "other", cwd=tmp_path)
+    assert result.code == 0, result.output
+    assert "35 images of folder" in result.output
+
+
+def test_predict_names_the_network_s_own_guesses(place: Path):
+    result = run(PREDICT, "run", "seven/val/c", "seven/val/a/0.png", cwd=place)
+    assert result.code == 0, result.output
+    lines = result.output.splitlines()
+    names = [line.split(": ")[0] for line in lines]
+    assert names == ["seven/val/c/0.png", "seven/val/c/1.png", "seven/val/a/0.png"]
+    source = open_source(
+        "folder",
+        data_dir=place / "seven",
+        image_size=16,
+        augment="none",
+        lighting="none",
+        seed=0,
+        step=2,
+    )
+    model, _ = load_network(place / "run")
+    image, label = source.val[SampleKey(0, 2 * 2)]
+    assert label == 2
+    chances = model.eval()(image[None]).softmax(dim=1)[0].tolist()
+    ranked = sorted(zip(chances, SEVEN, strict=True), reverse=True)[:5]
+    expected = ", ".join(f"{name} {chance:.1%}" for chance, name in ranked)
+    assert lines[0] == f"seven/val/c/0.png: {expected}"
+
+
+def test_predict_with_few_classes_names_them_all(tmp_path: Path):
+    write_tiny(tmp_path)
+    assert run(TRAIN, "tiny.toml", "--epochs", 1, "--out", "run", cwd=tmp_path).code == 0
+    result = run(PREDICT, "run", "images/val/a/0.png", cwd=tmp_path)
+    assert len(re.findall(r"[ab] \d+\.\d %", result.output.replace("%", " %"))) == 2
+
+
+@pytest.mark.parametrize("module", [TRAIN, EVALUATE, PREDICT])
+def test_help(module: str, tmp_path: Path):
+    result = run(module, "--help", cwd=tmp_path)
+    assert result.code == 0
+    assert "usage: python -m tritonbnn." in result.output
+
+
+def test_the_command_line_itself(tmp_path: Path):
+    """As a user or a CI job starts it: another process, no terminal, nothing on stdin."""
+    small = "--model birealnet_18 --width 0.125 --image-size 16 --batch-size 256"
+    result = subprocess.run(
+        [sys.executable, "-m", "tritonbnn.train", *small.split(), "--epochs", "1"],
+        cwd=tmp_path,
+        env={**os.environ, "CI": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stderr
+    heads, first, second, where = result.stdout.splitlines()
+    assert heads.split()[:3] == ["step", "weights", "epochs"]
+    assert (first.split()[1], second.split()[1]) == ("real", "1-bit")
+    assert where == "best weights: runs/digits"
+    # no progress bar where nobody looks
+    assert "\r" not in result.stderr
+    assert len(re.findall(r"^step [12] epoch 1/1: ", result.stderr, re.MULTILINE)) == 2

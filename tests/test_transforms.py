@@ -1,0 +1,158 @@
+"""Transforms, against torchvision's own, PIL and closed forms."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import transforms as tv
+
+from tritonbnn.train.transforms import (
+    EvalTransform,
+    TrainTransform,
+    random_resized_box,
+    sample_generator,
+)
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NORMALISE = tv.Compose([tv.ToTensor(), tv.Normalize(MEAN, STD)])
+
+
+def photo(width: int, height: int, seed: int = 0, mode: str = "RGB") -> Image.Image:
+    shape = (height, width, 3) if mode == "RGB" else (height, width)
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8))
+
+
+def flat(level: int, size: int = 40) -> Image.Image:
+    return Image.new("RGB", (size, size), (level, level, level))
+
+
+def grey_levels(x: torch.Tensor) -> torch.Tensor:
+    """Undo the normalisation."""
+    return (x * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)) * 255
+
+
+@pytest.mark.parametrize("size", [(300, 200), (50, 400), (7, 5), (1, 1)])
+def test_imagenet_view_is_torchvisions_when_equally_seeded(size):
+    image = photo(*size)
+    oracle = tv.Compose([tv.RandomResizedCrop(64), tv.RandomHorizontalFlip(), NORMALISE])
+    ours = TrainTransform("imagenet", "none", 64)
+    for seed in range(20):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            expected = oracle(image)
+        assert torch.equal(ours(image, torch.Generator().manual_seed(seed)), expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "box"), [((1000, 10), (0, 493, 10, 13)), ((10, 1000), (493, 0, 13, 10))]
+)
+def test_a_crop_that_cannot_fit_falls_back_to_the_centre(size, box):
+    assert random_resized_box(*size, torch.Generator().manual_seed(0)) == box
+
+
+def test_crop_flip_is_torchvisions_when_equally_seeded():
+    image = photo(32, 32)
+    oracle = tv.Compose([tv.RandomCrop(32, padding=4), tv.RandomHorizontalFlip(), NORMALISE])
+    ours = TrainTransform("crop-flip", "none", 32)
+    for seed in range(20):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            expected = oracle(image)
+        assert torch.equal(ours(image, torch.Generator().manual_seed(seed)), expected)
+
+
+@pytest.mark.parametrize("size", [(300, 200), (200, 300), (40, 500), (224, 224), (1, 1)])
+def test_imagenet_eval_view_is_resize_256_crop_224(size):
+    image = photo(*size)
+    oracle = tv.Compose([tv.Resize(256), tv.CenterCrop(224), NORMALISE])
+    assert torch.equal(EvalTransform("imagenet", 224)(image), oracle(image))
+
+
+@pytest.mark.parametrize("augment", ["crop-flip", "none"])
+def test_small_images_keep_their_borders_in_evaluation(augment):
+    image = photo(32, 32, mode="L")
+    expected = (torch.from_numpy(np.array(image)).float() / 255 - 0.5) / 0.5
+    torch.testing.assert_close(EvalTransform(augment, 32)(image)[0], expected)
+
+
+def test_augment_none_trains_on_the_evaluation_view():
+    image = photo(50, 40)
+    view = TrainTransform("none", "none", 32)(image, torch.Generator().manual_seed(3))
+    assert torch.equal(view, EvalTransform("none", 32)(image))
+
+
+def test_published_lighting_drops_one_grey_level_half_the_time():
+    transform = TrainTransform("none", "published", 40)
+    drops = []
+    for seed in range(400):
+        view = grey_levels(transform(flat(100), torch.Generator().manual_seed(seed)))
+        levels = view.round()
+        torch.testing.assert_close(view, levels, atol=1e-3, rtol=0)
+        assert (levels == levels[:, :1, :1]).all()
+        drops.append((100 - levels[:, 0, 0]).tolist())
+    drops = np.array(drops)
+    assert set(drops.ravel()) == {0, 1}
+    # 400 draws at probability 1/2: four standard deviations are 0.1
+    assert abs(drops.mean(axis=0) - 0.5).max() < 0.1
+    together = (drops == drops[:, :1]).all(axis=1).mean()
+    assert together > 0.85
+
+
+@pytest.mark.parametrize("level", [0, 255])
+def test_published_lighting_clips_before_it_truncates(level):
+    transform = TrainTransform("none", "published", 40)
+    seen = set()
+    for seed in range(40):
+        view = grey_levels(transform(flat(level), torch.Generator().manual_seed(seed)))
+        seen |= set(view.round().int().unique().tolist())
+    assert seen == ({0} if level == 0 else {254, 255})
+
+
+def test_pca_lighting_has_the_published_covariance():
+    transform = TrainTransform("none", "pca", 1)
+    shifts = torch.stack(
+        [
+            grey_levels(transform(flat(128, 1), torch.Generator().manual_seed(seed)))[:, 0, 0]
+            for seed in range(3000)
+        ]
+    )
+    values = np.array([0.2175, 0.0188, 0.0045])
+    vectors = np.array(
+        [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]]
+    )
+    expected = vectors @ np.diag((values * 0.1) ** 2) @ vectors.T
+    found = np.cov((shifts.numpy() / 255).T)
+    # the standard error of a variance over 3000 draws is 2.6 %
+    np.testing.assert_allclose(found, expected, rtol=0.12)
+    # 4 standard errors of the mean shift, 0.0125 * 255 / sqrt(3000)
+    assert (shifts.mean(0) - 128).abs().max() < 0.24
+
+
+def test_the_flip_is_fair():
+    left = Image.fromarray(np.repeat(np.uint8([[[255] * 3, [0] * 3]]), 2, axis=0))
+    transform = TrainTransform("crop-flip", "none", 2)
+    flips = [
+        bool(transform(left, torch.Generator().manual_seed(s))[0, 0, 1] > 0) for s in range(400)
+    ]
+    assert abs(np.mean(flips) - 0.5) < 0.1
+
+
+def test_a_sample_depends_on_its_four_numbers_and_on_nothing_else():
+    image = photo(60, 60)
+    transform = TrainTransform("imagenet", "pca", 32)
+    view = transform(image, sample_generator(1, 2, 3, 4))
+    torch.manual_seed(99)
+    assert torch.equal(transform(image, sample_generator(1, 2, 3, 4)), view)
+    for other in [(0, 2, 3, 4), (1, 1, 3, 4), (1, 2, 0, 4), (1, 2, 3, 0)]:
+        assert not torch.equal(transform(image, sample_generator(*other)), view)
+
+
+@pytest.mark.parametrize("augment", ["imagenet", "crop-flip"])
+def test_no_global_generator_is_touched(augment):
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    TrainTransform(augment, "pca", 32)(photo(50, 50), sample_generator(0, 1, 0, 0))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert random.getstate() == before[2]

@@ -1,0 +1,287 @@
+"""The half-block as one Function, which saves packed signs and the stream."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+
+from tritonbnn import checks
+from tritonbnn.ops import library
+from tritonbnn.ops.autocast import autocast_input
+from tritonbnn.ops.conv import clipped_weight_grad
+from tritonbnn.ops.norm import Affine, Statistics, batch_affine, norm_grads, running_affine
+from tritonbnn.ops.once import differentiable_once
+
+PLANS = ("keep", "recompute")
+SHORTCUTS = ("identity", "pool", "repeat")
+
+
+class Options(NamedTuple):
+    """What a unit computes apart from its tensors; see :func:`binary_unit`."""
+
+    stride: int
+    shortcut: str
+    binary_weight: bool
+    eps: float
+    plan: str
+    group: distributed.ProcessGroup | None
+
+
+class UnitOutput(NamedTuple):
+    """A unit's output, and the batch's statistics, with which the caller updates its averages.
+
+    Attributes:
+        z: (N, O, H', W'), the output stream.
+        mean: (O,), of the scaled convolution; the given one where statistics were given.
+        variance: (O,), its unbiased variance; likewise.
+    """
+
+    z: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+def _convolve(
+    signs: Tensor, weight: Tensor, packed: Tensor | None, stride: int, dtype: torch.dtype
+) -> Tensor:
+    """The convolution before its scale: integers, or for a real weight ``dtype``."""
+    channels, kernel_size = weight.shape[1], weight.shape[2]
+    geometry = {"stride": stride, "padding": kernel_size // 2}
+    if packed is None:
+        return library.conv_real(signs, weight, dtype=dtype, **geometry)
+    fits = channels * kernel_size**2 <= torch.iinfo(torch.int16).max
+    integer = torch.int16 if fits else torch.int32
+    return library.conv_packed(signs, packed, None, channels=channels, dtype=integer, **geometry)
+
+
+def _shortcut_grad(du: Tensor, shortcut: str) -> Tensor:
+    """The transpose of the shortcut, applied to the gradient of its output."""
+    if shortcut == "pool":
+        return (du / 4).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    if shortcut == "repeat":
+        first, second = du.chunk(2, dim=1)
+        return first + second
+    return du
+
+
+class _BinaryUnit(torch.autograd.Function):
+    """The forward pass keeps what ``options.plan`` says; backward computes the rest again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        shift_in: Tensor | None,
+        shift_mid: Tensor | None,
+        slope: Tensor | None,
+        shift_out: Tensor | None,
+        residual: Tensor | None,
+        statistics: Statistics | None,
+        options: Options,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        signs = library.pack_signs(x, shift_in)
+        packed, alpha = library.pack_weight(weight) if options.binary_weight else (None, None)
+        a = _convolve(signs, weight, packed, options.stride, x.dtype)
+        if statistics is None:
+            affine, statistics = batch_affine(a, alpha, gamma, beta, options.eps, options.group)
+        else:
+            affine = running_affine(*statistics, alpha, gamma, beta, options.eps)
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        affine = affine.to(dtype)
+        z = library.unit_forward(
+            a,
+            x if residual is None else residual,
+            *(affine.centre, affine.scale, affine.offset),
+            *(shift_mid, slope, shift_out),
+            shortcut=options.shortcut,
+        )
+        kept = a if options.plan == "keep" else None
+        ctx.save_for_backward(
+            *(x, weight, gamma, shift_in, shift_mid, slope, residual),
+            *(signs, packed, alpha, kept, *affine),
+        )
+        ctx.options = options
+        mean, variance = (s.to(dtype, copy=True) for s in statistics)
+        ctx.mark_non_differentiable(mean, variance)
+        return z, mean, variance
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, gamma, shift_in, shift_mid, slope, residual, *computed = ctx.saved_tensors
+        signs, packed, alpha, a, *vectors = computed
+        affine, options = Affine(*vectors), ctx.options
+        if a is None:
+            a = _convolve(signs, weight, packed, options.stride, x.dtype)
+        du, sums = library.unit_activation_backward(
+            grad,
+            a,
+            x if residual is None else residual,
+            *(affine.centre, affine.scale, affine.offset),
+            *(shift_mid, slope),
+            shortcut=options.shortcut,
+        )
+        du_sum, du_a_sum, dslope, dshift_out = sums
+        dgamma, coefficients = norm_grads(affine, alpha, gamma, du_sum, du_a_sum, options.group)
+        dy = library.unit_norm_backward(du, a, *coefficients)
+        del a
+        needs_x, needs_weight, _, _, needs_shift_in = ctx.needs_input_grad[:5]
+        dx = dweight = dshift_in = None
+        if needs_weight:
+            dweight = _weight_grad(dy, signs, weight, options)
+        if needs_x or needs_shift_in:
+            reaches_x = _shortcut_grad(du, options.shortcut) if residual is None else None
+            dsigns = _signs_grad(dy, x, weight, packed, alpha, options)
+            del dy
+            dx, dshift_in = library.sign_backward(dsigns, x, shift_in, reaches_x)
+        if shift_in is None:
+            dshift_in = None
+        activation = (None,) * 3 if slope is None else (du_sum, dslope, dshift_out)
+        dresidual = None if residual is None else du
+        return dx, dweight, dgamma, du_sum, dshift_in, *activation, dresidual, None, None
+
+
+def _weight_grad(dy: Tensor, signs: Tensor, weight: Tensor, options: Options) -> Tensor:
+    channels, kernel_size = weight.shape[1], weight.shape[2]
+    grad = library.conv_weight_grad(
+        dy,
+        signs,
+        channels=channels,
+        kernel_size=kernel_size,
+        stride=options.stride,
+        padding=kernel_size // 2,
+    )
+    return clipped_weight_grad(grad, weight) if options.binary_weight else grad
+
+
+def _signs_grad(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    packed: Tensor | None,
+    alpha: Tensor | None,
+    options: Options,
+) -> Tensor:
+    _, channels, height, width = x.shape
+    return library.conv_input_grad(
+        dy,
+        weight if packed is None else packed,
+        alpha,
+        channels=channels,
+        height=height,
+        width=width,
+        stride=options.stride,
+        padding=weight.shape[2] // 2,
+    )
+
+
+def binary_unit(
+    x: Tensor,
+    weight: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    shift_in: Tensor | None = None,
+    shift_mid: Tensor | None = None,
+    slope: Tensor | None = None,
+    shift_out: Tensor | None = None,
+    *,
+    shortcut: str | Tensor = "identity",
+    stride: int = 1,
+    binary_weight: bool = True,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    eps: float = 1e-5,
+    plan: str = "recompute",
+    group: distributed.ProcessGroup | None = None,
+) -> UnitOutput:
+    """rprelu(BatchNorm(binary_conv2d(x, weight, shift_in)) + shortcut) in one Function.
+
+    Equal to the composition of the small operators and torch's batch_norm. Saved for backward are
+    ``x``, which the shortcut needs anyway, its packed signs, and under the plan "keep" also the
+    convolution's output as int16; under "recompute" that is convolved again.
+
+    Args:
+        x: (N, C, H, W), the input stream; float32, bfloat16, float16, or float64 on the CPU.
+            Under autocast a float32 x is cast first.
+        weight: (O, C, k, k), k = 1 or 3, padded by k // 2 with zeros after the sign.
+        gamma: (O,), BatchNorm's weight.
+        beta: (O,), BatchNorm's bias.
+        shift_in: (C,), added before the sign, or None.
+        shift_mid: (O,), added before the PReLU; None, together with the next two, for no PReLU.
+        slope: (O,), of the PReLU.
+        shift_out: (O,), added after the PReLU.
+        shortcut: "identity" (O = C), "repeat" (O = 2 C: the channels twice), "pool" (2x2 average,
+            with stride 2), or a tensor (N, O, H', W').
+        stride: 1 or 2.
+        binary_weight: False for a real weight, as in step 1 of the two-step schedule.
+        statistics: (mean, variance), (O,) each, to normalise by, as in eval mode; None for the
+            batch's own.
+        eps: added to the variance.
+        plan: "keep" or "recompute".
+        group: processes that share the batch's statistics, as SyncBatchNorm does; or None.
+
+    Returns:
+        The output stream in ``x``'s dtype and channels_last memory, and the statistics.
+
+    Raises:
+        TypeError: an operand is not floating point.
+        ValueError: shapes that do not match, an unknown shortcut or plan, one value per channel
+            where the batch's own statistics are wanted, several devices.
+    """
+    checks.check_activation("x", x, dims=(4,))
+    checks.check_conv_weight(weight, x.shape[1])
+    vectors = {"gamma": gamma, "beta": beta, "shift_mid": shift_mid, "slope": slope}
+    vectors["shift_out"] = shift_out
+    checks.check_per_channel(weight.shape[0], **vectors)
+    checks.check_per_channel(x.shape[1], shift_in=shift_in)
+    residual = shortcut if isinstance(shortcut, Tensor) else None
+    checks.check_same_device(x=x, weight=weight, shift_in=shift_in, shortcut=residual, **vectors)
+    if len({v is None for v in (shift_mid, slope, shift_out)}) > 1:
+        raise ValueError("shift_mid, slope and shift_out must be given together, or none of them")
+    if plan not in PLANS:
+        raise ValueError(f"plan must be one of {', '.join(PLANS)}, not {plan!r}")
+    kind = "identity" if isinstance(shortcut, Tensor) else shortcut
+    size = checks.conv_output_size(
+        x.shape[2], x.shape[3], weight.shape[2], stride, weight.shape[2] // 2
+    )
+    shape = (x.shape[0], weight.shape[0], *size)
+    _check_shortcut(x, residual, kind, stride, shape)
+    if statistics is None and x.shape[0] and shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(
+            f"Expected more than 1 value per channel when training, got input size {shape}"
+        )
+    x = autocast_input(x)
+    residual = None if residual is None else residual.to(x.dtype)
+    given = None if statistics is None else Statistics(*statistics)
+    options = Options(stride, kind, binary_weight, eps, plan, group)
+    return UnitOutput(
+        *_BinaryUnit.apply(
+            *(x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out),
+            *(residual, given, options),
+        )
+    )
+
+
+def _check_shortcut(
+    x: Tensor, residual: Tensor | None, kind: str, stride: int, shape: tuple[int, ...]
+) -> None:
+    if residual is not None:
+        if residual.shape != shape:
+            raise ValueError(f"the shortcut must have shape {shape}, not {tuple(residual.shape)}")
+        return
+    if kind not in SHORTCUTS:
+        raise ValueError(
+            f"shortcut must be a tensor or one of {', '.join(SHORTCUTS)}, not {kind!r}"
+        )
+    if (stride == 2) != (kind == "pool"):
+        raise ValueError(f"the shortcut {kind!r} does not go with stride {stride}")
+    if kind == "pool" and (x.shape[2] % 2 or x.shape[3] % 2):
+        raise ValueError(
+            f"a unit of stride 2 needs even height and width, not {tuple(x.shape[2:])}"
+        )
+    if shape[1] != x.shape[1] * (2 if kind == "repeat" else 1):
+        raise ValueError(
+            f"the shortcut {kind!r} does not lead from {x.shape[1]} to {shape[1]} channels"
+        )

@@ -1,0 +1,52 @@
+"""``python -m tritonbnn.train [RECIPE] [--key value ...]``: parse, build, run, report."""
+
+import logging
+
+from tritonbnn import cli
+from tritonbnn.train import distributed
+from tritonbnn.train.config import parse
+from tritonbnn.train.device import choose_device
+from tritonbnn.train.engine import Compute
+from tritonbnn.train.log import table
+from tritonbnn.train.run import StepRun
+from tritonbnn.train.rundir import RunFolder
+from tritonbnn.train.stop import Stopped, StopSignals
+
+logger = logging.getLogger("tritonbnn.train")
+
+
+def main(argv: list[str]) -> int:
+    """Train, or go on training. Returns the exit code."""
+    arguments = parse(argv)
+    config = arguments.config
+    device = choose_device(config.device)
+    signals = StopSignals(patient=distributed.launched())
+    world = distributed.join(device)
+    run: RunFolder | None = world.lead(
+        lambda: RunFolder(arguments.out, config, fresh=arguments.fresh, device=device)
+    )
+    folder = world.share(run.path if run else arguments.out)
+    compute = Compute(device, config.precision, config.channels_last)
+    if world.leads:
+        logger.info("%s on %s, in %s", config.recipe, device, folder)
+    history = []
+    try:
+        for step in config.steps:
+            history = StepRun(step, config, folder, compute, world, signals).train()
+    except Stopped as stopped:
+        if world.leads:
+            logger.info(
+                "stopped by %s; all is saved in %s: run the same command again to go on",
+                stopped.signal.name,
+                folder,
+            )
+        return stopped.code
+    if world.leads:
+        print(table(history, published=config.recipe == "imagenet"))
+        print(f"best weights: {folder}")
+    distributed.leave()
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,237 @@
+"""The order of the training images, their division over processes, and the loaders.
+
+A *global batch* is what one optimiser step sees, over all processes and accumulation parts. It is
+cut into one share per process, as equal as can be, and each share into *micro-batches*. Shares may
+differ by one image; the mean over the global batch stays exact, because each micro-batch says how
+many images are its own and how many the global batch has: the sum over processes and parts of
+``loss_sum / global_count`` is the mean.
+
+All of it is a function of seed, step, epoch and sizes. Nothing is drawn while training, so a run
+can enter an epoch at any optimiser step.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+
+from tritonbnn.cli import UserError
+from tritonbnn.train.sources import SampleKey
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SHIELDED = hasattr(signal, "sigwaitinfo")  # not on macOS and Windows
+
+
+@dataclass(eq=False)
+class MicroBatch:
+    """What one process takes in one forward and backward pass.
+
+    Args:
+        images: (N, C, H, W) float32, at least one.
+        labels: (N,) int64.
+        count: real images in it: N, or 0 where the one image is borrowed and must weigh nothing.
+        global_count: images in the whole optimiser step.
+        last: whether it ends the optimiser step.
+    """
+
+    images: Tensor
+    labels: Tensor
+    count: int
+    global_count: int
+    last: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A micro-batch before its images are read."""
+
+    indices: np.ndarray
+    count: int
+    global_count: int
+    last: bool
+
+
+def epoch_order(seed: int, step: int, epoch: int, size: int) -> np.ndarray:
+    """The permutation of ``range(size)`` in which an epoch sees the training images."""
+    return np.random.default_rng((seed, step, epoch)).permutation(size)
+
+
+def train_steps(size: int, batch_size: int) -> int:
+    """Optimiser steps of an epoch; the last one may be smaller."""
+    return -(-size // batch_size)
+
+
+def train_batches(
+    dataset: Dataset,
+    *,
+    seed: int,
+    step: int,
+    epoch: int,
+    batch_size: int,
+    accumulation: int = 1,
+    start_batch: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[MicroBatch]:
+    """This process's micro-batches of one epoch.
+
+    Over all processes every image comes exactly once, and all processes get the same number of
+    micro-batches in every optimiser step. Where a process would get none, it gets the first image
+    of the global batch again, with ``count`` 0, so that its collectives match the others'.
+    It passes through that process's batch norm all the same; process 0, whose statistics count,
+    never gets one.
+
+    Args:
+        dataset: indexed with :class:`SampleKey`, giving (image, label).
+        seed: the run's seed; with ``step`` and ``epoch`` it fixes the order.
+        step: the training step, 1 or 2.
+        epoch: counted from 0.
+        batch_size: images of one optimiser step, over all processes and parts.
+        accumulation: parts that a process's share is cut into; fewer in a last batch too small.
+        start_batch: optimiser steps of this epoch already done; they are left out unread.
+        rank: this process.
+        world_size: number of processes.
+        workers: reading processes; 0 reads in this one.
+        pin_memory: put the images in page-locked memory.
+
+    Raises:
+        UserError: An image is bad, or there are fewer images than processes.
+    """
+    size = _size(dataset)
+    _check_sizes(size, batch_size, world_size)
+    order = epoch_order(seed, step, epoch, size)
+    parts: list[_Part] = []
+    for start in range(start_batch * batch_size, size, batch_size):
+        parts += _cut(order[start : start + batch_size], accumulation, rank, world_size)
+    batches = _load(dataset, epoch, [part.indices for part in parts], workers, pin_memory)
+    for part, (images, labels) in zip(parts, batches, strict=True):
+        yield MicroBatch(images, labels, part.count, part.global_count, part.last)
+
+
+def val_batches(
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's (images, labels); over all processes each image comes exactly once.
+
+    ``batch_size`` counts the images of all processes. They may get different numbers of batches, or
+    none: no collective may be called between them.
+    """
+    indices = np.arange(_size(dataset))
+    blocks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    shares = [np.array_split(block, world_size)[rank] for block in blocks]
+    yield from _load(dataset, 0, [s for s in shares if len(s)], workers, pin_memory)
+
+
+def _size(dataset: Dataset) -> int:
+    return len(dataset)  # type: ignore[arg-type]  # torch leaves __len__ out of Dataset
+
+
+def _check_sizes(size: int, batch_size: int, world_size: int) -> None:
+    if size < world_size:
+        raise UserError(f"{size} training images for {world_size} processes: start fewer processes")
+    if batch_size < world_size:
+        raise UserError(
+            f"--batch-size {batch_size} counts the images of all {world_size} processes:"
+            f" make it at least {world_size}, or start fewer processes"
+        )
+
+
+def _cut(batch: np.ndarray, accumulation: int, rank: int, world_size: int) -> list[_Part]:
+    """One process's parts of a global batch."""
+    shares = np.array_split(batch, world_size)
+    # the first share is the largest: counted on it, every process has the same number of parts
+    parts = np.array_split(shares[rank], min(accumulation, len(shares[0])))
+    return [
+        _Part(part if len(part) else batch[:1], len(part), len(batch), number == len(parts))
+        for number, part in enumerate(parts, start=1)
+    ]
+
+
+def _load(
+    dataset: Dataset, epoch: int, batches: list[np.ndarray], workers: int, pin_memory: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    loader = DataLoader(
+        _Batches(dataset, epoch),
+        sampler=batches,
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=workers,
+        worker_init_fn=_obey_parent_alone if _SHIELDED else None,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # else the loader draws a seed from the global one
+    )
+    with _stop_signals_blocked():
+        iterator = iter(loader)
+    try:
+        for batch in iterator:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    finally:
+        del iterator  # ends the workers now; a traceback would keep them
+
+
+@dataclass(frozen=True, eq=False)
+class _Batches(Dataset):
+    """A data set of whole batches. A user's mistake is handed over as a value.
+
+    Raised in a worker, it would arrive wrapped in the worker's traceback.
+    """
+
+    dataset: Dataset
+    epoch: int
+
+    def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, Tensor] | UserError:
+        try:
+            samples = [self.dataset[SampleKey(self.epoch, int(index))] for index in indices]
+        except UserError as error:
+            return error
+        images, labels = default_collate(samples)
+        return images, labels
+
+
+def _unchanged(batch: object) -> object:
+    return batch
+
+
+@contextmanager
+def _stop_signals_blocked() -> Iterator[None]:
+    """Workers started here inherit the block, so that a Ctrl-C or a kill of the group spares them.
+
+    The trainer decides when to stop, and needs batches until then.
+    """
+    if not _SHIELDED:
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _obey_parent_alone(worker: int) -> None:
+    """Let a worker end on a blocked stop signal only where the loader's own process sent it."""
+    parent = os.getppid()
+
+    def wait() -> None:
+        while signal.sigwaitinfo(_STOP_SIGNALS).si_pid != parent:
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()

@@ -1,0 +1,35 @@
+"""The device that a command runs on."""
+
+import os
+
+import torch
+
+from tritonbnn.cli import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that ``name`` means: auto, cpu, cuda, or cuda:N.
+
+    Under torchrun, ``cuda`` is the GPU of this process's number on its machine.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdecimal()):
+        raise UserError(f"unknown --device {name!r}: use auto, cpu, cuda or cuda:N")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda, but torch finds no CUDA device: use --device cpu")
+    index = int(number or os.environ.get("LOCAL_RANK") or 0)
+    if index >= torch.cuda.device_count():
+        raise UserError(
+            f"there is no cuda:{index}, only {torch.cuda.device_count()} GPUs:"
+            " start fewer processes, or choose another --device"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device

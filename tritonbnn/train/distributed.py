@@ -1,0 +1,153 @@
+"""The processes of one job, as torchrun starts them. Alone, all of this does nothing."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from tritonbnn.cli import UserError
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_JOIN_TIMEOUT = timedelta(minutes=10)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands among those of the job.
+
+    Attributes:
+        rank: number of this process.
+        size: number of processes.
+        local_rank: number of this process on its machine, which picks its GPU.
+        control: a group for small facts on the host, which never waits for a GPU.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    control: dist.ProcessGroup | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes files and talks."""
+        return self.rank == 0
+
+    def agree(self, *facts: int) -> list[int]:
+        """The largest of each fact over all processes; every process gets the same answer."""
+        if self.size == 1:
+            return list(facts)
+        tensor = torch.tensor(facts)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.control)
+        return tensor.tolist()
+
+    def total(self, sums: Tensor) -> Tensor:
+        """The sum of a CPU tensor over all processes."""
+        if self.size > 1:
+            dist.all_reduce(sums, group=self.control)
+        return sums
+
+    def gather(self, value: T) -> list[T]:
+        """``value`` of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def share(self, value: T) -> T:
+        """The leading process's ``value``, in every process."""
+        values = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process the leading one's running statistics."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def lead(self, action: Callable[[], T]) -> T | None:
+        """Do ``action`` in the leading process alone, and wait for it.
+
+        Its result is None elsewhere. A user's mistake that it meets ends every process alike.
+        """
+        result, mistake = None, None
+        if self.leads:
+            try:
+                result = action()
+            except UserError as error:
+                mistake = str(error)
+        mistake = self.share(mistake)
+        if mistake is not None:
+            raise UserError(mistake)
+        return result
+
+
+def launched() -> bool:
+    """Whether torchrun started this process.
+
+    Raises:
+        UserError: only some of its variables are set.
+    """
+    missing = [name for name in VARIABLES if not os.environ.get(name)]
+    if len(missing) == len(VARIABLES):
+        return False
+    if missing:
+        raise UserError(
+            f"torchrun's variables are half set ({', '.join(missing)} missing):"
+            " start with torchrun, or unset the others"
+        )
+    for name in VARIABLES:
+        if name != "MASTER_ADDR" and not os.environ[name].isdecimal():
+            raise UserError(
+                f"{name} must be a whole number, not {os.environ[name]!r}: use torchrun"
+            )
+    return True
+
+
+def join(device: torch.device) -> World:
+    """Meet the other processes: NCCL for CUDA, gloo otherwise."""
+    if not launched():
+        return World()
+    rank, size, local_rank = (int(os.environ[name]) for name in VARIABLES[:3])
+    on_gpu = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=_store(rank, size),
+        rank=rank,
+        world_size=size,
+        device_id=device if on_gpu else None,
+    )
+    return World(rank, size, local_rank, dist.new_group(backend="gloo"))
+
+
+def _store(rank: int, size: int) -> dist.Store:
+    """Where the processes find each other.
+
+    A restart by torchrun may meet the store of the attempt before, in which gloo would find the
+    addresses of processes that are dead. So each attempt has keys of its own.
+    """
+    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        size,
+        is_master=rank == 0 and not of_agent,
+        timeout=_JOIN_TIMEOUT,
+        multi_tenant=not of_agent,
+    )
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"tritonbnn/attempt_{attempt}", store)
+
+
+def leave() -> None:
+    """Part from the other processes."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,130 @@
+"""Files that are either whole or absent, and a folder that only one process writes to."""
+
+import errno
+import fcntl
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from tritonbnn.cli import UserError
+
+_TEMPORARY = ".tmp"
+_LOCK = ".lock"
+
+
+def write_atomically(path: Path, content: bytes, *, keep: Path | None = None) -> None:
+    """Replace ``path`` by ``content``, so that a death at any moment leaves one or other.
+
+    Args:
+        path: the file.
+        content: what it shall hold.
+        keep: where the old file goes. For a moment there may be ``keep`` and no ``path``.
+
+    Raises:
+        UserError: the disk is full, or the file cannot be written; ``path`` is as it was.
+    """
+    temporary = path.with_name(path.name + _TEMPORARY)
+    try:
+        _write_synced(temporary, content)
+        if keep is not None and path.exists():
+            path.replace(keep)
+        temporary.replace(path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The user's view of a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(
+            f"no space left to write {path}: free some and run the same command again;"
+            " the previous checkpoint is intact"
+        )
+    return UserError(f"cannot write {path}: {error.strerror or error}")
+
+
+def _write_synced(path: Path, content: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        rest = memoryview(content)
+        while rest:
+            rest = rest[os.write(descriptor, rest) :]
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Create ``folder`` if need be.
+
+    Raises:
+        UserError: something else is in its place, or it cannot be created.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(
+            f"{error.filename} is a file, not a folder: choose another --out"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"cannot create {folder}: {error.strerror}; choose another --out"
+        ) from error
+
+
+class FolderLock:
+    """Holds a folder for this process until it ends, however it ends.
+
+    A POSIX record lock: unlike one from ``flock`` it is not inherited by the processes that read
+    images, which may outlive a killed trainer by seconds.
+
+    Args:
+        folder: an existing folder.
+
+    Raises:
+        UserError: another process holds it, or it is not writable.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / _LOCK
+        try:
+            self._file = path.open("a+")
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {folder}: {error.strerror}; choose another --out"
+            ) from error
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._file.seek(0)
+            owner = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise UserError(
+                f"{folder} is in use by another running process (pid {owner}):"
+                " wait for it, or choose another --out"
+            ) from error
+        self._file.truncate(0)
+        self._file.write(f"{os.getpid()}\n")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Give the folder back."""
+        self._file.close()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a death in the middle of a write left behind."""
+    for path in folder.rglob(f"*{_TEMPORARY}"):
+        path.unlink(missing_ok=True)

@@ -1,0 +1,171 @@
+"""When a step's state is saved, and how it is found again."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from tritonbnn.cli import UserError
+from tritonbnn.train.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, encode, read
+from tritonbnn.train.distributed import World
+from tritonbnn.train.files import make_folder, write_atomically
+from tritonbnn.train.meters import FirstBad
+from tritonbnn.train.state import State
+from tritonbnn.train.stop import Stopped, StopSignals
+from tritonbnn.train.weights import check_same_network
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+def read_latest(folder: Path) -> Checkpoint | None:
+    """The last checkpoint of a step, or the one before where the last is damaged or missing.
+
+    Returns:
+        None where the step has not been saved yet.
+
+    Raises:
+        UserError: all that there is, is damaged.
+    """
+    last, previous = folder / LAST, folder / PREVIOUS
+    if not last.exists():
+        return read(previous) if previous.exists() else None
+    try:
+        return read(last)
+    except UserError as error:
+        if not previous.exists():
+            raise UserError(
+                f"{error.args[0]}, or start over with --fresh; there is none before it"
+            ) from error
+        logger.warning("%s is damaged: going on from the one before, %s", last, previous.name)
+        return read(previous)
+
+
+class Keeper:
+    """Saves a step's state in its folder: at intervals, on a signal, at the end of an epoch.
+
+    All processes must call its methods together; the leading one writes.
+
+    Args:
+        folder: of the step.
+        state: what to save.
+        identity: facts that tell what the network and its data are; they go into every file.
+        bad: where the first bad loss is noted. A bad state is never saved.
+        world: the processes of the job.
+        signals: requests to stop.
+        save_minutes: between checkpoints within an epoch.
+        log_interval: optimiser steps between looks at the loss.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        state: State,
+        identity: dict[str, Any],
+        bad: FirstBad,
+        *,
+        world: World,
+        signals: StopSignals,
+        save_minutes: float,
+        log_interval: int,
+    ) -> None:
+        self.folder, self.state, self.identity = folder, state, identity
+        self._bad, self._world, self._signals = bad, world, signals
+        self._save_seconds, self._log_interval = 60 * save_minutes, log_interval
+        self._saved_at = time.monotonic()
+        world.lead(lambda: make_folder(folder))
+
+    def resume(self) -> bool:
+        """Take up the state that was saved, if one was."""
+        checkpoint = read_latest(self.folder)
+        if checkpoint is None:
+            return False
+        check_same_network(checkpoint, self.identity["network"])
+        self.state.restore(checkpoint, self._world)
+        before = checkpoint.facts["world_size"]
+        if before != self._world.size and self._world.leads:
+            logger.warning(
+                "going on with %d processes after %d: gradients stay the mean over the batch,"
+                " but BatchNorm now sees other shares of it",
+                self._world.size,
+                before,
+            )
+        return True
+
+    def after_step(self) -> None:
+        """Look at the loss, save, or stop, as the time has come."""
+        due = self._world.leads and time.monotonic() - self._saved_at >= self._save_seconds
+        number, save = self._world.agree(self._signals.number, int(due))
+        if number:
+            self._stop(number)
+        if save:
+            self.save()
+        elif self.state.batch % self._log_interval == 0:
+            self.check_loss()
+
+    def watch(self, batches: Iterable[T]) -> Iterator[T]:
+        """``batches``, broken off by a request to stop. Processes may have unequal numbers."""
+        iterator = iter(batches)
+        while True:
+            batch = next(iterator, None)
+            number, more = self._world.agree(self._signals.number, int(batch is not None))
+            if number:
+                self._stop(number)
+            if batch is not None:
+                yield batch
+            if not more:
+                return
+
+    def _stop(self, number: int) -> None:
+        self.save()
+        raise Stopped(number)
+
+    def save(self) -> None:
+        """Write the state as the last checkpoint, and keep the one before."""
+        self._check_state()
+        tensors, facts = self.state.tensors(self._world), self.state.facts(self._world)
+        last = self.folder / LAST
+        self._world.lead(
+            lambda: write_atomically(
+                last, encode(tensors, {**self.identity, **facts}), keep=self.folder / PREVIOUS
+            )
+        )
+        self._saved_at = time.monotonic()
+
+    def save_best(self) -> None:
+        """Write the weights alone as the best ones."""
+        self._check_state()
+        tensors = {f"model.{name}": t for name, t in self.state.model.state_dict().items()}
+        facts = {**self.identity, "step": self.state.step, "best": self.state.best}
+        self._world.lead(lambda: write_atomically(self.folder / BEST, encode(tensors, facts)))
+
+    def check_loss(self) -> None:
+        """Stop the run if a loss was not finite."""
+        index = self._bad.read()
+        [worst] = self._world.agree(-1 if index is None else index)
+        if worst >= 0:
+            self._give_up(f"the loss is not finite at optimiser step {worst + 1}")
+
+    def _check_state(self) -> None:
+        """The last update may have spoilt what no loss has seen yet."""
+        self.check_loss()
+        values = [t for t in self.state.model.state_dict().values() if t.is_floating_point()]
+        good = torch.stack([torch.isfinite(t).all() for t in values]).all()
+        [spoilt] = self._world.agree(int(not good))
+        if spoilt:
+            self._give_up(f"a weight is not finite after optimiser step {self.state.batch}")
+
+    def _give_up(self, what: str) -> None:
+        last = self.folder / LAST
+        state = self.state
+        remedy = "give a smaller --lr (with --fresh)"
+        if self._world.leads and last.exists():
+            remedy += f"; the last good checkpoint is {last}"
+        lr = state.optimizer.param_groups[0]["lr"]
+        raise UserError(
+            f"step {state.step}: {what} of epoch {state.epoch + 1}, learning rate {lr:g}: {remedy}"
+        )

@@ -1,0 +1,128 @@
+"""What a run tells: a bar for the eye, a JSON line per epoch, TensorBoard, and a table."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from tritonbnn.train.files import cannot_write, write_atomically
+
+LOG = "log.jsonl"
+Line = dict[str, Any]
+
+# AdamBNN on ImageNet (2106.11309): step 1 from its authors' issue 2, step 2 from the paper
+PUBLISHED_TOP1 = {1: 71.4, 2: 70.5}
+
+
+def write_log(folder: Path, history: list[Line]) -> None:
+    """Make ``log.jsonl`` say what ``history`` says.
+
+    The checkpoint is the truth. Writing the whole file anew, a run that was cut off and goes on has
+    no line twice and misses none.
+    """
+    text = "".join(json.dumps(line) + "\n" for line in history)
+    write_atomically(folder / LOG, text.encode())
+
+
+class Board:
+    """TensorBoard's view of one step.
+
+    Args:
+        folder: of the run.
+        step: 1 or 2; each has a folder of its own, to be drawn over the other.
+        epoch: the first epoch that is to come; events of an earlier attempt at it are hidden.
+    """
+
+    def __init__(self, folder: Path, step: int, epoch: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self._folder = folder / "tensorboard" / f"step{step}"
+        try:
+            self._writer = SummaryWriter(str(self._folder), purge_step=epoch + 1)
+        except OSError as error:
+            raise cannot_write(self._folder, error) from error
+
+    def add(self, line: Line) -> None:
+        """Draw one epoch."""
+        try:
+            for key, value in line.items():
+                if key not in ("step", "epoch"):
+                    self._writer.add_scalar(key, value, line["epoch"])
+            self._writer.flush()
+        except OSError as error:
+            raise cannot_write(self._folder, error) from error
+
+    def close(self) -> None:
+        """End the file."""
+        self._writer.close()
+
+
+class Bar:
+    """The progress of an epoch on a terminal; elsewhere nothing.
+
+    Args:
+        title: what it is.
+        steps: optimiser steps of the epoch.
+        done: how many of them are done.
+        show: whether this process talks.
+    """
+
+    def __init__(self, title: str, steps: int, done: int, *, show: bool) -> None:
+        self._bar = tqdm(
+            total=steps,
+            initial=done,
+            desc=title,
+            unit="step",
+            leave=False,
+            disable=None if show else True,
+        )
+
+    @property
+    def shown(self) -> bool:
+        """Whether anybody sees it."""
+        return not self._bar.disable
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self._bar.update()
+
+    def tell(self, loss: float, top1: float, images_per_second: float) -> None:
+        """Put the numbers beside it."""
+        self._bar.set_postfix_str(
+            f"loss {loss:.3f}, top-1 {top1:.1f} %, {images_per_second:.0f} img/s"
+        )
+
+    def close(self) -> None:
+        """Take it away."""
+        self._bar.close()
+
+
+def describe(line: Line, epochs: int) -> str:
+    """One epoch in one line of text."""
+    return (
+        f"step {line['step']} epoch {line['epoch']}/{epochs}: loss {line['train_loss']:.4f},"
+        f" top-1 {line['train_top1']:.2f} %; validation top-1 {line['val_top1']:.2f} %,"
+        f" top-5 {line['val_top5']:.2f} %; {line['flips']:.2%} of signs flipped;"
+        f" {line['images_per_second']:.0f} img/s"
+    )
+
+
+def table(history: list[Line], *, published: bool) -> str:
+    """Both steps beside each other, and beside the published numbers if wanted."""
+    heads = ["step", "weights", "epochs", "best top-1", "last top-1", "last top-5", "seconds"]
+    rows = [heads + ["published"] * published]
+    for step, weights in ((1, "real"), (2, "1-bit")):
+        lines = [line for line in history if line["step"] == step]
+        if not lines:
+            continue
+        last, best = lines[-1], max(line["val_top1"] for line in lines)
+        row = [str(step), weights, str(len(lines)), f"{best:.2f} %"]
+        row += [f"{last['val_top1']:.2f} %", f"{last['val_top5']:.2f} %"]
+        row += [f"{sum(line['seconds'] for line in lines):.0f}"]
+        rows.append(row + [f"{PUBLISHED_TOP1[step]:.1f} %"] * published)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    )

@@ -1,0 +1,106 @@
+"""A run's folder: created, numbered, locked, and checked against what it was begun with."""
+
+import dataclasses
+import json
+import platform
+import sys
+from pathlib import Path
+
+import torch
+import torchvision
+
+import tritonbnn
+from tritonbnn.cli import UserError
+from tritonbnn.train.config import Config, differences, read_recipe, resolve, to_toml
+from tritonbnn.train.files import FolderLock, make_folder, remove_leftovers, write_atomically
+
+CONFIG = "config.toml"
+ENVIRONMENT = "environment.json"
+
+
+class RunFolder:
+    """The folder of a run, held by this process.
+
+    Args:
+        out: where the user wants it.
+        config: what is to be run.
+        fresh: take a new folder beside ``out`` if it is in use by an earlier run.
+        device: what it runs on, for the record.
+
+    Attributes:
+        path: the folder.
+
+    Raises:
+        UserError: it cannot be written, another process uses it, or it is of another run.
+    """
+
+    def __init__(self, out: Path, config: Config, *, fresh: bool, device: torch.device) -> None:
+        self.path = _unused(out) if fresh else out
+        make_folder(self.path)
+        self._lock = FolderLock(self.path)
+        remove_leftovers(self.path)
+        self._check_begun(config)
+        write_atomically(self.path / CONFIG, to_toml(config).encode())
+        write_atomically(self.path / ENVIRONMENT, _environment(config, device).encode())
+
+    def _check_begun(self, config: Config) -> None:
+        """A run that has a checkpoint goes on with its own settings; before, nothing is lost."""
+        if not any(self.path.glob("step[12]/*.safetensors")):
+            return
+        path = self.path / CONFIG
+        if not path.exists():
+            raise UserError(
+                f"{self.path} holds checkpoints but no {CONFIG}: use --fresh, or another --out"
+            )
+        _check(resolve(read_recipe(str(path))), config, self.path)
+
+    def release(self) -> None:
+        """Let others use it."""
+        self._lock.release()
+
+
+def step_folder(run: Path, step: int) -> Path:
+    """Where a step's checkpoints are."""
+    return run / f"step{step}"
+
+
+def _unused(out: Path) -> Path:
+    """``out``, or the first of out-2, out-3, ... that does not exist."""
+    number, path = 1, out
+    while path.exists() or path.is_symlink():
+        number += 1
+        path = out.with_name(f"{out.name}-{number}")
+    return path
+
+
+def _check(before: Config, config: Config, path: Path) -> None:
+    changed = differences(before, config)
+    if before.step1.epochs != config.step1.epochs and any(step_folder(path, 2).glob("last*")):
+        changed.append(
+            f"step1.epochs was {before.step1.epochs} and is {config.step1.epochs},"
+            " but step 2 has begun"
+        )
+    if changed:
+        raise UserError(
+            f"{path} is a run with other settings: {'; '.join(changed)};"
+            " repeat the old ones to go on, or start over with --fresh"
+        )
+
+
+def _environment(config: Config, device: torch.device) -> str:
+    """What a reader needs to repeat the run."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    facts = {
+        "seed": config.seed,
+        "device": str(device),
+        "device_name": name or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "tritonbnn": tritonbnn.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+        "system": platform.platform(),
+        "config": dataclasses.asdict(config),
+    }
+    return json.dumps(facts, indent=2) + "\n"

@@ -1,0 +1,121 @@
+"""From a checkpoint to a network: to use it, to go on with it, or to start another run."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tritonbnn.cli import UserError
+from tritonbnn.models import build_model
+from tritonbnn.models.blocks import BinaryNetwork
+from tritonbnn.train.checkpoint import BEST, Checkpoint, read
+
+logger = logging.getLogger(__name__)
+
+_HEAD = "fc."
+
+
+def find_checkpoint(place: Path) -> Path:
+    """The file meant by a file, a run's folder (its furthest step's best), or a step's folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not place.exists():
+        raise UserError(f"{place} does not exist: name a checkpoint file or a run's folder")
+    if not place.is_dir():
+        return place
+    candidates = [place / folder / BEST for folder in ("step2", "step1", "")]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        raise UserError(f"{place} holds no checkpoint yet: name a checkpoint file or another run")
+    return found
+
+
+def network_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The arguments of ``build_model`` that the checkpoint's network was built with."""
+    try:
+        return dict(checkpoint.facts["network"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{checkpoint.path} does not say what network it is of") from error
+
+
+def build(network: dict[str, Any]) -> BinaryNetwork:
+    """``build_model``, with a wrong argument as the user's mistake.
+
+    Raises:
+        UserError: the arguments make no network.
+    """
+    try:
+        return build_model(**network)
+    except (ValueError, TypeError) as error:
+        raise UserError(str(error)) from error
+
+
+def load_network(place: Path) -> tuple[BinaryNetwork, Checkpoint]:
+    """The network of a checkpoint, with its weights.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged, or not what it says.
+    """
+    checkpoint = read(find_checkpoint(place))
+    model = build(network_of(checkpoint))
+    load_strictly(model, checkpoint)
+    return model, checkpoint
+
+
+def load_strictly(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """All weights of the checkpoint, by name and shape.
+
+    Raises:
+        UserError: a tensor is missing, left over, or has another shape.
+    """
+    try:
+        model.load_state_dict(checkpoint.group("model"))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise UserError(f"{checkpoint.path} does not fit the network: {reason}") from error
+
+
+def check_same_network(checkpoint: Checkpoint, network: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another network; ``binary_weights`` may differ between the steps.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    given = network_of(checkpoint)
+    different = [
+        f"{key} {given.get(key)!r} and not {value!r}"
+        for key, value in network.items()
+        if key != "binary_weights" and given.get(key) != value
+    ]
+    if different:
+        raise UserError(
+            f"{checkpoint.path} has {', '.join(different)}: use a checkpoint of the same network"
+        )
+
+
+def initialise_from(model: nn.Module, network: dict[str, Any], place: Path) -> None:
+    """Start from another run's weights; where it had other classes, the head stays as it is.
+
+    Args:
+        model: freshly built.
+        network: what it was built from.
+        place: file or run.
+
+    Raises:
+        UserError: the checkpoint is of another architecture or width.
+    """
+    checkpoint = read(find_checkpoint(place))
+    before, after = network_of(checkpoint)["num_classes"], network["num_classes"]
+    check_same_network(checkpoint, {**network, "num_classes": before})
+    if before == after:
+        load_strictly(model, checkpoint)
+    else:
+        own = model.state_dict()
+        for name in [n for n in own if n.startswith(_HEAD)]:
+            checkpoint.tensors[f"model.{name}"] = own[name].clone()
+        load_strictly(model, checkpoint)
+        logger.info("%d classes after %d: the head starts anew", after, before)
+    logger.info("starting from the weights in %s", checkpoint.path)
