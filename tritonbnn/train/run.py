@@ -126,7 +126,7 @@ class StepRun:
         """The weights that a step starts from, and the log that it goes on with."""
         state = self.state
         before = step_folder(self.folder, 1)
-        if self.step == 2 and before.exists():
+        if self.step == 2 and has_begun(before):
             self._take_over(before)
         elif self.config.init_from:
             initialise_from(state.model, self.network, Path(self.config.init_from))
