@@ -26,6 +26,13 @@ from tritonbnn.models import build_model
 CLASSES = 1000
 
 
+def ours(**options: int | float | bool) -> nn.Module:
+    return build_model("reactnet_a", **options).to(memory_format=torch.channels_last)
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., nn.Module]] = {"obvious": ObviousReActNetA, "ours": ours}
+
+
 def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
     """One step of ``model`` with Adam: forward, backward, update."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
@@ -60,10 +67,7 @@ def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, 
 def measure(batch: int, size: int, step: int, width: float, rounds: int, device: str) -> dict:
     """Time and saved bytes of both implementations on random images."""
     options = {"num_classes": CLASSES, "binary_weights": step == 2, "width": width}
-    models = {
-        "obvious": ObviousReActNetA(**options).to(device),
-        "ours": build_model("reactnet_a", **options).to(device, memory_format=torch.channels_last),
-    }
+    models = {name: build(**options).to(device) for name, build in IMPLEMENTATIONS.items()}
     images = torch.randn(batch, 3, size, size, device=device)
     labels = torch.randint(CLASSES, (batch,), device=device)
     saved = {

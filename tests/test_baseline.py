@@ -142,3 +142,35 @@ def unit_of(block, half, channels, widen, stride, binary):
 
 def joined(tensors):
     return tensors[0] if tensors[0].dim() == 0 else torch.cat(tensors)
+
+
+def adam_losses(model, batches):
+    """The loss of each of a few Adam steps."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=2.5e-3)
+    losses = []
+    for images, labels in batches:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(images), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["step1", "step2"])
+def test_twenty_adam_steps_agree_in_float64(binary):
+    torch.manual_seed(3)
+    options = {"num_classes": 10, "width": 0.25, "small_images": True, "binary_weights": binary}
+    obvious = ObviousReActNetA(**options).double()
+    fused, composed = (
+        build_model("reactnet_a", fused=f, **options).double() for f in (True, False)
+    )
+    for model in (fused, composed):
+        load_adambnn(model, obvious.state_dict())
+    batches = [
+        (torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.randint(10, (4,))) for _ in range(20)
+    ]
+    expected = adam_losses(obvious, batches)
+    assert len(set(expected)) == 20
+    for model in (fused, composed):
+        assert adam_losses(model, batches) == pytest.approx(expected, rel=1e-7)

@@ -7,8 +7,6 @@ from benchmarks.baseline import ObviousReActNetA
 from benchmarks.saved import saved_bytes, saved_slope
 from tritonbnn.models import build_model
 
-MB_PER_IMAGE = 70  # in float32 at 224, of the small Functions
-
 
 def images(count):
     return torch.randn(count, 3, 224, 224).contiguous(memory_format=torch.channels_last)
@@ -29,15 +27,37 @@ def test_the_baseline_is_the_obvious_one():
     assert saved.per_batch == pytest.approx(113, abs=2)
 
 
-def test_the_network_saves_bits_and_the_stream():
-    saved = saved_slope(build_model("reactnet_a"), images)
-    assert saved.per_image <= MB_PER_IMAGE
-    assert saved.per_batch <= 4  # packed weights and scales
+class Autocast(torch.nn.Module):
+    """A network under bf16 autocast."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.network(x)
 
 
-def test_live_memory_agrees_with_the_count():
+@pytest.mark.parametrize(
+    ("fused", "bf16", "limit"),
+    [
+        pytest.param(True, False, 26, id="fused-fp32"),
+        pytest.param(True, True, 13, id="fused-bf16"),
+        pytest.param(False, False, 70, id="composed-fp32"),
+    ],
+)
+def test_the_network_saves_bits_and_the_stream(fused, bf16, limit):
+    network = build_model("reactnet_a", fused=fused)
+    saved = saved_slope(Autocast(network) if bf16 else network, images)
+    assert saved.per_image <= limit
+    assert saved.per_batch <= 6  # packed weights, scales, and the head's weight in bf16
+
+
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composed"])
+def test_live_memory_agrees_with_the_count(fused):
     """A tensor kept anywhere but in save_for_backward would be live and not counted."""
-    model = build_model("reactnet_a", width=0.25)
+    model = build_model("reactnet_a", width=0.25, fused=fused)
     x = images(2)
     saved = saved_bytes(model, lambda: model(x))
     live, logits = allocated_by(lambda: model(x))
