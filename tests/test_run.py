@@ -10,8 +10,8 @@ from torchvision.models import resnet34
 
 from tests.commands import TRAIN, Result, run, write_tiny, write_tree
 from tritonbnn.models import build_model
+from tritonbnn.train.arguments import parse
 from tritonbnn.train.checkpoint import Checkpoint, encode, read
-from tritonbnn.train.config import parse
 from tritonbnn.train.log import table
 
 STEADY = ("--step2.epochs", 1)  # an only epoch is at learning rate 0: no weight moves

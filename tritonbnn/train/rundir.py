@@ -11,8 +11,9 @@ import torchvision
 
 import tritonbnn
 from tritonbnn.cli import UserError
+from tritonbnn.train.arguments import read_recipe, resolve
 from tritonbnn.train.checkpoint import has_begun
-from tritonbnn.train.config import STEPS, Config, differences, read_recipe, resolve, to_toml
+from tritonbnn.train.config import STEPS, Config, differences, to_toml
 from tritonbnn.train.files import FolderLock, make_folder, remove_leftovers, update
 
 CONFIG = "config.toml"
