@@ -59,7 +59,7 @@ def samples():
         "rprelu_forward": ((x, vector, vector, vector), {}),
         "rprelu_backward": ((x, x, vector, vector), {}),
         "channel_moments": ((eager.conv_packed(signs, packed, None, **integers),), {}),
-        "unit_forward": ((x, x, *[vector] * 6), {"shortcut": "identity"}),
+        "unit_forward": ((x, x, *[vector] * 7), {"shortcut": "identity", "pack": True}),
         "unit_activation_backward": ((x, x, x, *[vector] * 5), {"shortcut": "identity"}),
         "unit_norm_backward": ((x, x, *[vector] * 3), {}),
     }

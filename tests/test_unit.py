@@ -9,6 +9,7 @@ from tests.helpers import activation, assert_no_worse_than_eager, vectors
 from tritonbnn import eager, kernels, ops, reference
 from tritonbnn.kernels import config
 from tritonbnn.kernels import unit as unit_kernels
+from tritonbnn.models import build_model
 from tritonbnn.nn import BinaryUnit
 
 PLANS = ("keep", "recompute")
@@ -170,7 +171,7 @@ def test_launchers_are_no_worse_than_eager(launchers, device, dtype, shortcut):
     def run(module, on, to):
         m = [v.to(device=on, dtype=to) for v in (mean, scale, offset, shift_mid, slope, shift_out)]
         s, g = stream.to(device=on, dtype=to), grad.to(device=on, dtype=to)
-        z = module.unit_forward(a.to(on), s, *m, shortcut=shortcut)
+        z, _ = module.unit_forward(a.to(on), s, *m, None, shortcut=shortcut, pack=False)
         du, sums = module.unit_activation_backward(g, a.to(on), s, *m[:5], shortcut=shortcut)
         return z, du, *sums, module.unit_norm_backward(g, a.to(on), *m[:3])
 
@@ -303,9 +304,9 @@ def test_bad_input_is_named(change, message):
 def test_kernels_name_bad_input():
     a, vector = torch.zeros(2, 8, 4, 4, dtype=torch.int16), torch.zeros(8)
     with pytest.raises(ValueError, match=r"stream must have shape \(2, 8, 8, 8\)"):
-        kernels.unit_forward(a, a.float(), *[vector] * 6, shortcut="pool")
+        kernels.unit_forward(a, a.float(), *[vector] * 7, shortcut="pool", pack=False)
     with pytest.raises(TypeError, match="float64"):
-        kernels.unit_forward(a, a.double(), *[vector] * 6, shortcut="identity")
+        kernels.unit_forward(a, a.double(), *[vector] * 7, shortcut="identity", pack=False)
 
 
 def test_the_plan_comes_from_the_tuning_table(launchers, monkeypatch):
@@ -334,7 +335,44 @@ def test_a_plan_is_looked_up_by_shape():
     assert eager.unit_plan(**shapes) == "recompute"
     assert kernels.unit_plan(**shapes) == "keep"
     key = config.ProblemKey("unit_plan", "float32", 4, 4, 4, 8, 8, 3, 1)
-    choice = config.Choice("recompute", config.default_tile(key))
+    choice = config.Choice("recompute", config.default(key).tile)
     with config.using(choice):
         assert kernels.unit_plan(**shapes) == "recompute"
     assert config.look_up(key, {key: choice}).formulation == "recompute"
+
+
+@pytest.mark.parametrize("shifted", [True, False])
+@pytest.mark.parametrize("shape", [(2, 96, 5, 3), (3, 33, 1, 7), (1, 1, 1, 1)])
+def test_the_epilogue_packs_the_next_signs(launchers, device, shape, shifted):
+    """The signs of the stream as stored, so as a pass of their own would pack them."""
+    a = activation(*shape, seed=2).mul(9).to(torch.int16).to(device)
+    stream = activation(*shape, layout="channels_last").to(device)
+    mean, *others, next_shift = (v.to(device) for v in vectors(7, shape[1]))
+    next_shift = next_shift if shifted else None
+    options = {"shortcut": "identity", "pack": True}
+    z, signs = launchers.unit_forward(a, stream, mean, *others, next_shift, **options)
+    assert torch.equal(signs, launchers.pack_signs(z, next_shift))
+    assert signs.shape == (shape[0], *shape[2:], -(-shape[1] // 32))
+
+
+def test_a_chain_equals_its_units_one_by_one():
+    """A network hands packed signs on; its units applied alone pack for themselves."""
+    torch.manual_seed(0)
+    model = build_model("reactnet_18", width=0.25, num_classes=5, small_images=True)
+    for parameter in model.blocks.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    x = torch.randn(2, 3, 16, 16)
+    model(x)  # moves the running statistics off their start
+    model.eval()
+    alone = model.fc(model.blocks(model.stem(x)).mean(dim=(2, 3)))
+    assert torch.equal(model(x), alone)
+
+
+def test_hooks_of_a_unit_run_in_a_chain():
+    model = build_model("reactnet_a", width=0.25, num_classes=5, small_images=True)
+    seen = []
+    for unit in model.modules():
+        if isinstance(unit, BinaryUnit):
+            unit.register_forward_hook(lambda unit, args, output: seen.append(unit))
+    model(torch.randn(2, 3, 32, 32))
+    assert len(seen) == 26

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tritonbnn.eager.common import accumulator
+from tritonbnn.eager.pack import pack_signs
 from tritonbnn.layout import channels_last, flat_pixels, from_flat
 
 
@@ -90,7 +91,7 @@ def _pre_activation(
     """t = (a - mean) * scale + offset + shortcut(stream) + shift_mid, as (pixels, O)."""
     acc = accumulator(stream.dtype)
     constant = offset - mean * scale if shift_mid is None else offset - mean * scale + shift_mid
-    t = torch.addcmul(constant.to(acc), flat_pixels(a).to(acc), scale.to(acc))
+    t = torch.addcmul(constant.to(acc), flat_pixels(channels_last(a)).to(acc), scale.to(acc))
     return t.add_(flat_pixels(channels_last(_shortcut(stream, shortcut))))
 
 
@@ -103,9 +104,11 @@ def unit_forward(
     shift_mid: Tensor | None,
     slope: Tensor | None,
     shift_out: Tensor | None,
+    next_shift: Tensor | None,
     *,
     shortcut: str,
-) -> Tensor:
+    pack: bool,
+) -> tuple[Tensor, Tensor]:
     """A unit's epilogue: z = PReLU((a - mean) * scale + offset + shortcut + shift_mid) + shift_out.
 
     Args:
@@ -118,15 +121,20 @@ def unit_forward(
         shift_mid: (O,), or None together with the next two: no activation, z = u.
         slope: (O,), the PReLU's slope where its input is <= 0.
         shift_out: (O,).
+        next_shift: (O,), what the next unit adds before its sign, or None.
         shortcut: "identity", "repeat" or "pool".
+        pack: whether the signs of z + next_shift are wanted.
 
     Returns:
-        (N, O, H', W') in ``stream``'s dtype and channels_last memory.
+        z, (N, O, H', W') in ``stream``'s dtype and channels_last memory; and its packed signs,
+        int32 (N, H', W', words), or with no words if they are not wanted.
     """
     t = _pre_activation(a, stream, mean, scale, offset, shift_mid, shortcut)
     if slope is not None and shift_out is not None:
         t = F.prelu(t, slope.to(t.dtype)).add_(shift_out)
-    return from_flat(t.to(stream.dtype), tuple(a.shape))
+    z = from_flat(t.to(stream.dtype), tuple(a.shape))
+    n, _, height, width = z.shape
+    return z, pack_signs(z, next_shift) if pack else a.new_empty((n, height, width, 0)).int()
 
 
 def unit_activation_backward(
@@ -154,7 +162,7 @@ def unit_activation_backward(
         grad * min(t, 0) and of grad, (4, O) float32 (float64 for a float64 ``grad``).
     """
     g = flat_pixels(channels_last(grad)).to(accumulator(grad.dtype))
-    centred = flat_pixels(a).to(g.dtype) - mean.to(g.dtype)
+    centred = flat_pixels(channels_last(a)).to(g.dtype) - mean.to(g.dtype)
     if slope is None:
         du, dslope, dshift_out = g, torch.zeros_like(scale, dtype=g.dtype), g.sum(0)
     else:
@@ -179,6 +187,6 @@ def unit_norm_backward(
         The gradient to the convolution's scaled output, in ``du``'s dtype.
     """
     acc = accumulator(du.dtype)
-    result = torch.addcmul(constant.to(acc), flat_pixels(a).to(acc), a_scale.to(acc))
+    result = torch.addcmul(constant.to(acc), flat_pixels(channels_last(a)).to(acc), a_scale.to(acc))
     result.addcmul_(flat_pixels(channels_last(du)).to(acc), du_scale.to(acc))
     return from_flat(result.to(du.dtype), tuple(a.shape))

@@ -1,7 +1,8 @@
 """The half-block around its convolution: statistics, epilogue, and their gradients.
 
 Bytes per output element with a bf16 stream and int16 a: moments 2, forward 6, backward through the
-activation 8, through BatchNorm 6. All four only move memory.
+activation 8, through BatchNorm 6. All four only move memory. The next unit's signs, packed in the
+forward epilogue, cost 1/8 byte there; a pass of their own would read the stream again, 2 bytes.
 """
 
 from typing import Any
@@ -12,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonbnn import checks
+from tritonbnn.bits import WORD_BITS, words
 from tritonbnn.kernels import config
 from tritonbnn.kernels.binarize import MAX_PARTIALS
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
@@ -105,7 +107,9 @@ def _unit_forward_kernel(
     shift_mid_ptr,
     slope_ptr,
     shift_out_ptr,
+    next_shift_ptr,
     z_ptr,
+    signs_ptr,
     rows,
     CHANNELS: tl.constexpr,
     HEIGHT: tl.constexpr,
@@ -115,9 +119,10 @@ def _unit_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """z = PReLU((a - mean) scale + offset + shortcut + shift_mid) + shift_out.
+    """z = PReLU((a - mean) scale + offset + shortcut + shift_mid) + shift_out, and z's signs.
 
-    a (rows, CHANNELS) int or float, stream and z float in one dtype, vectors (CHANNELS,) float.
+    a (rows, CHANNELS) int or float, stream and z float in one dtype, vectors (CHANNELS,) float;
+    signs (rows, words) int32 or None: those of z as stored, plus next_shift, (CHANNELS,) or None.
     """
     pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(CHANNELS, BLOCK_N))
     row = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
@@ -133,7 +138,18 @@ def _unit_forward_kernel(
         t += _per_channel(shift_mid_ptr, channel, known)
         t = tl.where(t > 0, t, t * _per_channel(slope_ptr, channel, known))
         t += _per_channel(shift_out_ptr, channel, known)
-    tl.store(z_ptr + offs, t.to(z_ptr.dtype.element_ty), mask=mask)
+    z = t.to(z_ptr.dtype.element_ty)
+    tl.store(z_ptr + offs, z, mask=mask)
+    if signs_ptr is not None:
+        s = z.to(tl.float32)
+        if next_shift_ptr is not None:
+            s += _per_channel(next_shift_ptr, channel, known)
+        lane = tl.arange(0, 32)[None, None, :]
+        bits = tl.reshape(((s >= 0) & known).to(tl.int32), (BLOCK_M, BLOCK_N // 32, 32))
+        word = pid_n * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)[None, :]
+        words: tl.constexpr = (CHANNELS + 31) // 32
+        inside = (row < rows) & (word < words)
+        tl.store(signs_ptr + row * words + word, tl.sum(bits << lane, axis=2), mask=inside)
 
 
 @triton.jit
@@ -288,28 +304,36 @@ def unit_forward(
     shift_mid: Tensor | None,
     slope: Tensor | None,
     shift_out: Tensor | None,
+    next_shift: Tensor | None,
     *,
     shortcut: str,
-) -> Tensor:
+    pack: bool,
+) -> tuple[Tensor, Tensor]:
     """A unit's epilogue: the twin of :func:`tritonbnn.eager.unit_forward`."""
     check_kernel_dtype("stream", stream.dtype)
     activation = {"shift_mid": shift_mid, "slope": slope, "shift_out": shift_out}
     problem = _problem(a, stream, shortcut, mean=mean, scale=scale, offset=offset, **activation)
-    z = torch.empty(problem["a_ptr"].shape, dtype=stream.dtype, device=a.device)
+    rows, channels = problem["a_ptr"].shape
+    checks.check_per_channel(channels, next_shift=next_shift)
+    z = torch.empty((rows, channels), dtype=stream.dtype, device=a.device)
+    signs = torch.empty((rows, words(channels) if pack else 0), dtype=torch.int32, device=a.device)
     tile = config.choose(config.elementwise_key("unit_forward", a), a.device).tile
-    rows, channels = z.shape
+    block_n = max(tile.block_n, WORD_BITS)  # whole words
     if rows:
         launch(
             _unit_forward_kernel,
-            triton.cdiv(rows, tile.block_m) * triton.cdiv(channels, tile.block_n),
+            triton.cdiv(rows, tile.block_m) * triton.cdiv(channels, block_n),
             tile,
             **problem,
+            next_shift_ptr=None if next_shift is None else next_shift.contiguous(),
             z_ptr=z,
+            signs_ptr=signs if pack else None,
             rows=rows,
             BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
+            BLOCK_N=block_n,
         )
-    return from_flat(z, tuple(a.shape))
+    n, _, height, width = a.shape
+    return from_flat(z, tuple(a.shape)), signs.view(n, height, width, signs.shape[1])
 
 
 def unit_activation_backward(

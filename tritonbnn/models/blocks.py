@@ -1,6 +1,10 @@
 """What the networks share: widths, stems, and the input sizes that they take."""
 
+from itertools import pairwise
+
 from torch import Tensor, nn
+
+from tritonbnn.nn import BinaryUnit
 
 WIDTH_MULTIPLE = 8
 
@@ -70,4 +74,12 @@ class BinaryNetwork(nn.Module):
                 f"height and width must be multiples of {self.size_multiple}, "
                 f"not {x.shape[2]} x {x.shape[3]}"
             )
-        return self.fc(self.blocks(self.stem(x)).mean(dim=(2, 3)))
+        return self.fc(self._body(self.stem(x)).mean(dim=(2, 3)))
+
+    def _body(self, stream: Tensor) -> Tensor:
+        """All units in a row: each packs the signs that the next one starts with."""
+        units = [m for m in self.blocks.modules() if isinstance(m, BinaryUnit)]
+        signs = None
+        for unit, following in pairwise(units):
+            stream, signs = unit(stream, signs=signs, following=following)
+        return units[-1](stream, signs=signs)

@@ -24,8 +24,10 @@ class DownsamplingUnit(BinaryUnit):
             nn.AvgPool2d(2), *conv_bn(in_channels, out_channels, 1, stride=1)
         )
 
-    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        return super().forward(x, self.downsample(x) if shortcut is None else shortcut)
+    def forward(
+        self, x: Tensor, shortcut: Tensor | None = None, **chain: Any
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        return super().forward(x, self.downsample(x) if shortcut is None else shortcut, **chain)
 
 
 def resnet_18(

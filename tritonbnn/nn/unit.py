@@ -57,14 +57,31 @@ class BinaryUnit(nn.Module):
             for name in ("shift_in", "shift_mid", "slope", "shift_out"):
                 self.register_parameter(name, None)
 
-    def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
-        """Apply the unit.
+    def forward(
+        self,
+        x: Tensor,
+        shortcut: Tensor | None = None,
+        *,
+        signs: Tensor | None = None,
+        following: "BinaryUnit | None" = None,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Apply the unit; in a chain, also pack the signs that the following unit starts with.
 
         Args:
             x: (N, C, H, W), the input stream.
             shortcut: (N, O, H', W'), what is added after BatchNorm; None for the unit's own.
+            signs: of x + shift_in, packed by the unit before; None to pack them here.
+            following: the unit that comes next, or None.
+
+        Returns:
+            The output stream; with ``following``, the stream and its packed signs, which are None
+            where units are not fused.
         """
-        return self._fused(x, shortcut) if self.fused else self._composed(x, shortcut)
+        if not self.fused:
+            z = self._composed(x, shortcut)
+            return z if following is None else (z, None)
+        output = self._fused(x, shortcut, signs, following)
+        return output.z if following is None else (output.z, output.signs)
 
     def _shortcut_kind(self) -> str:
         if self.stride == 2:
@@ -72,7 +89,13 @@ class BinaryUnit(nn.Module):
         out_channels, in_channels = self.weight.shape[:2]
         return "repeat" if out_channels == 2 * in_channels else "identity"
 
-    def _fused(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+    def _fused(
+        self,
+        x: Tensor,
+        shortcut: Tensor | None,
+        signs: Tensor | None,
+        following: "BinaryUnit | None",
+    ) -> ops.UnitOutput:
         bn = self.bn
         output = ops.binary_unit(
             x,
@@ -86,6 +109,9 @@ class BinaryUnit(nn.Module):
             shortcut=self._shortcut_kind() if shortcut is None else shortcut,
             stride=self.stride,
             binary_weight=self.binary_weight,
+            signs=signs,
+            pack=following is not None,
+            next_shift=None if following is None else following.shift_in,
             statistics=None if bn.training else _running_statistics(bn),
             eps=bn.eps,
             plan=self.plan,
@@ -93,7 +119,7 @@ class BinaryUnit(nn.Module):
         )
         if bn.training and len(x):
             _update_running(bn, output.mean, output.variance)
-        return output.z
+        return output
 
     def _composed(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
         a = ops.binary_conv2d(

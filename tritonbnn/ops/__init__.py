@@ -5,9 +5,10 @@ from tritonbnn.ops.conv import binary_conv2d
 from tritonbnn.ops.linear import binary_linear
 from tritonbnn.ops.pack import pack_signs, packed_matmul, unpack_signs
 from tritonbnn.ops.rprelu import rprelu
-from tritonbnn.ops.unit import binary_unit
+from tritonbnn.ops.unit import UnitOutput, binary_unit
 
 __all__ = [
+    "UnitOutput",
     "binarize",
     "binary_conv2d",
     "binary_linear",

@@ -25,6 +25,7 @@ class Options(NamedTuple):
     eps: float
     plan: str
     group: distributed.ProcessGroup | None
+    pack: bool
 
 
 class UnitOutput(NamedTuple):
@@ -32,11 +33,13 @@ class UnitOutput(NamedTuple):
 
     Attributes:
         z: (N, O, H', W'), the output stream.
+        signs: int32 (N, H', W', words), packed signs of z + next_shift if they were asked for.
         mean: (O,), of the scaled convolution; the given one where statistics were given.
         variance: (O,), its unbiased variance; likewise.
     """
 
     z: Tensor
+    signs: Tensor
     mean: Tensor
     variance: Tensor
 
@@ -79,10 +82,13 @@ class _BinaryUnit(torch.autograd.Function):
         slope: Tensor | None,
         shift_out: Tensor | None,
         residual: Tensor | None,
+        signs: Tensor | None,
+        next_shift: Tensor | None,
         statistics: Statistics | None,
         options: Options,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        signs = library.pack_signs(x, shift_in)
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if signs is None:
+            signs = library.pack_signs(x, shift_in)
         packed, alpha = library.pack_weight(weight) if options.binary_weight else (None, None)
         a = _convolve(signs, weight, packed, options.stride, x.dtype)
         if statistics is None:
@@ -91,12 +97,13 @@ class _BinaryUnit(torch.autograd.Function):
             affine = running_affine(*statistics, alpha, gamma, beta, options.eps)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         affine = affine.to(dtype)
-        z = library.unit_forward(
+        z, next_signs = library.unit_forward(
             a,
             x if residual is None else residual,
             *(affine.centre, affine.scale, affine.offset),
-            *(shift_mid, slope, shift_out),
+            *(shift_mid, slope, shift_out, next_shift),
             shortcut=options.shortcut,
+            pack=options.pack,
         )
         kept = a if options.plan == "keep" else None
         ctx.save_for_backward(
@@ -105,8 +112,8 @@ class _BinaryUnit(torch.autograd.Function):
         )
         ctx.options = options
         mean, variance = (s.to(dtype, copy=True) for s in statistics)
-        ctx.mark_non_differentiable(mean, variance)
-        return z, mean, variance
+        ctx.mark_non_differentiable(next_signs, mean, variance)
+        return z, next_signs, mean, variance
 
     @staticmethod
     @differentiable_once
@@ -141,7 +148,8 @@ class _BinaryUnit(torch.autograd.Function):
             dshift_in = None
         activation = (None,) * 3 if slope is None else (du_sum, dslope, dshift_out)
         dresidual = None if residual is None else du
-        return dx, dweight, dgamma, du_sum, dshift_in, *activation, dresidual, None, None
+        unused = (None,) * 4
+        return dx, dweight, dgamma, du_sum, dshift_in, *activation, dresidual, *unused
 
 
 def _weight_grad(dy: Tensor, signs: Tensor, weight: Tensor, options: Options) -> Tensor:
@@ -191,6 +199,9 @@ def binary_unit(
     shortcut: str | Tensor = "identity",
     stride: int = 1,
     binary_weight: bool = True,
+    signs: Tensor | None = None,
+    pack: bool = False,
+    next_shift: Tensor | None = None,
     statistics: tuple[Tensor, Tensor] | None = None,
     eps: float = 1e-5,
     plan: str = "auto",
@@ -216,6 +227,9 @@ def binary_unit(
             with stride 2), or a tensor (N, O, H', W').
         stride: 1 or 2.
         binary_weight: False for a real weight, as in step 1 of the two-step schedule.
+        signs: ``pack_signs(x, shift_in)``, if the unit before this one has packed them already.
+        pack: whether to pack the output's signs, for the unit that comes next.
+        next_shift: (O,), that unit's ``shift_in``, or None. Its gradient is that unit's to compute.
         statistics: (mean, variance), (O,) each, to normalise by, as in eval mode; None for the
             batch's own.
         eps: added to the variance.
@@ -224,7 +238,7 @@ def binary_unit(
         group: processes that share the batch's statistics, as SyncBatchNorm does; or None.
 
     Returns:
-        The output stream in ``x``'s dtype and channels_last memory, and the statistics.
+        The output stream in ``x``'s dtype and channels_last memory, its signs, and the statistics.
 
     Raises:
         TypeError: an operand is not floating point.
@@ -237,8 +251,14 @@ def binary_unit(
     vectors["shift_out"] = shift_out
     checks.check_per_channel(weight.shape[0], **vectors)
     checks.check_per_channel(x.shape[1], shift_in=shift_in)
+    checks.check_per_channel(weight.shape[0], next_shift=next_shift)
+    if signs is not None:
+        checks.check_packed("signs", signs, x.shape[1])
+        checks.check_shape("signs", signs, (x.shape[0], *x.shape[2:], signs.shape[-1]))
     residual = shortcut if isinstance(shortcut, Tensor) else None
-    checks.check_same_device(x=x, weight=weight, shift_in=shift_in, shortcut=residual, **vectors)
+    checks.check_same_device(
+        x=x, weight=weight, shift_in=shift_in, shortcut=residual, signs=signs, **vectors
+    )
     if len({v is None for v in (shift_mid, slope, shift_out)}) > 1:
         raise ValueError("shift_mid, slope and shift_out must be given together, or none of them")
     if plan not in PLANS:
@@ -258,11 +278,12 @@ def binary_unit(
     given = None if statistics is None else Statistics(*statistics)
     if plan == "auto":
         plan = _planned(*x.shape, *weight.shape[::2], stride, x.dtype, x.device)
-    options = Options(stride, kind, binary_weight, eps, plan, group)
+    options = Options(stride, kind, binary_weight, eps, plan, group, pack)
+    next_shift = None if next_shift is None else next_shift.detach()
     return UnitOutput(
         *_BinaryUnit.apply(
             *(x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out),
-            *(residual, given, options),
+            *(residual, signs, next_shift, given, options),
         )
     )
 
