@@ -114,7 +114,9 @@ def test_a_killed_process_is_restarted_and_the_run_resumes(
         cwd=place,
         env={
             **os.environ,
-            "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
             "GLOO_SOCKET_IFNAME": "lo",
         },
         stdin=subprocess.DEVNULL,
