@@ -67,7 +67,7 @@ def _zygote() -> subprocess.Popen:
         env=environ,
         cwd=ROOT,
     )
-    atexit.register(process.kill)
+    atexit.register(process.communicate)  # the end of its input ends it
     return process
 
 

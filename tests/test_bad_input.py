@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.models import resnet34
 
 from tests.commands import EVALUATE, PREDICT, TRAIN, Result, run, write_tiny, write_tree
 from tritonbnn.train.files import FolderLock
@@ -201,6 +202,18 @@ def test_last_checkpoint_of_another_run(trained: Path, place: Path):
     assert train(place, "--width", 0.25, mishap="SIGTERM", at_step=1).code == 75
     shutil.copy(trained / "run" / "step1" / "last.safetensors", place / "run" / "step1")
     assert_one_line(train(place, "--width", 0.25), "width 0.125 and not 0.25")
+
+
+def test_best_weights_are_no_state_to_go_on_from(trained: Path, place: Path):
+    assert train(place, mishap="SIGTERM", at_step=1).code == 75
+    best = trained / "run" / "step1" / "best.safetensors"
+    shutil.copy(best, place / "run" / "step1" / "last.safetensors")
+    assert_one_line(train(place), "holds no state to go on from", "--init-from")
+
+
+def test_teacher_with_other_classes(place: Path):
+    torch.save(resnet34(num_classes=3).state_dict(), place / "teacher.pth")
+    assert_one_line(train(place, "--teacher", "teacher.pth"), "3 classes and the data have 2")
 
 
 def test_run_without_a_checkpoint(place: Path):

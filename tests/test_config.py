@@ -7,16 +7,8 @@ from pathlib import Path
 import pytest
 
 from tritonbnn.cli import UserError
-from tritonbnn.train.config import (
-    MAY_CHANGE_ON_RESUME,
-    Config,
-    differences,
-    parse,
-    read_recipe,
-    resolve,
-    shipped_recipes,
-    to_toml,
-)
+from tritonbnn.train.arguments import parse, read_recipe, resolve, shipped_recipes
+from tritonbnn.train.config import MAY_CHANGE_ON_RESUME, Config, differences, to_toml
 
 
 def test_the_default_recipe_is_digits():

@@ -138,6 +138,25 @@ def test_stop_signal_saves_and_ends(
     assert_same_run(out, whole[0])
 
 
+@pytest.mark.parametrize(
+    "options",
+    ["--precision bf16", "--precision fp16 --channels-last", "--accumulation 3 --workers 2"],
+)
+def test_resume_with_other_options(place: Path, tmp_path: Path, options: str):
+    argv = [*options.split(), "--model", "reactnet_18"]
+    assert train(place, tmp_path / "whole", *argv).code == 0
+    stopped = train(place, tmp_path / "run", *argv, mishap="SIGTERM", at_step=3)
+    assert stopped.code == 75, stopped.output
+    result = train(place, tmp_path / "run", *argv)
+    assert result.code == 0, result.output
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_workers_change_nothing(place: Path, whole: tuple[Path, Result], tmp_path: Path):
+    assert train(place, tmp_path / "run", "--workers", 1).code == 0
+    assert_same_run(tmp_path / "run", whole[0])
+
+
 def test_stop_signal_while_evaluating(place: Path, whole: tuple[Path, Result], tmp_path: Path):
     out = tmp_path / "run"
     # 12 calls to begin the folder, 4 for the first save, 5 for the one after the epoch's last step

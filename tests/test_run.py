@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchvision.models import resnet34
 
 from tests.commands import TRAIN, Result, run, write_tiny, write_tree
 from tritonbnn.models import build_model
+from tritonbnn.train.arguments import parse
 from tritonbnn.train.checkpoint import Checkpoint, encode, read
-from tritonbnn.train.config import parse
 from tritonbnn.train.log import table
 
 STEADY = ("--step2.epochs", 1)  # an only epoch is at learning rate 0: no weight moves
@@ -158,6 +159,18 @@ def test_init_from_a_run_with_other_classes_replaces_the_head(place: Path, whole
     )
 
 
+def test_step_1_again_leaves_the_log_of_step_2(place: Path, whole: Path):
+    log = (whole / "log.jsonl").read_text()
+    train(place, "--out", "whole", "--step1.epochs", 3, *STEADY, "--step", 1)
+    assert (whole / "log.jsonl").read_text() == log
+
+
+def test_a_finished_run_needs_no_space(place: Path, whole: Path):
+    argv = ("--out", "whole", "--step1.epochs", 3, *STEADY)
+    train(place, *argv)  # the configuration may name another step
+    assert train(place, *argv).calls == 0
+
+
 def test_the_seed_decides_the_weights(place: Path):
     weights = []
     for seed in (0, 0, 1):
@@ -211,3 +224,16 @@ def test_the_shipped_recipes_build_their_networks():
         config = parse([recipe]).config
         assert config.image_size % multiple == 0
         assert build_model(config.model, width=0.25, small_images=config.small_images)
+
+
+def test_distillation_learns_from_a_teacher_in_a_file(place: Path):
+    """The teacher answers always "a", so that is what the student learns, whatever the labels."""
+    teacher = resnet34(num_classes=2)
+    teacher.fc.weight.data.zero_()
+    teacher.fc.bias.data.copy_(torch.tensor([20.0, 0.0]))
+    torch.save(teacher.state_dict(), place / "teacher.pth")
+    argv = ("--out", "distilled", "--teacher", "teacher.pth", "--step", 1)
+    train(place, *argv, "--epochs", 8, "--lr", 0.03)
+    lines = [json.loads(line) for line in (place / "distilled" / "log.jsonl").open()]
+    assert lines[-1]["train_loss"] < 0.2 < lines[0]["train_loss"], lines
+    assert lines[-1]["val_top1"] == 50, lines

@@ -7,6 +7,7 @@ steps, or have it killed after some time.
 """
 
 import errno
+import gc
 import importlib
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from tritonbnn import cli
 from tritonbnn.train.keeper import Keeper
 
+PATIENCE = 300  # seconds
 WATCHED = ("write", "fsync", "replace")
 
 
@@ -71,6 +73,7 @@ class Faults:
 
 def obey(order: dict, process: dict, calls_out: int) -> None:
     """Become a process of the command."""
+    signal.alarm(PATIENCE)  # a command that hangs ends, and fails its test
     os.chdir(order["cwd"])
     output = os.open(process["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
@@ -136,6 +139,7 @@ def serve(modules: list[str]) -> None:
     """Import, then fork for every line of input, until it ends."""
     for module in modules:
         importlib.import_module(module)
+    gc.freeze()  # else a collection in a copy would touch, and so copy, all that is shared
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     for line in sys.stdin:

@@ -4,7 +4,7 @@ import logging
 
 from tritonbnn import cli
 from tritonbnn.train import distributed
-from tritonbnn.train.config import parse
+from tritonbnn.train.arguments import parse
 from tritonbnn.train.device import choose_device
 from tritonbnn.train.engine import Compute
 from tritonbnn.train.log import table

@@ -74,6 +74,11 @@ def read(path: Path) -> Checkpoint:
     return Checkpoint(path, tensors, facts)
 
 
+def has_begun(folder: Path) -> bool:
+    """Whether a step's folder holds a state to go on from."""
+    return any((folder / name).exists() for name in (LAST, PREVIOUS))
+
+
 def _damaged(path: Path) -> UserError:
     what = "is empty" if not path.stat().st_size else "is damaged, or not a checkpoint of tritonbnn"
     return UserError(f"{path} {what}: use another checkpoint")

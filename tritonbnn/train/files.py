@@ -36,6 +36,12 @@ def write_atomically(path: Path, content: bytes, *, keep: Path | None = None) ->
         raise cannot_write(path, error) from error
 
 
+def update(path: Path, content: bytes) -> None:
+    """:func:`write_atomically`, unless the file says so already: a full disk is no matter then."""
+    if not (path.is_file() and path.read_bytes() == content):
+        write_atomically(path, content)
+
+
 def cannot_write(path: Path, error: OSError) -> UserError:
     """The user's view of a failed write."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):

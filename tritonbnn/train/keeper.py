@@ -85,7 +85,13 @@ class Keeper:
         if checkpoint is None:
             return False
         check_same_network(checkpoint, self.identity["network"])
-        self.state.restore(checkpoint, self._world)
+        try:
+            self.state.restore(checkpoint, self._world)
+        except KeyError as error:
+            raise UserError(
+                f"{checkpoint.path} holds no state to go on from ({error} is missing):"
+                " start over with --fresh, or from its weights with --init-from"
+            ) from error
         before = checkpoint.facts["world_size"]
         if before != self._world.size and self._world.leads:
             logger.warning(

@@ -6,7 +6,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tritonbnn.train.files import cannot_write, write_atomically
+from tritonbnn.train.files import cannot_write, update
 
 LOG = "log.jsonl"
 Line = dict[str, Any]
@@ -22,7 +22,7 @@ def write_log(folder: Path, history: list[Line]) -> None:
     no line twice and misses none.
     """
     text = "".join(json.dumps(line) + "\n" for line in history)
-    write_atomically(folder / LOG, text.encode())
+    update(folder / LOG, text.encode())
 
 
 class Board:

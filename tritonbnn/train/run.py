@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tritonbnn.cli import UserError
-from tritonbnn.train.checkpoint import BEST, read
+from tritonbnn.train.checkpoint import BEST, has_begun, read
 from tritonbnn.train.config import Config, to_toml
 from tritonbnn.train.data import train_batches, train_steps, val_batches
 from tritonbnn.train.distributed import World
@@ -84,7 +84,8 @@ class StepRun:
             self._tell_where()
         else:
             self._begin()
-        self._write_log()
+        if self.step == 2 or not has_begun(step_folder(self.folder, 2)):  # its log is longer
+            self._write_log()
         if state.epoch >= self.epochs:
             return state.history
         objective, network = self._objective(), self._wrapped()
@@ -125,7 +126,7 @@ class StepRun:
         """The weights that a step starts from, and the log that it goes on with."""
         state = self.state
         before = step_folder(self.folder, 1)
-        if self.step == 2 and before.exists():
+        if self.step == 2 and has_begun(before):
             self._take_over(before)
         elif self.config.init_from:
             initialise_from(state.model, self.network, Path(self.config.init_from))

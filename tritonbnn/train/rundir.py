@@ -11,8 +11,10 @@ import torchvision
 
 import tritonbnn
 from tritonbnn.cli import UserError
-from tritonbnn.train.config import Config, differences, read_recipe, resolve, to_toml
-from tritonbnn.train.files import FolderLock, make_folder, remove_leftovers, write_atomically
+from tritonbnn.train.arguments import read_recipe, resolve
+from tritonbnn.train.checkpoint import has_begun
+from tritonbnn.train.config import STEPS, Config, differences, to_toml
+from tritonbnn.train.files import FolderLock, make_folder, remove_leftovers, update
 
 CONFIG = "config.toml"
 ENVIRONMENT = "environment.json"
@@ -40,12 +42,12 @@ class RunFolder:
         self._lock = FolderLock(self.path)
         remove_leftovers(self.path)
         self._check_begun(config)
-        write_atomically(self.path / CONFIG, to_toml(config).encode())
-        write_atomically(self.path / ENVIRONMENT, _environment(config, device).encode())
+        update(self.path / CONFIG, to_toml(config).encode())
+        update(self.path / ENVIRONMENT, _environment(config, device).encode())
 
     def _check_begun(self, config: Config) -> None:
         """A run that has a checkpoint goes on with its own settings; before, nothing is lost."""
-        if not any(self.path.glob("step[12]/*.safetensors")):
+        if not any(has_begun(step_folder(self.path, step)) for step in STEPS):
             return
         path = self.path / CONFIG
         if not path.exists():
@@ -75,7 +77,7 @@ def _unused(out: Path) -> Path:
 
 def _check(before: Config, config: Config, path: Path) -> None:
     changed = differences(before, config)
-    if before.step1.epochs != config.step1.epochs and any(step_folder(path, 2).glob("last*")):
+    if before.step1.epochs != config.step1.epochs and has_begun(step_folder(path, 2)):
         changed.append(
             f"step1.epochs was {before.step1.epochs} and is {config.step1.epochs},"
             " but step 2 has begun"
