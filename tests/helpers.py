@@ -3,7 +3,7 @@
 import torch
 
 from tritonbnn import kernels
-from tritonbnn.kernels.workload import tolerance
+from tritonbnn.kernels.truth import tolerance
 
 KERNEL_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

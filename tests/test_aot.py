@@ -51,6 +51,10 @@ def test_every_kernel_is_compiled_for_every_target(rows):
         "_rprelu_forward_kernel",
         "_sign_backward_kernel",
         "_sign_forward_kernel",
+        "_channel_moments_kernel",
+        "_unit_activation_backward_kernel",
+        "_unit_forward_kernel",
+        "_unit_norm_backward_kernel",
         "_unpack_kernel",
     }
     for target in TARGETS:
@@ -95,10 +99,12 @@ def test_the_popcount_idiom_becomes_one_instruction(rows):
 
 def test_float32_products_stay_off_the_tensor_core(tmp_path):
     path = tmp_path / "rows.json"
-    done = run_shipped("--target", "sm_90", "--dtype", "fp32", "--layer", "0", "--json", str(path))
+    ops = ("conv_real", "conv_input_grad", "conv_weight_grad")
+    named = [word for op in ops for word in ("--op", op)]
+    done = run_shipped("--dtype", "fp32", "--layer", "0", *named, "--json", str(path))
     assert done.returncode == 0, done.stdout + done.stderr
-    products = [row for row in json.loads(path.read_text()) if row["op"] != "conv_packed"]
-    assert {"conv_real", "conv_input_grad"} <= {row["op"] for row in products}
+    products = json.loads(path.read_text())
+    assert {row["op"] for row in products} == set(ops)
     assert not any(row["tensor_core"] for row in products)
 
 
@@ -116,7 +122,7 @@ def test_recording_runs_nothing():
         assert all(value.is_meta for value in launches[-1].arguments.values() if is_tensor(value))
         kernels.update(launch.kernel.__name__ for launch in launches)
     assert kernels["_unpack_kernel"] == 2
-    assert len(kernels) == 9
+    assert len(kernels) == 13
 
 
 def is_tensor(value):

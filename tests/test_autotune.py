@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers import KERNEL_DEVICE
 from tritonbnn import cli
-from tritonbnn.kernels import aot, autotune, config, workload
+from tritonbnn.kernels import aot, autotune, config, truth, workload
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.timing import Timing
@@ -60,10 +60,10 @@ def test_every_default_passes_the_check(op, dtype):
     problem = Problem(op, LAYER, dtype)
     inputs = problem.inputs(KERNEL_DEVICE)
     results = problem.run(inputs)
-    assert workload.error_of(problem, inputs, results) == ""
-    wrong = (results[0] + 1, *results[1:])
+    assert truth.error_of(problem, inputs, results) == ""
+    wrong = (results[0] * 2 + 1, *results[1:])
     if op != "pack_signs":
-        assert "is allowed" in workload.error_of(problem, inputs, wrong)
+        assert "is allowed" in truth.error_of(problem, inputs, wrong)
 
 
 def test_the_fastest_right_candidate_wins(monkeypatch):

@@ -28,7 +28,18 @@ ALLOWED = {
     "predict": {"train", "models", "nn", *BASE},
 }
 # At the top of the stack:
-TOOLS = {"autotune", "bench", "candidates", "commands", "shipped", "aot", "workload", "timing"}
+TOOLS = {
+    "autotune",
+    "bench",
+    "candidates",
+    "commands",
+    "formulas",
+    "shipped",
+    "aot",
+    "workload",
+    "timing",
+    "truth",
+}
 
 
 def imported(path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tritonbnn import eager, kernels
-from tritonbnn.kernels import config, shipped, workload
+from tritonbnn.kernels import config, shipped, truth
 from tritonbnn.kernels.workload import OPS, Problem
 
 pytestmark = pytest.mark.gpu
@@ -20,14 +20,14 @@ BEYOND_INT32 = 2**31
 def test_bf16_at_real_shapes(gpu, op, layer, batch):
     problem = Problem(op, replace(layer, batch=batch), torch.bfloat16)
     inputs = problem.inputs(gpu)
-    assert workload.error_of(problem, inputs, problem.run(inputs)) == ""
+    assert truth.error_of(problem, inputs, problem.run(inputs)) == ""
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_float32_is_not_tf32(gpu, op):
     problem = Problem(op, replace(shipped.REPRESENTATIVE[1], batch=4), torch.float32)
     inputs = problem.inputs(gpu)
-    assert workload.error_of(problem, inputs, problem.run(inputs)) == ""
+    assert truth.error_of(problem, inputs, problem.run(inputs)) == ""
 
 
 @pytest.mark.parametrize("layer", shipped.REPRESENTATIVE, ids=shipped.describe)

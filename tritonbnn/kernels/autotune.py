@@ -21,7 +21,8 @@ from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.commands import add_problem_arguments, named_problems, positive
 from tritonbnn.kernels.shipped import check_target
 from tritonbnn.kernels.timing import measured_on, time_callable
-from tritonbnn.kernels.workload import STEP_OPS, Problem, error_of
+from tritonbnn.kernels.truth import error_of
+from tritonbnn.kernels.workload import STEP_OPS, Problem
 
 CHECK_BATCH = 2
 """Images that a candidate is checked on before it is timed."""

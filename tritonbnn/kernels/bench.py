@@ -15,17 +15,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from tritonbnn import cli, eager
 from tritonbnn.kernels import tiles
 from tritonbnn.kernels.commands import add_problem_arguments, named_problems, positive
+from tritonbnn.kernels.formulas import plain_formulas
 from tritonbnn.kernels.launch import interpreted
 from tritonbnn.kernels.library import convolution, convolution_backward
 from tritonbnn.kernels.shipped import describe
 from tritonbnn.kernels.timing import copy_bandwidth, matmul_rate, measured_on, time_callable
-from tritonbnn.kernels.workload import DTYPES, Problem, error_of
+from tritonbnn.kernels.truth import error_of
+from tritonbnn.kernels.workload import DTYPES, VECTORS, Problem
 
 CHECK_BATCH = 2
 """Images that a launcher is checked on before it is timed."""
@@ -37,20 +38,16 @@ def alternatives(problem: Problem, inputs: dict[str, Tensor], compiled: bool) ->
     """What else does the same work: name and call, operands prepared outside of it."""
     if problem.op.startswith("conv"):
         return _library_calls(problem, inputs)
-    x, grad, residual = (inputs[name] for name in ("x", "grad", "residual"))
-    vectors = [inputs[n].to(x.dtype).view(1, -1, 1, 1) for n in ("shift_in", "slope", "shift_out")]
-    arguments = {
-        "pack_signs": (x, vectors[0]),
-        "sign_forward": (x, vectors[0]),
-        "sign_backward": (grad, x, vectors[0], residual),
-        "rprelu_forward": (x, *vectors),
-        "rprelu_backward": (grad, x, *vectors[:2]),
-    }[problem.op]
-    function = _PLAIN[problem.op]
-    calls: dict[str, Call] = {"eager": lambda: function(*arguments)}
+    # torch's formulas stay in the stream's dtype, as a network under autocast would.
+    t = {
+        name: tensor.to(problem.dtype) if name != "a" else tensor for name, tensor in inputs.items()
+    }
+    t |= {name: t[name].view(1, -1, 1, 1) for name in VECTORS}
+    function = plain_formulas(problem.shortcut)[problem.op]
+    calls: dict[str, Call] = {"eager": lambda: function(t)}
     if compiled:
         fast = torch.compile(function, dynamic=False)
-        calls["compile"] = lambda: fast(*arguments)
+        calls["compile"] = lambda: fast(t)
     return calls
 
 
@@ -78,39 +75,6 @@ def _library_calls(problem: Problem, inputs: dict[str, Tensor]) -> dict[str, Cal
         }
         calls["cublas"] = products.get(problem.op, lambda: rows @ matrix.T)
     return calls
-
-
-def _plain_sign(x: Tensor, shift: Tensor) -> Tensor:
-    return torch.where(x + shift >= 0, 1.0, -1.0).to(x.dtype)
-
-
-def _plain_sign_backward(
-    grad: Tensor, x: Tensor, shift: Tensor, residual: Tensor
-) -> tuple[Tensor, Tensor]:
-    ds = (2 - 2 * (x + shift).abs()).clamp(min=0) * grad
-    return ds + residual, ds.sum((0, 2, 3))
-
-
-def _plain_rprelu(x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Tensor:
-    return F.prelu(x + shift_in, slope.flatten()) + shift_out
-
-
-def _plain_rprelu_backward(
-    grad: Tensor, x: Tensor, shift_in: Tensor, slope: Tensor
-) -> tuple[Tensor, ...]:
-    t = x + shift_in
-    dx = torch.where(t > 0, grad, grad * slope)
-    dims = (0, 2, 3)
-    return dx, dx.sum(dims), (t.clamp(max=0) * grad).sum(dims), grad.sum(dims)
-
-
-_PLAIN: dict[str, Callable[..., Any]] = {
-    "pack_signs": _plain_sign,
-    "sign_forward": _plain_sign,
-    "sign_backward": _plain_sign_backward,
-    "rprelu_forward": _plain_rprelu,
-    "rprelu_backward": _plain_rprelu_backward,
-}
 
 
 def measure(

@@ -151,9 +151,10 @@ def default(key: ProblemKey, formulation: str | None = None) -> Choice:
 def default_tile(key: ProblemKey, formulation: str) -> TileConfig:
     """A tile that fits every problem of the operation, clipped to this one."""
     if key.out_channels == 0:
-        # float32 takes two registers' worth of bf16, a backward pass up to three accumulators.
-        small = key.dtype == "float32" or key.op.endswith("backward")
-        elements = 2048 if small else 4096
+        # Registers: float32 takes two where bf16 takes one, a backward pass has accumulators.
+        elements = 2048 if key.dtype == "float32" or key.op.endswith("backward") else 4096
+        if key.op == "unit_activation_backward":
+            elements = 1024
         block_n = min(128, power_of_two(key.channels))
         return TileConfig(elements // block_n, block_n, 1, 4, 1)
     if formulation == "popcount":

@@ -71,13 +71,11 @@ def _conv_input_grad_kernel(
         out = step % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
         ky = first_y + step // CHUNKS // taps_x * STRIDE
         kx = first_x + step // CHUNKS % taps_x * STRIDE
-        # May be negative, where truncation would round up to 0: test before dividing.
-        reach_y = y + PADDING - ky
-        reach_x = x + PADDING - kx
-        out_y = reach_y // STRIDE
-        out_x = reach_x // STRIDE
-        inside = exists & (reach_y >= 0) & (out_y < OUT_HEIGHT)
-        inside &= (reach_x >= 0) & (out_x < OUT_WIDTH)
+        # Exact, since a class has the taps that its pixels meet and no others.
+        out_y = (y + PADDING - ky) // STRIDE
+        out_x = (x + PADDING - kx) // STRIDE
+        inside = exists & (out_y >= 0) & (out_y < OUT_HEIGHT)
+        inside &= (out_x >= 0) & (out_x < OUT_WIDTH)
         source = (image * OUT_HEIGHT + out_y).to(tl.int64) * OUT_WIDTH + out_x
         g_mask = inside[:, None] & (out < OUT_CHANNELS)[None, :]
         g = tl.load(grad_ptr + source[:, None] * OUT_CHANNELS + out[None, :], mask=g_mask, other=0)

@@ -24,11 +24,11 @@ META = torch.device("meta")
 
 TENSOR_CORE_OPS = ("conv_packed", "conv_real", "conv_input_grad", "conv_weight_grad")
 
-# A layer with one word of channels, a strided one, the widest: they differ in every tile.
+# One word of channels, a stride, a widening one: they differ in tile, parity and shortcut.
 REPRESENTATIVE = (
     Geometry(256, 112, 112, 32, 32, 3, 1, 1),
     Geometry(256, 28, 28, 256, 256, 3, 2, 1),
-    Geometry(256, 7, 7, 1024, 1024, 1, 1, 0),
+    Geometry(256, 7, 7, 512, 1024, 1, 1, 0),
 )
 
 

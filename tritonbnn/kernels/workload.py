@@ -1,8 +1,8 @@
-"""The problems that a network poses to the kernels: shapes, operands, truth, and bytes.
+"""The problems that a network poses to the kernels: shapes, operands, bytes and operations.
 
-Tuner, benchmark and ahead-of-time gate all work on these. Truth is autograd through
-:mod:`tritonbnn.reference` in float64. A convolution's input is +-0.5, where the pseudo-gradient's
-slope is exactly 1, so that autograd yields the bare gradient of the convolution.
+Tuner, benchmark and ahead-of-time gate all work on these; :mod:`tritonbnn.kernels.truth` says what
+is right. Values that decide on a branch lie on a grid on which float32 sums are exact, so that no
+rounding decides on a sign.
 """
 
 from collections import Counter
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonbnn import eager, kernels, reference
+from tritonbnn import kernels
 from tritonbnn.bits import WORD_BITS, words
 from tritonbnn.kernels import config
 from tritonbnn.kernels.geometry import Geometry
@@ -22,19 +22,24 @@ from tritonbnn.nn import BinaryConv2d, BinaryUnit
 STEP_OPS = (
     "pack_signs",
     "conv_packed",
-    "rprelu_forward",
-    "rprelu_backward",
+    "channel_moments",
+    "unit_forward",
+    "unit_activation_backward",
+    "unit_norm_backward",
     "conv_weight_grad",
     "conv_input_grad",
     "sign_backward",
 )
 """What a training step of one unit launches, in its order."""
 
-OPS = (*STEP_OPS, "conv_real", "sign_forward")
+OPS = (*STEP_OPS, "conv_real", "sign_forward", "rprelu_forward", "rprelu_backward")
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+VECTORS = ("shift_in", "shift_mid", "slope", "shift_out", "mean", "scale", "offset")
+
 _WORD_BYTES = 4
+_INTEGER_BYTES = 2  # of a convolution's output
 
 
 def model_layers(model: str, batch: int, size: int, width: float = 1.0) -> Counter[Geometry]:
@@ -71,35 +76,61 @@ class Problem:
         name = config.dtype_name(self.dtype)
         if self.op.startswith("conv"):
             return self.layer.key(self.op, "int32" if self.op == "conv_packed" else name)
-        batch, channels, height, width = self._elementwise_shape
+        if self.on_convolution:
+            name = "int16"
+        batch, channels, height, width = self.shape
         return config.ProblemKey(self.op, name, batch, height, width, channels)
 
     @property
-    def _elementwise_shape(self) -> tuple[int, int, int, int]:
-        """RPReLU works on a unit's output, everything else on its input."""
-        if self.op.startswith("rprelu"):
+    def on_convolution(self) -> bool:
+        """Whether it works on a convolution's integers."""
+        return self.op.startswith(("unit", "channel"))
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of an elementwise problem's images: a layer's input, or what follows its output."""
+        if self.on_convolution or self.op.startswith("rprelu"):
             return self.layer.output_shape
         return self.layer.batch, self.layer.channels, self.layer.height, self.layer.width
+
+    @property
+    def shortcut(self) -> str:
+        """How the stream of a unit around this layer skips the convolution."""
+        if self.layer.stride == 2:
+            return "pool"
+        return "repeat" if self.layer.out_channels == 2 * self.layer.channels else "identity"
 
     def with_batch(self, batch: int) -> "Problem":
         """The same problem for another batch."""
         return replace(self, layer=replace(self.layer, batch=batch))
 
     def inputs(self, device: torch.device) -> dict[str, Tensor]:
-        """Random operands, all a launcher or the truth may want; on ``meta`` only their shapes."""
+        """Random operands by name; on ``meta`` only their shapes."""
+        if self.op.startswith("conv"):
+            return self._convolution_inputs(device)
+        shape = self.shape
+        vectors = _grid(torch.randn(len(VECTORS), shape[1], device=device)).unbind()
+        inputs = dict(zip(VECTORS, vectors, strict=True))
+        inputs["grad"] = _image(shape, self.dtype, device)
+        if not self.on_convolution:
+            inputs["x"] = _grid(_image(shape, self.dtype, device))
+            inputs["residual"] = _image(shape, self.dtype, device)
+            return inputs
+        inputs["a"] = _image(shape, torch.float32, device).mul_(16).to(torch.int16)
+        inputs["scale"] = torch.full((shape[1],), 1 / 16, device=device)
+        n, channels, height, width = shape
+        stream = {
+            "identity": shape,
+            "repeat": (n, channels // 2, height, width),
+            "pool": (n, channels, 2 * height, 2 * width),
+        }[self.shortcut]
+        inputs["stream"] = _grid(_image(stream, self.dtype, device))
+        return inputs
+
+    def _convolution_inputs(self, device: torch.device) -> dict[str, Tensor]:
         layer = self.layer
         x_shape = (layer.batch, layer.channels, layer.height, layer.width)
         weight_shape = (layer.out_channels, layer.channels, layer.kernel_size, layer.kernel_size)
-        if not self.op.startswith("conv"):
-            shape = self._elementwise_shape
-            shift_in, slope, shift_out = _grid(torch.randn(3, shape[1], device=device)).unbind()
-            vectors = {"shift_in": shift_in, "slope": slope, "shift_out": shift_out}
-            return {
-                "x": _grid(_image(shape, self.dtype, device)),
-                "grad": _image(shape, self.dtype, device),
-                "residual": _image(shape, self.dtype, device),
-                **vectors,
-            }
         return {
             "signs": _random_signs(x_shape, device),
             "weight": _image(weight_shape, torch.float32, device).div_(8).clamp_(-1, 1),
@@ -113,70 +144,40 @@ class Problem:
         result = _RUN[self.op](self, inputs)
         return result if isinstance(result, tuple) else (result,)
 
-    def plain(self, inputs: dict[str, Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """What plain torch makes of the same inputs, in ``dtype`` throughout."""
-        if self.op.startswith("conv"):
-            return self._plain_convolution(inputs, dtype)
-        x, grad, residual = (inputs[name].to(dtype) for name in ("x", "grad", "residual"))
-        vectors = [inputs[name].to(dtype) for name in ("shift_in", "slope", "shift_out")]
-        if self.op in ("pack_signs", "sign_forward"):
-            return (reference.hard_sign(x + vectors[0].view(-1, 1, 1)),)
-        leaves = [leaf.requires_grad_() for leaf in (x.clone(), *vectors)]
-        if self.op == "sign_backward":
-            y = reference.binarize(*leaves[:2])
-            dx, dshift = torch.autograd.grad(y, leaves[:2], grad)
-            return dx + residual, dshift
-        z = reference.rprelu(*leaves)
-        if self.op == "rprelu_forward":
-            return (z.detach(),)
-        return torch.autograd.grad(z, leaves, grad)
-
-    def _plain_convolution(
-        self, inputs: dict[str, Tensor], dtype: torch.dtype
-    ) -> tuple[Tensor, ...]:
-        """y, dx or dweight of conv2d on numbers; alpha counts as part of the weight."""
-        layer = self.layer
-        x = eager.unpack_signs(inputs["signs"], layer.channels, dtype).div_(2).requires_grad_()
-        weight = inputs["weight"].to(dtype)
-        if self.op in ("conv_packed", "conv_input_grad"):
-            numbers = eager.unpack_signs(inputs["weight_signs"], layer.channels, dtype)
-            weight = numbers * inputs["alpha"].to(dtype).view(-1, 1, 1, 1)
-        weight = weight.requires_grad_()
-        stride, padding = layer.stride, layer.padding
-        y = reference.binary_conv2d(x, weight, stride=stride, padding=padding, binary_weight=False)
-        if self.op in ("conv_packed", "conv_real"):
-            return (y.detach(),)
-        leaf = x if self.op == "conv_input_grad" else weight
-        return torch.autograd.grad(y, (leaf,), inputs["grad"].to(dtype))
-
     @property
     def bytes_moved(self) -> int:
         """Bytes that must cross memory once: every operand read, every result written."""
+        if self.op.startswith("conv"):
+            return self._convolution_bytes
+        batch, channels, height, width = self.shape
+        image = self.dtype.itemsize * channels
+        integers = _INTEGER_BYTES * channels
+        stream = {"identity": image, "repeat": image // 2, "pool": 4 * image}[self.shortcut]
+        per_pixel = {
+            "pack_signs": image + _WORD_BYTES * words(channels),
+            "sign_forward": 2 * image,
+            "sign_backward": 4 * image,
+            "rprelu_forward": 2 * image,
+            "rprelu_backward": 3 * image,
+            "channel_moments": integers,
+            "unit_forward": integers + stream + image,
+            "unit_activation_backward": image + integers + stream + image,
+            "unit_norm_backward": image + integers + image,
+        }
+        return batch * height * width * per_pixel[self.op]
+
+    @property
+    def _convolution_bytes(self) -> int:
         layer, item = self.layer, self.dtype.itemsize
-        if not self.op.startswith("conv"):
-            batch, channels, height, width = self._elementwise_shape
-            pixels = batch * height * width
-            packed = _WORD_BYTES * words(channels)
-            streams = {
-                "pack_signs": item * channels + packed,
-                "sign_forward": 2 * item * channels,
-                "sign_backward": 4 * item * channels,
-                "rprelu_forward": 2 * item * channels,
-                "rprelu_backward": 3 * item * channels,
-            }
-            return pixels * streams[self.op]
-        taps = layer.kernel_size**2
-        packed = _WORD_BYTES * words(layer.channels)
-        signs = layer.batch * layer.height * layer.width * packed
-        out = layer.pixels * layer.out_channels * item
-        weights = layer.out_channels * taps * layer.channels
+        taps = layer.out_channels * layer.kernel_size**2
+        word_bytes = _WORD_BYTES * words(layer.channels)
+        pixels = layer.batch * layer.height * layer.width
+        outputs = layer.pixels * layer.out_channels
         return {
-            "conv_packed": signs + layer.out_channels * taps * packed + out,
-            "conv_real": signs + weights * item + out,
-            "conv_input_grad": out
-            + layer.out_channels * taps * packed
-            + layer.batch * layer.height * layer.width * layer.channels * item,
-            "conv_weight_grad": signs + out + weights * 4,
+            "conv_packed": (pixels + taps) * word_bytes + _INTEGER_BYTES * outputs,
+            "conv_real": pixels * word_bytes + item * (taps * layer.channels + outputs),
+            "conv_input_grad": item * (outputs + pixels * layer.channels) + taps * word_bytes,
+            "conv_weight_grad": pixels * word_bytes + item * outputs + 4 * taps * layer.channels,
         }[self.op]
 
     @property
@@ -186,34 +187,6 @@ class Problem:
             return 0
         layer = self.layer
         return 2 * layer.pixels * layer.out_channels * layer.kernel_size**2 * layer.channels
-
-
-def error_of(problem: Problem, inputs: dict[str, Tensor], results: tuple[Tensor, ...]) -> str:
-    """Why the results are wrong, or "" if they err at most twice as much as eager torch does."""
-    if problem.op == "pack_signs":
-        channels = problem.layer.channels
-        results = (eager.unpack_signs(results[0], channels, problem.dtype),)
-    ordinary = problem.plain(inputs, problem.dtype)
-    truth = problem.plain(inputs, torch.float64)
-    for result, plain, exact in zip(results, ordinary, truth, strict=True):
-        error = (result.double() - exact).abs().max().item()
-        allowed = tolerance(result.dtype, plain, exact)
-        if not error <= allowed:  # a NaN is wrong too
-            return f"error {error:.3g} where {allowed:.3g} is allowed"
-    return ""
-
-
-def tolerance(dtype: torch.dtype, plain: Tensor, exact: Tensor) -> float:
-    """The error a result may have: twice eager torch's own, and a floor of a few roundings.
-
-    Args:
-        dtype: of the result.
-        plain: eager torch's result.
-        exact: the truth, float64.
-    """
-    rounding = max(torch.finfo(dtype).eps, 8 * torch.finfo(torch.float32).eps)
-    floor = rounding * max(exact.abs().max().item(), 1.0)
-    return 2 * (plain.double() - exact).abs().max().item() + floor
 
 
 def _random_signs(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -240,6 +213,8 @@ def _window(layer: Geometry) -> dict[str, int]:
     return {"channels": layer.channels, "stride": layer.stride, "padding": layer.padding}
 
 
+_UNIT = ("a", "stream", "mean", "scale", "offset", "shift_mid", "slope")
+
 _RUN = {
     "pack_signs": lambda _, t: kernels.pack_signs(t["x"], t["shift_in"]),
     "sign_forward": lambda _, t: kernels.sign_forward(t["x"], t["shift_in"]),
@@ -253,7 +228,7 @@ _RUN = {
         t["grad"], t["x"], t["shift_in"], t["slope"]
     ),
     "conv_packed": lambda p, t: kernels.conv_packed(
-        t["signs"], t["weight_signs"], t["alpha"], dtype=p.dtype, **_window(p.layer)
+        t["signs"], t["weight_signs"], None, dtype=torch.int16, **_window(p.layer)
     ),
     "conv_real": lambda p, t: kernels.conv_real(
         t["signs"], t["weight"], stride=p.layer.stride, padding=p.layer.padding, dtype=p.dtype
@@ -268,5 +243,15 @@ _RUN = {
     ),
     "conv_weight_grad": lambda p, t: kernels.conv_weight_grad(
         t["grad"], t["signs"], kernel_size=p.layer.kernel_size, **_window(p.layer)
+    ),
+    "channel_moments": lambda _, t: kernels.channel_moments(t["a"]),
+    "unit_forward": lambda p, t: kernels.unit_forward(
+        **{name: t[name] for name in (*_UNIT, "shift_out")}, shortcut=p.shortcut
+    ),
+    "unit_activation_backward": lambda p, t: kernels.unit_activation_backward(
+        **{name: t[name] for name in ("grad", *_UNIT)}, shortcut=p.shortcut
+    ),
+    "unit_norm_backward": lambda _, t: kernels.unit_norm_backward(
+        t["grad"], t["a"], t["scale"], t["slope"], t["offset"]
     ),
 }
