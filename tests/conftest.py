@@ -35,7 +35,9 @@ def launchers(request, monkeypatch, unwritten_memory):
 @pytest.fixture
 def device(launchers):
     """Where the launchers under test run."""
-    return torch.device("cuda" if HAS_GPU and launchers is kernels else "cpu")
+    from tests.helpers import device_of  # it imports kernels, which must wait for this file
+
+    return device_of(launchers)
 
 
 @pytest.fixture

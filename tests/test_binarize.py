@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import activation, assert_no_worse_than_eager, vectors
+from tests.helpers import KERNEL_DEVICE, activation, assert_no_worse_than_eager, gradient, vectors
 from tritonbnn import kernels, reference
 from tritonbnn.kernels import binarize
 
@@ -43,8 +43,8 @@ def autograd(dtype, grad, x, shift, residual):
 @pytest.mark.parametrize(("shape", "dtype", "layout"), INPUTS)
 def test_gradients(launchers, device, shape, dtype, layout, with_residual):
     x = activation(*shape, dtype=dtype, layout=layout)
-    grad = activation(*shape, dtype=dtype, seed=5)
-    residual = activation(*shape, dtype=dtype, seed=6) if with_residual else None
+    grad = gradient(*shape, dtype=dtype, seed=5)
+    residual = gradient(*shape, dtype=dtype, seed=6) if with_residual else None
     (shift,) = vectors(1, shape[1])
     dx, dshift = launchers.sign_backward(
         grad.to(device),
@@ -68,9 +68,9 @@ def test_the_slope_at_its_corners(launchers, device):
 
 def test_programs_share_many_rows(monkeypatch):
     monkeypatch.setattr(binarize, "MAX_PARTIALS", 2)
-    x, grad = activation(300, 40), activation(300, 40, seed=5)
+    x, grad = activation(300, 40), gradient(300, 40, seed=5)
     (shift,) = vectors(1, 40)
-    dx, dshift = kernels.sign_backward(grad, x, shift)
+    dx, dshift = kernels.sign_backward(*(t.to(KERNEL_DEVICE) for t in (grad, x, shift)))
     ordinary, truth = (autograd(d, grad, x, shift, None) for d in (torch.float32, torch.float64))
     assert_no_worse_than_eager(dx, ordinary[0], truth[0])
     assert_no_worse_than_eager(dshift, ordinary[1], truth[1])

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tests.helpers import activation, assert_no_worse_than_eager, plus_minus, vectors
+from tests.helpers import (
+    KERNEL_DEVICE,
+    activation,
+    assert_no_worse_than_eager,
+    device_of,
+    gradient,
+    plus_minus,
+    vectors,
+)
 from tritonbnn import eager, kernels, reference
 from tritonbnn.kernels import config
 
@@ -71,11 +79,10 @@ def test_signs_with_signs_are_exact_integers(launchers, device, problem):
 def test_both_formulations_are_exact(formulation, problem):
     _, c, _, _, _, k, stride = problem
     x, weight, packed_x, packed_weight = operands(problem)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with config.using(config.Choice(formulation, TILES[formulation])):
         y = kernels.conv_packed(
-            packed_x.to(device),
-            packed_weight.to(device),
+            packed_x.to(KERNEL_DEVICE),
+            packed_weight.to(KERNEL_DEVICE),
             None,
             channels=c,
             stride=stride,
@@ -99,8 +106,11 @@ def test_any_problem_agrees_with_unfolding(size, channels, outputs, kernel_size,
     truth = by_unfolding(x, weight, stride, kernel_size // 2)
     arguments = {"channels": channels, "stride": stride, "padding": kernel_size // 2}
     for launchers in (eager, kernels):
-        y = launchers.conv_packed(packed_x, packed_weight, None, dtype=torch.int32, **arguments)
-        assert torch.equal(y.long(), truth)
+        device = device_of(launchers)
+        y = launchers.conv_packed(
+            packed_x.to(device), packed_weight.to(device), None, dtype=torch.int32, **arguments
+        )
+        assert torch.equal(y.cpu().long(), truth)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -108,7 +118,7 @@ def test_any_problem_agrees_with_unfolding(size, channels, outputs, kernel_size,
 def test_signs_with_a_real_weight(launchers, device, problem, dtype):
     n, c, h, w, o, k, stride = problem
     x = activation(n, c, h, w)
-    weight = activation(o, c, k, k, seed=4)
+    weight = gradient(o, c, k, k, seed=4)
     arguments = {"stride": stride, "padding": k // 2}
     y = launchers.conv_real(
         eager.pack_signs(x).to(device), weight.to(device), dtype=dtype, **arguments
@@ -128,8 +138,8 @@ def test_the_library_formulation_agrees():
     arguments = {"stride": 2, "padding": 1, "dtype": torch.float32}
     tile = config.TileConfig(16, 16, 32, 4, 1)
     with config.using(config.Choice("library", tile)):
-        y = kernels.conv_real(packed, weight, **arguments)
-    torch.testing.assert_close(y, eager.conv_real(packed, weight, **arguments))
+        y = kernels.conv_real(packed.to(KERNEL_DEVICE), weight.to(KERNEL_DEVICE), **arguments)
+    torch.testing.assert_close(y.cpu(), eager.conv_real(packed, weight, **arguments))
 
 
 def test_an_empty_batch_convolves_to_nothing(launchers, device):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import activation, assert_no_worse_than_eager, plus_minus
+from tests.helpers import KERNEL_DEVICE, assert_no_worse_than_eager, gradient, plus_minus
 from tests.test_conv import PROBLEMS
 from tritonbnn import eager, kernels, reference
 from tritonbnn.kernels import config, conv_grad
@@ -21,10 +21,10 @@ class Problem:
     def __init__(self, problem, dtype):
         n, c, h, w, o, k, stride = problem
         self.x = plus_minus(n, c, h, w) / 2
-        self.weight = activation(o, c, k, k, seed=4).div(8).clamp(-1, 1)
+        self.weight = gradient(o, c, k, k, seed=4).div(8).clamp(-1, 1)
         self.geometry = {"stride": stride, "padding": k // 2}
         y = reference.binary_conv2d(self.x, self.weight, **self.geometry)
-        self.grad = activation(*y.shape, dtype=dtype, seed=5)
+        self.grad = gradient(*y.shape, dtype=dtype, seed=5)
         self.size = {"channels": c, "height": h, "width": w}
 
     def autograd(self, dtype, binary_weight):
@@ -72,13 +72,14 @@ def test_the_gradient_to_the_weight(launchers, device, shape, dtype):
 
 def test_pixels_split_over_programs_give_the_same_sum(monkeypatch):
     problem = Problem((2, 33, 5, 3, 20, 3, 1), torch.float32)
-    packed = eager.pack_signs(problem.x)
+    packed = eager.pack_signs(problem.x).to(KERNEL_DEVICE)
+    grad = problem.grad.to(KERNEL_DEVICE)
     arguments = {"channels": 33, "kernel_size": 3, **problem.geometry}
     monkeypatch.setattr(conv_grad, "MIN_STEPS", 1)
     tile = config.TileConfig(32, 64, 16, 4, 1)
     with config.using(config.Choice("dot", tile)):
-        first = kernels.conv_weight_grad(problem.grad, packed, **arguments)
-        again = kernels.conv_weight_grad(problem.grad, packed, **arguments)
+        first = kernels.conv_weight_grad(grad, packed, **arguments)
+        again = kernels.conv_weight_grad(grad, packed, **arguments)
     assert torch.equal(first, again)
     ordinary, truth = (problem.autograd(kind, True)[1] for kind in (torch.float32, torch.float64))
     assert_no_worse_than_eager(first, ordinary, truth)
@@ -87,15 +88,14 @@ def test_pixels_split_over_programs_give_the_same_sum(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_library_formulation_agrees(dtype):
     problem = Problem((2, 33, 5, 3, 7, 3, 2), dtype)
-    packed, alpha = eager.pack_weight(problem.weight)
-    signs = eager.pack_signs(problem.x)
+    packed, alpha = (t.to(KERNEL_DEVICE) for t in eager.pack_weight(problem.weight))
+    signs = eager.pack_signs(problem.x).to(KERNEL_DEVICE)
+    grad = problem.grad.to(KERNEL_DEVICE)
     tile = config.TileConfig(16, 16, 32, 4, 1)
     with config.using(config.Choice("library", tile)):
-        dx = kernels.conv_input_grad(
-            problem.grad, packed, alpha, **problem.size, **problem.geometry
-        )
+        dx = kernels.conv_input_grad(grad, packed, alpha, **problem.size, **problem.geometry)
         dweight = kernels.conv_weight_grad(
-            problem.grad, signs, channels=33, kernel_size=3, **problem.geometry
+            grad, signs, channels=33, kernel_size=3, **problem.geometry
         )
     ordinary, truth = (problem.autograd(kind, True) for kind in (dtype, torch.float64))
     assert_no_worse_than_eager(dx, ordinary[0], truth[0])

@@ -27,7 +27,8 @@ ALLOWED = {
     "evaluate": {"train", "models", "nn", *BASE},
     "predict": {"train", "models", "nn", *BASE},
 }
-TOOLS = {"autotune", "bench", "shipped", "aot", "workload", "timing"}  # at the top of the stack
+# At the top of the stack:
+TOOLS = {"autotune", "bench", "candidates", "commands", "shipped", "aot", "workload", "timing"}
 
 
 def imported(path):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import plus_minus
+from tests.helpers import KERNEL_DEVICE, plus_minus
 from tritonbnn import eager, kernels
 from tritonbnn.kernels import config
 
@@ -34,9 +34,9 @@ def test_the_product_is_exact(launchers, device, size):
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_both_formulations_are_exact(formulation, size):
     a, b, packed_a, packed_b = operands(*size)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     with config.using(config.Choice(formulation, TILES[formulation])):
-        product = kernels.packed_matmul(packed_a.to(device), packed_b.to(device), size[2])
+        on_device = packed_a.to(KERNEL_DEVICE), packed_b.to(KERNEL_DEVICE)
+        product = kernels.packed_matmul(*on_device, size[2])
     assert torch.equal(product.cpu().long(), a.long() @ b.long().T)
 
 
@@ -46,9 +46,9 @@ def test_any_size_agrees_with_int64(m, n, k, data):
     a, b, packed_a, packed_b = operands(m, n, k)
     formulation = data.draw(st.sampled_from(sorted(TILES)))
     with config.using(config.Choice(formulation, TILES[formulation])):
-        product = kernels.packed_matmul(packed_a, packed_b, k)
+        product = kernels.packed_matmul(packed_a.to(KERNEL_DEVICE), packed_b.to(KERNEL_DEVICE), k)
     truth = a.long() @ b.long().T
-    assert torch.equal(product.long(), truth)
+    assert torch.equal(product.cpu().long(), truth)
     assert torch.equal(eager.packed_matmul(packed_a, packed_b, k).long(), truth)
 
 

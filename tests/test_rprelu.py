@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import activation, assert_no_worse_than_eager, vectors
+from tests.helpers import KERNEL_DEVICE, activation, assert_no_worse_than_eager, gradient, vectors
 from tests.test_binarize import INPUTS
 from tritonbnn import kernels, reference
 from tritonbnn.kernels import rprelu
@@ -19,7 +19,7 @@ def autograd(dtype, grad, *inputs):
 @pytest.mark.parametrize(("shape", "dtype", "layout"), INPUTS)
 def test_value_and_gradients(launchers, device, shape, dtype, layout):
     x = activation(*shape, dtype=dtype, layout=layout)
-    grad = activation(*shape, dtype=dtype, seed=5)
+    grad = gradient(*shape, dtype=dtype, seed=5)
     shift_in, slope, shift_out = vectors(3, shape[1])
     on_device = [v.to(device) for v in (x, shift_in, slope, shift_out)]
     z = launchers.rprelu_forward(*on_device)
@@ -43,9 +43,10 @@ def test_zero_takes_the_slope(launchers, device):
 
 def test_programs_share_many_rows(monkeypatch):
     monkeypatch.setattr(rprelu, "MAX_PARTIALS", 2)
-    x, grad = activation(300, 40), activation(300, 40, seed=5)
+    x, grad = activation(300, 40), gradient(300, 40, seed=5)
     shift_in, slope, shift_out = vectors(3, 40)
-    gradients = kernels.rprelu_backward(grad, x, shift_in, slope)
+    inputs = (t.to(KERNEL_DEVICE) for t in (grad, x, shift_in, slope))
+    gradients = kernels.rprelu_backward(*inputs)
     ordinary, truth = (
         autograd(d, grad, x, shift_in, slope, shift_out)[1:] for d in (torch.float32, torch.float64)
     )

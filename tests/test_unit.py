@@ -7,9 +7,11 @@ from torch.nn import functional as F
 
 from tests.helpers import activation, assert_no_worse_than_eager, vectors
 from tritonbnn import eager, kernels, ops, reference
+from tritonbnn.kernels import config
 from tritonbnn.kernels import unit as unit_kernels
 from tritonbnn.nn import BinaryUnit
 
+PLANS = ("keep", "recompute")
 PARAMETERS = ("weight", "gamma", "beta", "shift_in", "shift_mid", "slope", "shift_out")
 # (N, C, H, W), out channels, kernel size, stride, shortcut
 UNITS = [
@@ -76,7 +78,7 @@ def with_gradients(run, tensors, device="cpu"):
     return [z.detach(), *torch.autograd.grad(z, list(moved.values()), grad)]
 
 
-@pytest.mark.parametrize("plan", ops.unit.PLANS)
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("binary_weight", [True, False], ids=["step2", "step1"])
 @pytest.mark.parametrize(("shape", "out", "kernel_size", "stride", "shortcut"), UNITS)
 def test_all_gradients_in_float64(shape, out, kernel_size, stride, shortcut, binary_weight, plan):
@@ -87,7 +89,7 @@ def test_all_gradients_in_float64(shape, out, kernel_size, stride, shortcut, bin
         assert (actual - expected).abs().max() <= 1e-10 * max(expected.abs().max(), 1)
 
 
-@pytest.mark.parametrize("plan", ops.unit.PLANS)
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("binary_weight", [True, False], ids=["step2", "step1"])
 @pytest.mark.parametrize(("shape", "out", "kernel_size", "stride", "shortcut"), UNITS)
 def test_all_gradients_in_float32(
@@ -274,7 +276,7 @@ def test_double_backward_raises():
 
 
 BAD = [
-    ({"plan": "forget"}, "plan must be one of keep, recompute, not 'forget'"),
+    ({"plan": "forget"}, "plan must be one of auto, keep, recompute, not 'forget'"),
     ({"shortcut": "none"}, "one of identity, pool, repeat, not 'none'"),
     ({"shortcut": "pool"}, "'pool' does not go with stride 1"),
     ({"shortcut": "repeat"}, "does not lead from 8 to 8 channels"),
@@ -304,3 +306,35 @@ def test_kernels_name_bad_input():
         kernels.unit_forward(a, a.float(), *[vector] * 6, shortcut="pool")
     with pytest.raises(TypeError, match="float64"):
         kernels.unit_forward(a, a.double(), *[vector] * 6, shortcut="identity")
+
+
+def test_the_plan_comes_from_the_tuning_table(launchers, monkeypatch):
+    """A unit saves its convolution's output iff the plan for its shapes says so."""
+    unit = BinaryUnit(8, 8, 3)
+    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    asked, saved = [], []
+
+    def save(tensor):
+        saved.append(tensor)
+        return tensor
+
+    for plan in PLANS:
+        monkeypatch.setattr(launchers, "unit_plan", lambda plan=plan, **s: asked.append(s) or plan)
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+            unit(x)
+        assert (torch.int16 in {t.dtype for t in saved}) is (plan == "keep")
+    assert asked[0]["channels"] == asked[0]["out_channels"] == 8
+    assert (asked[0]["kernel_size"], asked[0]["stride"], asked[0]["batch"]) == (3, 1, 2)
+
+
+def test_a_plan_is_looked_up_by_shape():
+    shapes = {"batch": 3, "height": 4, "width": 4, "channels": 8, "out_channels": 8}
+    shapes |= {"kernel_size": 3, "stride": 1, "dtype": torch.float32, "device": torch.device("cpu")}
+    assert eager.unit_plan(**shapes) == "recompute"
+    assert kernels.unit_plan(**shapes) == "keep"
+    key = config.ProblemKey("unit_plan", "float32", 4, 4, 4, 8, 8, 3, 1)
+    choice = config.Choice("recompute", config.default_tile(key))
+    with config.using(choice):
+        assert kernels.unit_plan(**shapes) == "recompute"
+    assert config.look_up(key, {key: choice}).formulation == "recompute"

@@ -18,6 +18,7 @@ from tritonbnn.eager.unit import (
     unit_activation_backward,
     unit_forward,
     unit_norm_backward,
+    unit_plan,
 )
 
 __all__ = [
@@ -36,5 +37,6 @@ __all__ = [
     "unit_activation_backward",
     "unit_forward",
     "unit_norm_backward",
+    "unit_plan",
     "unpack_signs",
 ]

@@ -12,6 +12,39 @@ from tritonbnn.eager.common import accumulator
 from tritonbnn.layout import channels_last, flat_pixels, from_flat
 
 
+def unit_plan(
+    *,
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    """Whether a unit keeps its convolution's output for backward, or convolves again.
+
+    Here it always convolves again: on a CPU, too, memory is what batches run out of first.
+
+    Args:
+        batch: N of the unit's input, as are the next three.
+        height: H.
+        width: W.
+        channels: C.
+        out_channels: O.
+        kernel_size: 1 or 3.
+        stride: 1 or 2.
+        dtype: of the stream.
+        device: of the stream.
+
+    Returns:
+        "keep" or "recompute".
+    """
+    return "recompute"
+
+
 def channel_moments(a: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel.
 

@@ -14,6 +14,7 @@ from tritonbnn.kernels.unit import (
     unit_activation_backward,
     unit_forward,
     unit_norm_backward,
+    unit_plan,
 )
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "unit_activation_backward",
     "unit_forward",
     "unit_norm_backward",
+    "unit_plan",
     "unpack_signs",
 ]

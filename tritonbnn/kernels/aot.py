@@ -23,6 +23,8 @@ from tritonbnn.kernels.launch import Launch, interpreted, recording
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes of shared memory a block may have, by compute capability."""
 
+_INSTRUCTION = re.compile(r"\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)[. ;]")
+
 TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|IMMA|IGMMA)\b")
 
 _POINTERS = {
@@ -44,11 +46,18 @@ class Resources:
     spill_bytes: int
     shared_bytes: int
     instructions: Counter[str]
+    loop: Counter[str]
+    """The instructions of the loop with the most tensor-core ones; all, if there is no loop."""
 
     @property
     def tensor_core(self) -> dict[str, int]:
         """How often each tensor-core instruction occurs, by name without modifiers."""
         return {name: n for name, n in sorted(self.instructions.items()) if TENSOR_CORE.match(name)}
+
+    @property
+    def tensor_core_share(self) -> float:
+        """The share of tensor-core instructions in the inner loop."""
+        return _tensor_core_count(self.loop) / max(self.loop.total(), 1)
 
 
 def parse_target(text: str) -> int:
@@ -96,8 +105,31 @@ def _read_cubin(kernel: str, cubin: bytes, shared_bytes: int) -> Resources:
         usage = _tool("cuobjdump", "-res-usage", str(path))
         listing = _tool("nvdisasm", "-c", str(path))
     registers, stack = _usage(usage)
-    names = re.findall(r"^\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)[. ;]", _bare(listing), re.MULTILINE)
-    return Resources(kernel, registers, stack, shared_bytes, Counter(names))
+    names, loops = _parse(listing)
+    bodies = [Counter(names[start:end]) for start, end in loops] or [Counter(names)]
+    loop = max(bodies, key=lambda body: (_tensor_core_count(body), -body.total()))
+    return Resources(kernel, registers, stack, shared_bytes, Counter(names), loop)
+
+
+def _parse(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
+    """The instructions of a disassembly by name, and its loops as [start, end) among them."""
+    names: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in _bare(listing).splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = len(names)
+        elif found := _INSTRUCTION.match(line):
+            names.append(found[1])
+            jump = re.search(r"`\((\.L\w+)\)", line) if found[1] == "BRA" else None
+            if jump and jump[1] in labels:
+                loops.append((labels[jump[1]], len(names)))
+    # Every kernel ends in a branch to itself, which fills its last line.
+    return names, [(start, end) for start, end in loops if end - start > 1]
+
+
+def _tensor_core_count(names: Counter[str]) -> int:
+    return sum(count for name, count in names.items() if TENSOR_CORE.match(name))
 
 
 def _usage(text: str) -> tuple[int, int]:

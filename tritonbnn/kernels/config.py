@@ -25,6 +25,7 @@ FORMULATIONS = {
     "sign_backward": ("direct",),
     "rprelu_forward": ("direct",),
     "rprelu_backward": ("direct",),
+    "unit_plan": ("keep", "recompute"),
     "channel_moments": ("direct",),
     "unit_forward": ("direct",),
     "unit_activation_backward": ("direct",),
@@ -141,18 +142,22 @@ def look_up(key: ProblemKey, table: Table) -> Choice:
     return table[nearest]
 
 
-def default(key: ProblemKey) -> Choice:
+def default(key: ProblemKey, formulation: str | None = None) -> Choice:
     """What an untuned problem runs as: the first formulation, and a tile clipped to the problem."""
-    return Choice(FORMULATIONS[key.op][0], default_tile(key))
+    formulation = formulation or FORMULATIONS[key.op][0]
+    return Choice(formulation, default_tile(key, formulation))
 
 
-def default_tile(key: ProblemKey) -> TileConfig:
+def default_tile(key: ProblemKey, formulation: str) -> TileConfig:
     """A tile that fits every problem of the operation, clipped to this one."""
     if key.out_channels == 0:
-        # A backward pass keeps up to three accumulators per element in registers.
-        elements = 2048 if key.op.endswith("backward") else 4096
+        # float32 takes two registers' worth of bf16, a backward pass up to three accumulators.
+        small = key.dtype == "float32" or key.op.endswith("backward")
+        elements = 2048 if small else 4096
         block_n = min(128, power_of_two(key.channels))
         return TileConfig(elements // block_n, block_n, 1, 4, 1)
+    if formulation == "popcount":
+        return TileConfig(64, min(64, power_of_two(key.out_channels)), 32, 8, 2)
     inner, columns = key.channels, key.out_channels
     if key.op == "conv_input_grad":
         inner, columns = columns, inner
@@ -161,12 +166,11 @@ def default_tile(key: ProblemKey) -> TileConfig:
         block_n, block_k = min(128, max(32, power_of_two(key.channels))), 64
     else:
         block_m, block_n = 128, min(128, max(16, power_of_two(columns)))
-        widest = 128 if key.op == "conv_packed" else 64
-        block_k = min(widest, max(32, power_of_two(inner)))
+        block_k = min(64, max(32, power_of_two(inner)))
     if key.dtype == "float32":  # no tensor core: registers, not shared memory, bound the tile
-        block_m, block_n, block_k = min(block_m, 64), min(block_n, 64), 32
+        return TileConfig(min(block_m, 64), min(block_n, 64), 32, 8, 3)
     num_warps = 8 if block_m * block_n > 64 * 128 else 4
-    return TileConfig(block_m, block_n, block_k, num_warps, 3)
+    return TileConfig(block_m, block_n, block_k, num_warps, 3 if block_n > 32 else 2)
 
 
 def table_path(gpu: str) -> Path:
@@ -218,7 +222,9 @@ def parse_entry(entry: Any) -> tuple[ProblemKey, Choice]:
         expected = " or ".join(FORMULATIONS[key.op])
         raise ValueError(f"{key.op} runs as {expected}, not as {entry['formulation']!r}")
     for name, value in asdict(tile).items():
-        if value < 1 or (name != "num_stages" and value != power_of_two(value)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+        if name != "num_stages" and value != power_of_two(value):
             raise ValueError(f"{name} must be a power of two, not {value}")
     if key != key.bucketed():
         raise ValueError(f"batch must be a power of two, not {key.batch}")

@@ -25,6 +25,7 @@ from tritonbnn.layout import channels_last, flat_pixels, from_flat
 def _conv_dot_kernel(
     x_ptr,
     weight_ptr,
+    tap_sum_ptr,
     alpha_ptr,
     y_ptr,
     pixels,
@@ -44,7 +45,8 @@ def _conv_dot_kernel(
     """y[p, o] = alpha[o] * sum over valid taps t and c of sign(x[p + t, c]) weight[o, t, c].
 
     x (N H W, words) int32, expanded in registers to the weight's dtype; weight (O, kh kw, C)
-    float or int8; alpha (O,) float32 or None; y (N H' W', O) of any number dtype.
+    float or int8; tap_sum (O, kh kw), the weight's sums over C in the accumulator's dtype, or
+    None without padding; alpha (O,) float32 or None; y (N H' W', O) of any number dtype.
     """
     OPERAND: tl.constexpr = weight_ptr.dtype.element_ty
     ACCUMULATOR: tl.constexpr = tl.int32 if OPERAND.is_int() else tl.float32
@@ -67,11 +69,28 @@ def _conv_dot_kernel(
         channel = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
         offs_w = (out[None, :] * TAPS + tap) * CHANNELS + channel[:, None]
         w_mask = (channel < CHANNELS)[:, None] & (out < OUT_CHANNELS)[None, :]
-        # Lanes beyond C are -1 in x, so the weight's must be 0.
+        # Lanes beyond C are -1 in x, and the weight's are 0.
         w = tl.load(weight_ptr + offs_w, mask=w_mask, other=0)
-        s = signs(bits, inside, OPERAND)
-        acc = tl.dot(s, w, acc, input_precision="ieee", out_dtype=ACCUMULATOR)
+        acc = tl.dot(signs(bits, OPERAND), w, acc, input_precision="ieee", out_dtype=ACCUMULATOR)
     known = out < OUT_CHANNELS
+    if PADDING > 0:
+        # A tap outside the image was all -1 above; giving back its sum once costs less than
+        # masking every sign.
+        for tap in range(TAPS):
+            _, inside = window(
+                pixel,
+                pixels,
+                tap,
+                HEIGHT,
+                WIDTH,
+                OUT_HEIGHT,
+                OUT_WIDTH,
+                KERNEL_SIZE,
+                STRIDE,
+                PADDING,
+            )
+            tap_sum = tl.load(tap_sum_ptr + out * TAPS + tap, mask=known, other=0)
+            acc += tl.where(inside[:, None], 0, tap_sum[None, :])
     y = acc
     if alpha_ptr is not None:
         y = acc.to(tl.float32) * tl.load(alpha_ptr + out, mask=known, other=0.0)[None, :]
@@ -190,6 +209,7 @@ def _launch_dot(
     tile: config.TileConfig,
 ) -> None:
     """Run the tensor-core kernel; ``weight`` holds numbers, (O kh kw, C)."""
+    accumulator = torch.int32 if weight.dtype == torch.int8 else torch.float32
     launch(
         _conv_dot_kernel,
         triton.cdiv(geometry.pixels, tile.block_m)
@@ -197,6 +217,7 @@ def _launch_dot(
         tile,
         x_ptr=x,
         weight_ptr=weight,
+        tap_sum_ptr=weight.sum(1, dtype=accumulator) if geometry.padding else None,
         alpha_ptr=alpha,
         y_ptr=y,
         pixels=geometry.pixels,

@@ -117,6 +117,7 @@ def _conv_weight_grad_kernel(
     (splits, O, kh kw, C) float32. Axis 1 of the grid is the tap, axis 2 the split, ``steps``
     blocks of BLOCK_K pixels each.
     """
+    OPERAND: tl.constexpr = grad_ptr.dtype.element_ty
     WORDS: tl.constexpr = (CHANNELS + 31) // 32
     TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
     pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(CHANNELS, BLOCK_N))
@@ -132,11 +133,12 @@ def _conv_weight_grad_kernel(
             pixel, pixels, tap, HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, KERNEL_SIZE, STRIDE, PADDING
         )
         offs_g = pixel.to(tl.int64)[None, :] * OUT_CHANNELS + out[:, None]
-        g_mask = (pixel < pixels)[None, :] & (out < OUT_CHANNELS)[:, None]
+        # A tap outside the image adds nothing: dropping its gradient is free, masking signs is not.
+        g_mask = inside[None, :] & (out < OUT_CHANNELS)[:, None]
         g = tl.load(grad_ptr + offs_g, mask=g_mask, other=0)
         x_mask = inside[:, None] & (word < WORDS)[None, :]
         bits = tl.load(x_ptr + source[:, None] * WORDS + word[None, :], mask=x_mask, other=0)
-        acc = tl.dot(g, signs(bits, inside, grad_ptr.dtype.element_ty), acc, input_precision="ieee")
+        acc = tl.dot(g, signs(bits, OPERAND), acc, input_precision="ieee")
     offs = ((split * OUT_CHANNELS + out[:, None]) * TAPS + tap) * CHANNELS + channel[None, :]
     mask = (out < OUT_CHANNELS)[:, None] & (channel < CHANNELS)[None, :]
     tl.store(partial_ptr + offs, acc, mask=mask)

@@ -102,7 +102,7 @@ def unpack_signs(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
         check_kernel_dtype("dtype", dtype)
     rows = packed.numel() // packed.shape[-1]
     flat = torch.empty((rows, channels), dtype=dtype, device=packed.device)
-    tile = config.default_tile(config.ProblemKey("pack_signs", "int32", rows, 1, 1, channels))
+    tile = config.default(config.ProblemKey("pack_signs", "int32", rows, 1, 1, channels)).tile
     block = max(1, tile.block_m * tile.block_n // WORD_BITS)
     if rows:
         launch(

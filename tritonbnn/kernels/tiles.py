@@ -15,15 +15,13 @@ def popcount(x):
 
 
 @triton.jit
-def signs(words, valid, DTYPE: tl.constexpr):
-    """Expand (ROWS, WORDS) int32 to (ROWS, 32 WORDS) of +1 and -1, and 0 in rows not ``valid``."""
+def signs(words, DTYPE: tl.constexpr):
+    """Expand (ROWS, WORDS) int32 to (ROWS, 32 WORDS) of +1 and -1."""
     ROWS: tl.constexpr = words.shape[0]
     WORDS: tl.constexpr = words.shape[1]
     bits = (words[:, :, None] >> tl.arange(0, 32)[None, None, :]) & 1
     one = tl.full((1, 1, 1), 1, DTYPE)
-    plus_minus = tl.where(bits != 0, one, -one)
-    zero = tl.full((1, 1, 1), 0, DTYPE)
-    return tl.reshape(tl.where(valid[:, None, None], plus_minus, zero), (ROWS, 32 * WORDS))
+    return tl.reshape(tl.where(bits != 0, one, -one), (ROWS, 32 * WORDS))
 
 
 @triton.jit

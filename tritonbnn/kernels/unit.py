@@ -227,6 +227,27 @@ def _unit_norm_backward_kernel(
     tl.store(dy_ptr + offs, dy.to(dy_ptr.dtype.element_ty), mask=mask)
 
 
+def unit_plan(
+    *,
+    batch: int,
+    height: int,
+    width: int,
+    channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    """What the tuning table says, or "keep": the twin of :func:`tritonbnn.eager.unit_plan`.
+
+    Unpacking bits makes the convolution dearer than the 4 bytes an element that keeping costs.
+    """
+    name = config.dtype_name(dtype)
+    shape = (batch, height, width, channels, out_channels, kernel_size, stride)
+    return config.choose(config.ProblemKey("unit_plan", name, *shape), device).formulation
+
+
 def channel_moments(a: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance per channel: the twin of :func:`tritonbnn.eager.channel_moments`."""
     flat = flat_pixels(channels_last(a))

@@ -41,7 +41,7 @@ class BinaryUnit(nn.Module):
         binary_weight: bool = True,
         rprelu: bool = True,
         fused: bool = True,
-        plan: str = "recompute",
+        plan: str = "auto",
     ) -> None:
         super().__init__()
         self.stride, self.binary_weight = stride, binary_weight

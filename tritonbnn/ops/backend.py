@@ -3,18 +3,18 @@
 import os
 from types import ModuleType
 
-from torch import Tensor
+import torch
 
 from tritonbnn import eager
 
 
-def launchers(x: Tensor) -> ModuleType:
-    """The module whose launchers run on ``x``'s device.
+def launchers(device: torch.device) -> ModuleType:
+    """The module whose launchers run on ``device``.
 
     The kernels on CUDA, and on any device under ``TRITON_INTERPRET=1``; the eager twins elsewhere.
     There is no other switch, and no fallback that would hide an error.
     """
-    if x.is_cuda or os.environ.get("TRITON_INTERPRET") == "1":
+    if device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
         from tritonbnn import kernels  # needs triton, which a machine without a GPU may lack
 
         return kernels

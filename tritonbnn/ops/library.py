@@ -27,7 +27,7 @@ def _operator(fake: Callable[..., Any]) -> Callable[..., Any]:
     schema = torch.library.infer_schema(getattr(eager, name), mutates_args=())
 
     def launch(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return getattr(backend.launchers(x), name)(x, *args, **kwargs)
+        return getattr(backend.launchers(x.device), name)(x, *args, **kwargs)
 
     operator = torch.library.custom_op(
         f"{NAMESPACE}::{name}", launch, mutates_args=(), schema=schema

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor, distributed
 
 from tritonbnn import checks
-from tritonbnn.ops import library
+from tritonbnn.ops import backend, library
 from tritonbnn.ops.autocast import autocast_input
 from tritonbnn.ops.conv import clipped_weight_grad
 from tritonbnn.ops.norm import Affine, Statistics, batch_affine, norm_grads, running_affine
 from tritonbnn.ops.once import differentiable_once
 
-PLANS = ("keep", "recompute")
+PLANS = ("auto", "keep", "recompute")
 SHORTCUTS = ("identity", "pool", "repeat")
 
 
@@ -193,7 +193,7 @@ def binary_unit(
     binary_weight: bool = True,
     statistics: tuple[Tensor, Tensor] | None = None,
     eps: float = 1e-5,
-    plan: str = "recompute",
+    plan: str = "auto",
     group: distributed.ProcessGroup | None = None,
 ) -> UnitOutput:
     """rprelu(BatchNorm(binary_conv2d(x, weight, shift_in)) + shortcut) in one Function.
@@ -219,7 +219,8 @@ def binary_unit(
         statistics: (mean, variance), (O,) each, to normalise by, as in eval mode; None for the
             batch's own.
         eps: added to the variance.
-        plan: "keep" or "recompute".
+        plan: "keep", "recompute", or "auto": what the tuning table says for these shapes, else
+            "keep" on a GPU and "recompute" elsewhere.
         group: processes that share the batch's statistics, as SyncBatchNorm does; or None.
 
     Returns:
@@ -255,12 +256,40 @@ def binary_unit(
     x = autocast_input(x)
     residual = None if residual is None else residual.to(x.dtype)
     given = None if statistics is None else Statistics(*statistics)
+    if plan == "auto":
+        plan = _planned(*x.shape, *weight.shape[::2], stride, x.dtype, x.device)
     options = Options(stride, kind, binary_weight, eps, plan, group)
     return UnitOutput(
         *_BinaryUnit.apply(
             *(x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out),
             *(residual, given, options),
         )
+    )
+
+
+@torch.compiler.assume_constant_result
+def _planned(
+    batch: int,
+    channels: int,
+    height: int,
+    width: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    """The tuning table's plan; torch.compile asks once and need not trace the lookup."""
+    return backend.launchers(device).unit_plan(
+        batch=batch,
+        height=height,
+        width=width,
+        channels=channels,
+        out_channels=out_channels,
+        kernel_size=kernel_size,
+        stride=stride,
+        dtype=dtype,
+        device=device,
     )
 
 

@@ -1,0 +1,134 @@
+"""Kernels compiled ahead of time for GPUs that need not be there, in a process of their own.
+
+An interpreted kernel cannot be compiled, and these tests run beside interpreted ones.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+from tritonbnn.kernels import aot, config, shipped
+from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.workload import OPS, Problem
+
+pytestmark = pytest.mark.xdist_group("aot")  # one worker compiles, once
+
+TARGETS = ("sm_80", "sm_90")
+
+
+def run_shipped(*arguments):
+    """Run the command with kernels that are not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tritonbnn.kernels.shipped", *arguments]
+    return subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=900, check=False
+    )
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory):
+    """What the representative layers compile to in bf16, on both targets."""
+    path = tmp_path_factory.mktemp("aot") / "rows.json"
+    targets = [word for target in TARGETS for word in ("--target", target)]
+    done = run_shipped(*targets, "--json", str(path))
+    assert path.exists(), done.stderr
+    return json.loads(path.read_text())
+
+
+def test_every_kernel_is_compiled_for_every_target(rows):
+    kernels = {
+        "_conv_dot_kernel",
+        "_conv_input_grad_kernel",
+        "_conv_popcount_kernel",
+        "_conv_weight_grad_kernel",
+        "_pack_kernel",
+        "_rprelu_backward_kernel",
+        "_rprelu_forward_kernel",
+        "_sign_backward_kernel",
+        "_sign_forward_kernel",
+        "_unpack_kernel",
+    }
+    for target in TARGETS:
+        assert {row["kernel"] for row in rows if row["target"] == target} == kernels
+
+
+def test_no_kernel_breaks_a_limit(rows):
+    broken = [(row["target"], row["layer"], row["kernel"], row["problems"]) for row in rows]
+    assert [row for row in broken if row[-1]] == []
+    for row in rows:
+        assert 0 < row["registers"] <= 255
+        assert row["spill_bytes"] == 0
+        assert row["shared_bytes"] <= {"sm_80": 163, "sm_90": 227}[row["target"]] * 1024
+
+
+@pytest.mark.parametrize(
+    ("op", "units"),
+    [
+        ("conv_packed", {"IMMA", "IGMMA"}),
+        ("conv_real", {"HMMA", "HGMMA"}),
+        ("conv_input_grad", {"HMMA", "HGMMA"}),
+        ("conv_weight_grad", {"HMMA", "HGMMA"}),
+    ],
+)
+def test_products_run_on_tensor_cores(rows, op, units):
+    products = [
+        row
+        for row in rows
+        if row["op"] == op and row["kernel"] not in ("_unpack_kernel", "_conv_popcount_kernel")
+    ]
+    assert products
+    for row in products:
+        assert set(row["tensor_core"]), row
+        assert set(row["tensor_core"]) <= units, row
+
+
+def test_the_popcount_idiom_becomes_one_instruction(rows):
+    popcounts = [row for row in rows if row["kernel"] == "_conv_popcount_kernel"]
+    assert popcounts
+    assert all(row["popcounts"] > 0 and not row["tensor_core"] for row in popcounts)
+
+
+def test_float32_products_stay_off_the_tensor_core(tmp_path):
+    path = tmp_path / "rows.json"
+    done = run_shipped("--target", "sm_90", "--dtype", "fp32", "--layer", "0", "--json", str(path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    products = [row for row in json.loads(path.read_text()) if row["op"] != "conv_packed"]
+    assert {"conv_real", "conv_input_grad"} <= {row["op"] for row in products}
+    assert not any(row["tensor_core"] for row in products)
+
+
+def test_an_unknown_target_is_one_line():
+    done = run_shipped("--target", "sm_70")
+    assert done.returncode == 2
+    assert done.stderr == "error: target must be one of sm_80, sm_90, not 'sm_70'\n"
+
+
+def test_recording_runs_nothing():
+    layer = Geometry(2, 5, 3, 33, 31, 3, 2, 1)
+    kernels = Counter()
+    for op in OPS:
+        launches = shipped.launches_of(Problem(op, layer, torch.bfloat16))
+        assert all(value.is_meta for value in launches[-1].arguments.values() if is_tensor(value))
+        kernels.update(launch.kernel.__name__ for launch in launches)
+    assert kernels["_unpack_kernel"] == 2
+    assert len(kernels) == 9
+
+
+def is_tensor(value):
+    return isinstance(value, torch.Tensor)
+
+
+def test_limits_are_reported():
+    made = aot.Resources("_conv_dot_kernel", 255, 8, 230 * 1024, Counter({"FFMA": 1}), Counter())
+    tile = config.TileConfig(16, 16, 32, 4, 1)
+    row = shipped.Row("sm_90", "conv_real", "", "bf16", tile, made)
+    assert row.problems == [
+        "spills 8 bytes",
+        "takes 235520 of 232448 bytes of shared memory",
+        "has no tensor-core instruction",
+    ]

@@ -1,0 +1,158 @@
+"""The tuner: candidates, the check before the clock, tables that can be gone on with."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.helpers import KERNEL_DEVICE
+from tritonbnn import cli
+from tritonbnn.kernels import aot, autotune, config, workload
+from tritonbnn.kernels.candidates import candidates
+from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.timing import Timing
+from tritonbnn.kernels.workload import OPS, Problem
+
+LAYER = Geometry(2, 5, 3, 33, 31, 3, 1, 1)
+FORWARD = Problem("conv_packed", LAYER, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def progress(monkeypatch):
+    """No progress bars in captured output."""
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+
+
+def test_reactnet_a_has_26_convolutions_of_18_shapes():
+    layers = workload.model_layers("reactnet_a", 256, 224)
+    assert (layers.total(), len(layers)) == (26, 18)
+    assert layers[Geometry(256, 112, 112, 32, 32, 3, 1, 1)] == 1
+    assert layers[Geometry(256, 14, 14, 512, 512, 3, 1, 1)] == 5
+    assert layers[Geometry(256, 7, 7, 512, 1024, 1, 1, 0)] == 1
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_candidates_are_distinct_and_start_with_the_default(op):
+    key = Problem(op, Geometry(256, 14, 14, 512, 512, 3, 1, 1), torch.bfloat16).key
+    found = candidates(key, 90)
+    assert found[0] == config.default(key)
+    assert len(set(found)) == len(found) > 4
+    assert {choice.formulation for choice in found} == set(config.FORMULATIONS[op])
+
+
+def test_candidates_are_clipped_to_the_problem_and_to_shared_memory():
+    small = candidates(FORWARD.key, 90)[1:]
+    assert max(choice.tile.block_n for choice in small) == 32
+    assert max(choice.tile.block_m for choice in small) == 32
+    wide = Problem("conv_real", Geometry(256, 14, 14, 512, 512, 3, 1, 1), torch.bfloat16).key
+    tiles = {t: [c.tile for c in candidates(wide, t)] for t in aot.SHARED_MEMORY_LIMIT}
+    assert len(tiles[80]) < len(tiles[90])
+    assert set(tiles[80]) < set(tiles[90])
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_default_passes_the_check(op, dtype):
+    torch.manual_seed(0)
+    problem = Problem(op, LAYER, dtype)
+    inputs = problem.inputs(KERNEL_DEVICE)
+    results = problem.run(inputs)
+    assert workload.error_of(problem, inputs, results) == ""
+    wrong = (results[0] + 1, *results[1:])
+    if op != "pack_signs":
+        assert "is allowed" in workload.error_of(problem, inputs, wrong)
+
+
+def test_the_fastest_right_candidate_wins(monkeypatch):
+    wrong = config.Choice("popcount", config.TileConfig(16, 16, 32, 4, 1))
+    right = config.Choice("int8", config.TileConfig(32, 32, 64, 4, 1))
+    default = config.default(FORWARD.key)
+    speed = {wrong: 1.0, right: 2.0, default: 3.0}
+    current = []
+    run = Problem.run
+
+    def corrupted(problem, inputs):
+        current[:] = [config.choose(problem.key, KERNEL_DEVICE)]
+        return tuple(r + (current[0] == wrong) for r in run(problem, inputs))
+
+    def clock(call, device, runs):
+        call()
+        return Timing(*[speed[current[0]]] * 3)
+
+    monkeypatch.setattr(Problem, "run", corrupted)
+    monkeypatch.setattr(autotune, "time_callable", clock)
+    entry = autotune.tune(FORWARD, [default, wrong, right], KERNEL_DEVICE)
+    assert (entry.choice, entry.time_us, entry.default_us) == (right, 2.0, 3.0)
+
+
+def test_a_table_is_written_read_and_gone_on_with(tmp_path):
+    path = tmp_path / "gpu.json"
+    problems = [FORWARD, Problem("pack_signs", LAYER, torch.float32)]
+    options = {"capability": 90, "limit": 2, "runs": 1}
+    assert autotune.tune_all(problems[:1], path, "test gpu", KERNEL_DEVICE, **options) == 1
+    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == 1
+    first = path.read_text()
+    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == 0
+    assert path.read_text() == first
+    table = config.read_table(path, "test gpu")
+    assert set(table) == {problem.key.bucketed() for problem in problems}
+    document = json.loads(first)
+    assert set(document) == {"gpu", "driver", "torch", "triton", "entries"}
+    for entry in document["entries"]:
+        assert 0 < entry["time_us"] <= entry["default_us"]
+
+
+def test_other_versions_tune_again_and_a_broken_table_stops(tmp_path):
+    path = tmp_path / "gpu.json"
+    options = {"capability": 90, "limit": 1, "runs": 1}
+    problems = [Problem("pack_signs", LAYER, torch.float32)]
+    autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options)
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "triton": "1.0"}))
+    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == 1
+    path.write_text("{")
+    with pytest.raises(cli.UserError, match=r"gpu.json: not JSON.*; mend or remove the file"):
+        autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nonsense"], "unknown model 'nonsense'"),
+        (["--layer", "99"], "--layer must be from 0 to 17"),
+        (["--compile-only", "--target", "sm_10"], "target must be one of sm_80, sm_90"),
+        (["--dtype", "int8"], "invalid choice"),
+        (["--batch", "0"], "must be at least 1, not 0"),
+        (["--size", "33"], "multiple|divisible"),
+        (["--gpu", "Some other GPU"], "no CUDA device|this GPU is"),
+    ],
+)
+def test_a_user_error_is_one_line(arguments, message):
+    with pytest.raises(cli.UserError, match=message) as caught:
+        autotune.main(arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.xdist_group("aot")
+def test_candidates_are_ranked_without_a_gpu():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "tritonbnn.kernels.autotune", "--compile-only"]
+    options = ["--op", "conv_real", "--layer", "4", "--limit", "3", "--target", "sm_90"]
+    done = subprocess.run(
+        [*command, *options],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 3
+    shares = [row["tensor_core_share"] for row in rows]
+    assert shares == sorted(shares, reverse=True)
+    assert min(shares) > 0
+    assert all(row["spill_bytes"] == 0 and row["registers"] > 0 for row in rows)

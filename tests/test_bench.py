@@ -1,0 +1,113 @@
+"""The benchmark at tiny sizes, and the clock it uses."""
+
+import json
+
+import pytest
+import torch
+
+from tests.conftest import HAS_GPU
+from tests.helpers import KERNEL_DEVICE
+from tritonbnn import cli
+from tritonbnn.kernels import bench, timing
+from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.workload import OPS, Problem
+
+ROOFS = {"copy_bytes_per_s": 1e9, "matmul_ops_per_s": 1e9}
+
+
+@pytest.mark.skipif(HAS_GPU, reason="the tiny sizes are for the interpreter")
+def test_the_command_writes_a_results_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    path = tmp_path / "results.json"
+    tiny = ["--batch", "1", "--size", "32", "--width", "0.25", "--runs", "1", "--dtype", "fp32"]
+    ops = ["--op", "pack_signs", "--op", "conv_packed", "--layer", "1", "--layer", "2"]
+    assert bench.main([*tiny, *ops, "--json", str(path)]) == 0
+    document = json.loads(path.read_text())
+    head = {"gpu", "driver", "torch", "triton", "commit", "command", "batch", "dtype", "runs"}
+    assert set(document) == head | {"rows"} | set(ROOFS)
+    assert [row["op"] for row in document["rows"]] == ["pack_signs", "conv_packed"] * 2
+    assert document["rows"][1]["layer"] == "1x1 8>16 at 16x16"
+    assert set(document["rows"][1]) >= {"ours_us", "cudnn_us", "cublas_us", "bytes"}
+    assert set(document["rows"][0]) >= {"ours_us", "eager_us", "floor_us", "share_of_floor"}
+    assert "WRONG" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_operation_has_contenders_of_its_shape(op):
+    problem = Problem(op, Geometry(2, 5, 3, 33, 31, 1, 1, 0), torch.float32)
+    inputs = problem.inputs(KERNEL_DEVICE)
+    calls = bench.alternatives(problem, inputs, compiled=False)
+    assert set(calls) == ({"cudnn", "cublas"} if op.startswith("conv") else {"eager"})
+    for name, call in calls.items():
+        results = call()
+        results = results if isinstance(results, (tuple, list)) else (results,)
+        shapes = [tuple(r.shape) for r in results if r is not None and r.numel()]
+        ours = [tuple(r.shape) for r in problem.plain(inputs, torch.float32)]
+        if name != "cublas":
+            assert shapes[: len(ours)] == ours[: len(shapes)]
+
+
+def test_contenders_compute_the_same():
+    for op in ("sign_backward", "rprelu_forward", "rprelu_backward"):
+        problem = Problem(op, Geometry(2, 5, 3, 33, 31, 1, 1, 0), torch.float32)
+        inputs = problem.inputs(KERNEL_DEVICE)
+        results = bench.alternatives(problem, inputs, compiled=False)["eager"]()
+        results = results if isinstance(results, tuple) else (results,)
+        for result, plain in zip(results, problem.plain(inputs, torch.float32), strict=False):
+            torch.testing.assert_close(result, plain)
+
+
+def test_a_wrong_launcher_gets_no_number(monkeypatch):
+    problem = Problem("conv_packed", Geometry(1, 5, 3, 33, 31, 1, 1, 0), torch.float32)
+    run = Problem.run
+    monkeypatch.setattr(Problem, "run", lambda *a: tuple(r + 1 for r in run(*a)))
+    row = bench.measure(problem, KERNEL_DEVICE, ROOFS, runs=1, compiled=False)
+    assert set(row) == {"op", "layer", "wrong"}
+
+
+def test_bytes_and_operations_are_counted():
+    layer = Geometry(2, 4, 4, 64, 32, 3, 2, 1)
+    bf16 = {op: Problem(op, layer, torch.bfloat16) for op in OPS}
+    pixels, out_pixels = 2 * 16, 2 * 4
+    assert bf16["pack_signs"].bytes_moved == pixels * (128 + 8)
+    assert bf16["sign_backward"].bytes_moved == pixels * 64 * 8
+    assert bf16["rprelu_backward"].bytes_moved == out_pixels * 32 * 6
+    assert bf16["conv_packed"].bytes_moved == pixels * 8 + 32 * 9 * 8 + out_pixels * 64
+    assert bf16["conv_weight_grad"].bytes_moved == pixels * 8 + out_pixels * 64 + 32 * 9 * 64 * 4
+    assert bf16["conv_weight_grad"].operations == 2 * out_pixels * 32 * 9 * 64
+    assert bf16["conv_packed"].operations == 0
+
+
+def test_percentiles():
+    fifty = [float(value) for value in range(51)]
+    assert timing.percentiles(fifty) == timing.Timing(10, 25, 40)
+    assert timing.percentiles([7.0]) == timing.Timing(7, 7, 7)
+
+
+def test_every_timed_run_is_one_call():
+    calls = []
+    result = timing.time_callable(lambda: calls.append(1), torch.device("cpu"), runs=4, warmup=2)
+    assert len(calls) == 6
+    assert 0 <= result.p20 <= result.p50 <= result.p80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nonsense"], "unknown model 'nonsense'"),
+        (["--op", "nonsense"], "invalid choice"),
+        (["--runs", "many"], "invalid positive value"),
+        (["--runs", "0"], "must be at least 1, not 0"),
+    ],
+)
+def test_a_user_error_is_one_line(arguments, message):
+    with pytest.raises(cli.UserError, match=message) as caught:
+        bench.main(arguments)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_a_gpu_or_the_interpreter_the_remedy_is_named(monkeypatch):
+    monkeypatch.setattr(bench, "interpreted", lambda kernel: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(cli.UserError, match=r"no CUDA device; .* TRITON_INTERPRET=1"):
+        bench.main([])

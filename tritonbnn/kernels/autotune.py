@@ -1,0 +1,189 @@
+"""Choose formulation and tile for every problem a network poses, by measurement.
+
+``python -m tritonbnn.kernels.autotune`` writes ``kernels/configs/<gpu>.json``; what an interrupted
+run had finished is kept, and the same command goes on. Without a GPU, ``--compile-only --target
+sm_90`` ranks the candidates by what the compiler makes of them.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from tqdm import tqdm
+
+from tritonbnn import cli
+from tritonbnn.kernels import aot, config, shipped
+from tritonbnn.kernels.candidates import candidates
+from tritonbnn.kernels.commands import add_problem_arguments, named_problems, positive
+from tritonbnn.kernels.shipped import check_target
+from tritonbnn.kernels.timing import measured_on, time_callable
+from tritonbnn.kernels.workload import STEP_OPS, Problem, error_of
+
+CHECK_BATCH = 2
+"""Images that a candidate is checked on before it is timed."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a tuning table."""
+
+    key: config.ProblemKey
+    choice: config.Choice
+    time_us: float
+    default_us: float
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "key": asdict(self.key),
+            **asdict(self.choice),
+            "time_us": round(self.time_us, 2),
+            "default_us": round(self.default_us, 2),
+        }
+
+
+def tune(
+    problem: Problem, choices: Iterable[config.Choice], device: torch.device, runs: int = 30
+) -> Entry:
+    """Check and time the choices, the default among them, and return the fastest."""
+    small = problem.with_batch(min(CHECK_BATCH, problem.layer.batch))
+    small_inputs, inputs = small.inputs(device), problem.inputs(device)
+    times = {}
+    for choice in choices:
+        with config.using(choice):
+            try:
+                wrong = error_of(small, small_inputs, small.run(small_inputs))
+                if wrong:
+                    tqdm.write(f"{problem.op} as {choice} is wrong: {wrong}")
+                    continue
+                timing = time_callable(lambda: problem.run(inputs), device, runs=runs)
+            except triton.runtime.OutOfResources:
+                continue  # the count that pruned it before compiling was too kind
+        times[choice] = timing.p50
+    default = config.default(problem.key)
+    if default not in times:
+        raise RuntimeError(f"the default of {problem.key} is wrong or does not fit: {default}")
+    best = min(times, key=lambda choice: (times[choice], choice))
+    return Entry(problem.key.bucketed(), best, times[best], times[default])
+
+
+def read_entries(path: Path, head: dict[str, Any]) -> dict[config.ProblemKey, dict[str, Any]]:
+    """The entries of an earlier run; none if other versions wrote them."""
+    if not path.exists():
+        return {}
+    try:
+        table = config.read_table(path, head["gpu"])
+    except ValueError as error:
+        raise cli.UserError(f"{error}; mend or remove the file") from error
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if {name: document.get(name) for name in head} != head:
+        return {}
+    return dict(zip(table, document["entries"], strict=True))
+
+
+def write_table(
+    path: Path, head: dict[str, Any], entries: dict[config.ProblemKey, dict[str, Any]]
+) -> None:
+    """Write a table, sorted, under a temporary name first."""
+    document = {**head, "entries": [entries[key] for key in sorted(entries)]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    text = json.dumps(document, indent=1, sort_keys=True)
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def tune_all(
+    problems: list[Problem],
+    path: Path,
+    gpu: str,
+    device: torch.device,
+    *,
+    capability: int,
+    limit: int | None = None,
+    runs: int = 30,
+) -> int:
+    """Tune what the table at ``path`` misses, write it after every problem; how many were tuned."""
+    head = {**measured_on(device), "gpu": gpu}
+    entries = read_entries(path, head)
+    todo = {problem.key.bucketed(): problem for problem in problems}
+    todo = {key: problem for key, problem in todo.items() if key not in entries}
+    for key, problem in tqdm(todo.items(), unit="problem", disable=None):
+        choices = candidates(problem.key, capability)[:limit]
+        entries[key] = tune(problem, choices, device, runs).as_json()
+        write_table(path, head, entries)
+    return len(todo)
+
+
+def rank(problem: Problem, target: str, limit: int | None) -> list[dict[str, Any]]:
+    """Compile the candidates and sort them: no spills first, then by tensor-core share."""
+    capability = aot.parse_target(target)
+    ranked = []
+    for choice in candidates(problem.key, capability)[:limit]:
+        if choice.formulation == "library":
+            continue
+        launch = shipped.launches_of(problem, choice)[-1]
+        made = aot.compile_launch(launch, capability)
+        if made.shared_bytes > aot.SHARED_MEMORY_LIMIT[capability]:
+            continue
+        ranked.append(
+            {
+                "op": problem.op,
+                "layer": shipped.describe(problem.layer),
+                **asdict(choice),
+                "registers": made.registers,
+                "spill_bytes": made.spill_bytes,
+                "shared_bytes": made.shared_bytes,
+                "loop_instructions": made.loop.total(),
+                "tensor_core_share": round(made.tensor_core_share, 4),
+            }
+        )
+    return sorted(ranked, key=lambda row: (row["spill_bytes"] > 0, -row["tensor_core_share"]))
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    arguments = _parser().parse_args(argv)
+    problems = named_problems(arguments, (*STEP_OPS, "conv_real"))
+    if arguments.compile_only:
+        check_target(arguments.target)
+        for problem in tqdm(problems, unit="problem", disable=None):
+            for row in rank(problem, arguments.target, arguments.limit)[: arguments.top]:
+                print(json.dumps(row))
+        return 0
+    if not torch.cuda.is_available():
+        raise cli.UserError("no CUDA device to tune on; rank candidates with --compile-only")
+    device = torch.device("cuda")
+    gpu = torch.cuda.get_device_name(device)
+    if arguments.gpu not in ("auto", gpu):
+        raise cli.UserError(f"this GPU is {gpu!r}, not {arguments.gpu!r}")
+    major, minor = torch.cuda.get_device_capability(device)
+    path = arguments.output or config.table_path(gpu)
+    limits = {"capability": _nearest_target(10 * major + minor), "limit": arguments.limit}
+    tuned = tune_all(problems, path, gpu, device, **limits)
+    print(f"tuned {tuned} of {len(problems)} problems: {path}")
+    return 0
+
+
+def _nearest_target(capability: int) -> int:
+    """The largest known capability that is not above this one: its shared memory is there too."""
+    return max((known for known in aot.SHARED_MEMORY_LIMIT if known <= capability), default=80)
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(prog="tritonbnn.kernels.autotune", description=__doc__)
+    add_problem_arguments(parser, "reactnet_a")
+    parser.add_argument("--gpu", default="auto", help="the GPU's name, to be sure of it")
+    parser.add_argument("--limit", type=positive, help="try at most so many candidates a problem")
+    parser.add_argument("--output", type=Path, help="the table, instead of the package's own")
+    parser.add_argument("--compile-only", action="store_true", help="rank without a GPU")
+    parser.add_argument("--target", default="sm_90", help="of --compile-only: sm_80 or sm_90")
+    parser.add_argument("--top", type=positive, default=5, help="of --compile-only: rows a problem")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,212 @@
+"""Ours against torch, layer by layer.
+
+``python -m tritonbnn.kernels.bench --json FILE`` checks every launcher against the truth, times it
+beside eager torch, torch.compile and the vendor's library, and relates it to the floor that bytes
+and operations set. Without a GPU it runs at small sizes under TRITON_INTERPRET=1, to be tested.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from tritonbnn import cli, eager
+from tritonbnn.kernels import tiles
+from tritonbnn.kernels.commands import add_problem_arguments, named_problems, positive
+from tritonbnn.kernels.launch import interpreted
+from tritonbnn.kernels.library import convolution, convolution_backward
+from tritonbnn.kernels.shipped import describe
+from tritonbnn.kernels.timing import copy_bandwidth, matmul_rate, measured_on, time_callable
+from tritonbnn.kernels.workload import DTYPES, Problem, error_of
+
+CHECK_BATCH = 2
+"""Images that a launcher is checked on before it is timed."""
+
+Call = Callable[[], Any]
+
+
+def alternatives(problem: Problem, inputs: dict[str, Tensor], compiled: bool) -> dict[str, Call]:
+    """What else does the same work: name and call, operands prepared outside of it."""
+    if problem.op.startswith("conv"):
+        return _library_calls(problem, inputs)
+    x, grad, residual = (inputs[name] for name in ("x", "grad", "residual"))
+    vectors = [inputs[n].to(x.dtype).view(1, -1, 1, 1) for n in ("shift_in", "slope", "shift_out")]
+    arguments = {
+        "pack_signs": (x, vectors[0]),
+        "sign_forward": (x, vectors[0]),
+        "sign_backward": (grad, x, vectors[0], residual),
+        "rprelu_forward": (x, *vectors),
+        "rprelu_backward": (grad, x, *vectors[:2]),
+    }[problem.op]
+    function = _PLAIN[problem.op]
+    calls: dict[str, Call] = {"eager": lambda: function(*arguments)}
+    if compiled:
+        fast = torch.compile(function, dynamic=False)
+        calls["compile"] = lambda: fast(*arguments)
+    return calls
+
+
+def _library_calls(problem: Problem, inputs: dict[str, Tensor]) -> dict[str, Call]:
+    """The vendor's convolution on +-1 in the dtype, and for 1x1 its matrix product."""
+    layer, dtype = problem.layer, problem.dtype
+    x = eager.unpack_signs(inputs["signs"], layer.channels, dtype)
+    weight = eager.unpack_signs(inputs["weight_signs"], layer.channels, dtype)
+    grad = inputs["grad"]
+    masks = {"conv_input_grad": [True, False, False], "conv_weight_grad": [False, True, False]}
+    if problem.op in masks:
+        mask = masks[problem.op]
+        calls: dict[str, Call] = {
+            "cudnn": lambda: convolution_backward(grad, x, weight, layer, mask)
+        }
+    else:
+        calls = {"cudnn": lambda: convolution(x, weight, layer)}
+    if layer.kernel_size == 1 and layer.stride == 1:
+        rows = x.permute(0, 2, 3, 1).reshape(-1, layer.channels)
+        grads = grad.permute(0, 2, 3, 1).reshape(-1, layer.out_channels)
+        matrix = weight.flatten(1)
+        products: dict[str, Call] = {
+            "conv_input_grad": lambda: grads @ matrix,
+            "conv_weight_grad": lambda: grads.T @ rows,
+        }
+        calls["cublas"] = products.get(problem.op, lambda: rows @ matrix.T)
+    return calls
+
+
+def _plain_sign(x: Tensor, shift: Tensor) -> Tensor:
+    return torch.where(x + shift >= 0, 1.0, -1.0).to(x.dtype)
+
+
+def _plain_sign_backward(
+    grad: Tensor, x: Tensor, shift: Tensor, residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    ds = (2 - 2 * (x + shift).abs()).clamp(min=0) * grad
+    return ds + residual, ds.sum((0, 2, 3))
+
+
+def _plain_rprelu(x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Tensor:
+    return F.prelu(x + shift_in, slope.flatten()) + shift_out
+
+
+def _plain_rprelu_backward(
+    grad: Tensor, x: Tensor, shift_in: Tensor, slope: Tensor
+) -> tuple[Tensor, ...]:
+    t = x + shift_in
+    dx = torch.where(t > 0, grad, grad * slope)
+    dims = (0, 2, 3)
+    return dx, dx.sum(dims), (t.clamp(max=0) * grad).sum(dims), grad.sum(dims)
+
+
+_PLAIN: dict[str, Callable[..., Any]] = {
+    "pack_signs": _plain_sign,
+    "sign_forward": _plain_sign,
+    "sign_backward": _plain_sign_backward,
+    "rprelu_forward": _plain_rprelu,
+    "rprelu_backward": _plain_rprelu_backward,
+}
+
+
+def measure(
+    problem: Problem, device: torch.device, roofs: dict[str, float], *, runs: int, compiled: bool
+) -> dict[str, Any]:
+    """One row: checked first, and without any number if the check fails.
+
+    Args:
+        problem: what to run.
+        device: where.
+        roofs: ``copy_bytes_per_s`` and ``matmul_ops_per_s``.
+        runs: timed runs of each contender.
+        compiled: whether torch.compile contends.
+    """
+    row: dict[str, Any] = {"op": problem.op, "layer": describe(problem.layer)}
+    small = problem.with_batch(min(CHECK_BATCH, problem.layer.batch))
+    inputs = small.inputs(device)
+    if wrong := error_of(small, inputs, small.run(inputs)):
+        return {**row, "wrong": wrong}
+    inputs = problem.inputs(device)
+    ours = time_callable(lambda: problem.run(inputs), device, runs=runs)
+    others = {
+        name: time_callable(call, device, runs=runs)
+        for name, call in alternatives(problem, inputs, compiled).items()
+    }
+    floor = 1e6 * max(
+        problem.bytes_moved / roofs["copy_bytes_per_s"],
+        problem.operations / roofs["matmul_ops_per_s"],
+    )
+    best = min(other.p50 for other in others.values())
+    return {
+        **row,
+        "ours_us": asdict(ours),
+        **{f"{name}_us": asdict(timing) for name, timing in others.items()},
+        "bytes": problem.bytes_moved,
+        "operations": problem.operations,
+        "floor_us": floor,
+        "share_of_floor": floor / ours.p50,
+        "times_faster_than_best": best / ours.p50,
+    }
+
+
+def commit() -> str:
+    """The commit of this checkout, marked if the tree differs from it; "unknown" outside of one."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    folder = Path(__file__).parent
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    arguments = _parser().parse_args(argv)
+    problems = named_problems(arguments)
+    if not torch.cuda.is_available() and not interpreted(tiles.popcount):
+        raise cli.UserError(
+            "no CUDA device; to try the command, set TRITON_INTERPRET=1 and a small --size"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    roofs = {
+        "copy_bytes_per_s": copy_bandwidth(device),
+        "matmul_ops_per_s": matmul_rate(device, DTYPES[arguments.dtype]),
+    }
+    command = f"python -m tritonbnn.kernels.bench {' '.join(argv)}"
+    head = {**measured_on(device), "commit": commit(), "command": command, **roofs}
+    head |= {"batch": arguments.batch, "dtype": arguments.dtype, "runs": arguments.runs}
+    compiled = device.type == "cuda" and not arguments.no_compile
+    rows: list[dict[str, Any]] = []
+    print(json.dumps(head))
+    for problem in tqdm(problems, unit="problem", disable=None):
+        row = measure(problem, device, roofs, runs=arguments.runs, compiled=compiled)
+        rows.append(row)
+        tqdm.write(_line(row), file=sys.stdout)
+        if arguments.json:
+            text = json.dumps({**head, "rows": rows}, indent=1)
+            arguments.json.write_text(text + "\n", encoding="utf-8")
+    return 1 if any("wrong" in row for row in rows) else 0
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(prog="tritonbnn.kernels.bench", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write header and rows to this file")
+    add_problem_arguments(parser, "reactnet_a")
+    parser.add_argument("--runs", type=positive, default=50, help="timed runs of each contender")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    return parser
+
+
+def _line(row: dict[str, Any]) -> str:
+    name = f"{row['layer']:26} {row['op']:17}"
+    if "wrong" in row:
+        return f"{name} WRONG: {row['wrong']}"
+    others = {key: value for key, value in row.items() if key.endswith("_us") and key != "floor_us"}
+    times = "  ".join(f"{key[:-3]} {value['p50']:10.1f}" for key, value in others.items())
+    return f"{name} {times}  floor {row['floor_us']:.1f} us ({row['share_of_floor']:.0%})"
+
+
+if __name__ == "__main__":
+    cli.run(main)

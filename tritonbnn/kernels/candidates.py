@@ -1,0 +1,85 @@
+"""The tiles worth trying for a problem."""
+
+from collections.abc import Iterator
+from itertools import product
+
+from tritonbnn.kernels import aot, config
+from tritonbnn.kernels.config import Choice, ProblemKey, TileConfig, power_of_two
+
+MAX_ACCUMULATORS = 128
+"""Accumulators per thread: beyond, registers run out before the operands have any."""
+
+_OPERAND_BYTES = {"int32": 1, "bfloat16": 2, "float16": 2, "float32": 4}
+
+
+def candidates(key: ProblemKey, capability: int) -> list[Choice]:
+    """All choices worth compiling, the default first, each once.
+
+    Args:
+        key: the problem.
+        capability: the GPU's compute capability, which bounds shared memory.
+    """
+    found = [config.default(key)]
+    for formulation in config.FORMULATIONS[key.op]:
+        for tile in _tiles(key, formulation):
+            tile = clipped(key, tile)
+            if fits(key, formulation, tile, capability):
+                found.append(Choice(formulation, tile))
+    return list(dict.fromkeys(found))
+
+
+def _tiles(key: ProblemKey, formulation: str) -> Iterator[TileConfig]:
+    if formulation == "library":
+        yield config.default_tile(key, formulation)
+    elif key.out_channels == 0:
+        for elements, width, warps in product((1024, 2048, 4096, 8192), (32, 64, 128, 256), (4, 8)):
+            yield TileConfig(elements // width, width, 1, warps, 1)
+    elif formulation == "popcount":
+        for m, n, warps in product((32, 64, 128), (32, 64), (4, 8)):
+            yield TileConfig(m, n, 32, warps, 2)
+    else:
+        blocks = product((64, 128, 256), (32, 64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4))
+        for m, n, k, warps, stages in blocks:
+            yield TileConfig(m, n, k, warps, stages)
+
+
+def clipped(key: ProblemKey, tile: TileConfig) -> TileConfig:
+    """The tile without what lies beyond the problem; different tiles may become one."""
+    rows, columns, inner = _extent(key)
+    least = 1 if key.out_channels == 0 else 16
+    return TileConfig(
+        min(tile.block_m, max(least, power_of_two(rows))),
+        min(
+            tile.block_n, max(least if key.op != "conv_weight_grad" else 32, power_of_two(columns))
+        ),
+        min(tile.block_k, max(32, power_of_two(inner))) if key.out_channels else 1,
+        tile.num_warps,
+        tile.num_stages,
+    )
+
+
+def _extent(key: ProblemKey) -> tuple[int, int, int]:
+    """How far a problem extends in M, N and K; taps are not part of a tile."""
+    pixels = key.batch * key.height * key.width
+    if key.out_channels == 0:
+        return pixels, key.channels, 1
+    if key.op == "conv_weight_grad":
+        return key.out_channels, key.channels, pixels
+    if key.op == "conv_input_grad":
+        return pixels, key.channels, key.out_channels
+    return pixels, key.out_channels, key.channels
+
+
+def fits(key: ProblemKey, formulation: str, tile: TileConfig, capability: int) -> bool:
+    """Whether a tile stays within registers and shared memory by count; compiling tells exactly."""
+    threads = 32 * tile.num_warps
+    elements = tile.block_m * tile.block_n
+    if elements < threads:
+        return False
+    if key.out_channels == 0 or formulation == "library":
+        return True
+    operands = (tile.block_m + tile.block_n) * tile.block_k * _OPERAND_BYTES[key.dtype]
+    return (
+        elements <= MAX_ACCUMULATORS * threads
+        and operands * tile.num_stages <= aot.SHARED_MEMORY_LIMIT[capability]
+    )

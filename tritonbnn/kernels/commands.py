@@ -1,0 +1,51 @@
+"""What the commands on these kernels share: naming the problems to work on."""
+
+import argparse
+from collections.abc import Sequence
+
+from tritonbnn import cli
+from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.workload import DTYPES, OPS, Problem, model_layers
+
+
+def positive(text: str) -> int:
+    """A positive integer of a command line."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
+def add_problem_arguments(parser: cli.Parser, model: str | None) -> None:
+    """Add the options that name a network's layers, operations and dtype."""
+    parser.add_argument("--model", default=model, help="the network whose layers count")
+    parser.add_argument("--batch", type=positive, default=256)
+    parser.add_argument("--size", type=positive, default=224, help="of the images")
+    parser.add_argument("--width", type=float, default=1.0, help="of the network")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--op", action="append", choices=sorted(OPS), help="only these")
+    parser.add_argument("--layer", type=int, action="append", help="only these, by index")
+
+
+def named_problems(
+    arguments: argparse.Namespace, ops: Sequence[str] = OPS, layers: Sequence[Geometry] = ()
+) -> list[Problem]:
+    """The problems that the options name.
+
+    Args:
+        arguments: with what :func:`add_problem_arguments` added.
+        ops: where no ``--op`` is given.
+        layers: where there is no ``--model``.
+    """
+    if arguments.model:
+        try:
+            layers = list(
+                model_layers(arguments.model, arguments.batch, arguments.size, arguments.width)
+            )
+        except ValueError as error:
+            raise cli.UserError(str(error)) from error
+    chosen = range(len(layers)) if arguments.layer is None else arguments.layer
+    if not set(chosen) <= set(range(len(layers))):
+        raise cli.UserError(f"--layer must be from 0 to {len(layers) - 1}")
+    dtype = DTYPES[arguments.dtype]
+    return [Problem(op, layers[i], dtype) for i in chosen for op in arguments.op or ops]

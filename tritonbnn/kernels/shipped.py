@@ -1,0 +1,170 @@
+"""Ahead-of-time gate: every kernel as shipped, compiled for GPUs that need not be there.
+
+``python -m tritonbnn.kernels.shipped --target sm_90`` prints registers, spills, shared memory and
+tensor-core instructions of each kernel, and fails if one of them breaks a limit.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tritonbnn import cli
+from tritonbnn.kernels import aot, config
+from tritonbnn.kernels.commands import add_problem_arguments, named_problems
+from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.launch import Launch
+from tritonbnn.kernels.workload import DTYPES, Problem
+
+META = torch.device("meta")
+
+TENSOR_CORE_OPS = ("conv_packed", "conv_real", "conv_input_grad", "conv_weight_grad")
+
+# A layer with one word of channels, a strided one, the widest: they differ in every tile.
+REPRESENTATIVE = (
+    Geometry(256, 112, 112, 32, 32, 3, 1, 1),
+    Geometry(256, 28, 28, 256, 256, 3, 2, 1),
+    Geometry(256, 7, 7, 1024, 1024, 1, 1, 0),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel of one problem, compiled."""
+
+    target: str
+    op: str
+    layer: str
+    dtype: str
+    tile: config.TileConfig
+    resources: aot.Resources
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with it."""
+        limit = aot.SHARED_MEMORY_LIMIT[aot.parse_target(self.target)]
+        wrong = []
+        if self.resources.spill_bytes:
+            wrong.append(f"spills {self.resources.spill_bytes} bytes")
+        if self.resources.shared_bytes > limit:
+            wrong.append(f"takes {self.resources.shared_bytes} of {limit} bytes of shared memory")
+        if self._wants_tensor_core and not self.resources.tensor_core:
+            wrong.append("has no tensor-core instruction")
+        return wrong
+
+    @property
+    def _wants_tensor_core(self) -> bool:
+        product = "conv" in self.resources.kernel and "popcount" not in self.resources.kernel
+        return product and (self.dtype != "fp32" or self.op == "conv_packed")
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "target": self.target,
+            "op": self.op,
+            "layer": self.layer,
+            "dtype": self.dtype,
+            "kernel": self.resources.kernel,
+            "registers": self.resources.registers,
+            "spill_bytes": self.resources.spill_bytes,
+            "shared_bytes": self.resources.shared_bytes,
+            "tensor_core": self.resources.tensor_core,
+            "instructions": sum(self.resources.instructions.values()),
+            "popcounts": self.resources.instructions["POPC"],
+            "problems": self.problems,
+        }
+
+
+def launches_of(problem: Problem, choice: config.Choice | None = None) -> list[Launch]:
+    """What a problem launches, without running it; by default as an unknown GPU would."""
+    inputs = problem.inputs(META)
+    with config.using(choice or config.default(problem.key)):
+        return aot.record(lambda: problem.run(inputs))
+
+
+def shipped_choices(problem: Problem) -> Iterator[config.Choice]:
+    """The defaults and what shipped tables hold for a problem, library calls left out."""
+    choices = {config.default(problem.key, name) for name in config.FORMULATIONS[problem.op]}
+    for path in sorted(config.CONFIG_DIR.glob("*.json")):
+        gpu = json.loads(path.read_text(encoding="utf-8"))["gpu"]
+        choices.add(config.look_up(problem.key, config.read_table(path, gpu)))
+    yield from sorted(choice for choice in choices if choice.formulation != "library")
+
+
+def compile_all(problems: Iterable[Problem], targets: Iterable[str]) -> Iterator[Row]:
+    """Compile what the problems launch, each distinct kernel once."""
+    seen = set()
+    for problem in problems:
+        for choice in shipped_choices(problem):
+            for launch in launches_of(problem, choice):
+                identity = _identity(launch)
+                if identity in seen:
+                    continue
+                seen.add(identity)
+                for target in targets:
+                    resources = aot.compile_launch(launch, aot.parse_target(target))
+                    dtype = next(name for name, d in DTYPES.items() if d == problem.dtype)
+                    layer = describe(problem.layer)
+                    yield Row(target, problem.op, layer, dtype, launch.tile, resources)
+
+
+def _identity(launch: Launch) -> tuple[object, ...]:
+    """What makes two launches compile to the same kernel."""
+    values = tuple(
+        value.dtype if isinstance(value, Tensor) else value for value in launch.arguments.values()
+    )
+    return launch.kernel.__name__, values, launch.tile
+
+
+def describe(layer: Geometry) -> str:
+    """A layer in a few characters: ``3x3/2 64>64 at 112x112``."""
+    k, stride = layer.kernel_size, f"/{layer.stride}" if layer.stride != 1 else ""
+    size = f"{layer.height}x{layer.width}"
+    return f"{k}x{k}{stride} {layer.channels}>{layer.out_channels} at {size}"
+
+
+def main(argv: list[str]) -> int:
+    """Command line."""
+    parser = cli.Parser(prog="tritonbnn.kernels.shipped", description=__doc__)
+    parser.add_argument("--target", action="append", help="sm_80 or sm_90; repeat for both")
+    add_problem_arguments(parser, None)
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    arguments = parser.parse_args(argv)
+    targets = arguments.target or ["sm_90"]
+    for target in targets:
+        check_target(target)
+    problems = named_problems(arguments, layers=REPRESENTATIVE)
+    rows = list(compile_all(tqdm(problems, unit="problem", disable=None), targets))
+    if arguments.json:
+        text = json.dumps([row.as_json() for row in rows], indent=1)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    broken = [row for row in rows if row.problems]
+    for row in rows:
+        print(_line(row))
+    return 1 if broken else 0
+
+
+def check_target(target: str) -> None:
+    """Raise a UserError unless the target is known."""
+    try:
+        aot.parse_target(target)
+    except ValueError as error:
+        raise cli.UserError(str(error)) from error
+
+
+def _line(row: Row) -> str:
+    made = row.resources
+    units = ", ".join(f"{n} {name}" for name, n in made.tensor_core.items()) or "-"
+    wrong = f"  WRONG: {'; '.join(row.problems)}" if row.problems else ""
+    return (
+        f"{row.target}  {row.layer:26} {row.dtype}  {row.op:17} {made.kernel:26} "
+        f"{made.registers:3} registers  {made.spill_bytes} spilled  "
+        f"{made.shared_bytes:6} shared  {units}{wrong}"
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main)

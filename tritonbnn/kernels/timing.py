@@ -1,0 +1,106 @@
+"""The one way a callable is timed."""
+
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+L2_FLUSH_BYTES = 256 * 2**20
+"""Larger than any L2 so far, so that no run finds its operands cached by the one before."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Percentiles of the runs, in microseconds."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def time_callable(
+    call: Callable[[], Any], device: torch.device, *, runs: int = 50, warmup: int = 5
+) -> Timing:
+    """Time a callable: CUDA events with the L2 cache flushed before every run, or the CPU's clock.
+
+    Args:
+        call: what to time. It must not depend on what an earlier call left behind.
+        device: where it runs.
+        runs: timed runs.
+        warmup: untimed runs before, which compile and allocate.
+    """
+    for _ in range(warmup):
+        call()
+    elapsed = _cuda_events if device.type == "cuda" else _clock
+    return percentiles(elapsed(call, device, runs))
+
+
+def percentiles(microseconds: list[float]) -> Timing:
+    """The 20th, 50th and 80th percentile of at least one value."""
+    if len(microseconds) == 1:
+        return Timing(*microseconds * 3)
+    fifths = statistics.quantiles(microseconds, n=5, method="inclusive")
+    return Timing(fifths[0], statistics.median(microseconds), fifths[3])
+
+
+def _cuda_events(call: Callable[[], Any], device: torch.device, runs: int) -> list[float]:
+    flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.int8, device=device)
+    events = []
+    for _ in range(runs):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flush.zero_()
+        start.record()
+        call()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) * 1e3 for start, end in events]
+
+
+def _clock(call: Callable[[], Any], device: torch.device, runs: int) -> list[float]:
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        call()
+        times.append((time.perf_counter() - start) * 1e6)
+    return times
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes read and written per second by a large copy: the roof over every elementwise kernel."""
+    size = 2**30 if device.type == "cuda" else 2**22
+    source = torch.zeros(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    timing = time_callable(lambda: target.copy_(source), device, runs=20)
+    return 2 * size / (timing.p50 * 1e-6)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large matrix product in ``dtype``: the roof over every GEMM."""
+    size = 8192 if device.type == "cuda" else 128
+    a = torch.zeros(size, size, dtype=dtype, device=device)
+    timing = time_callable(lambda: a @ a, device, runs=20)
+    return 2 * size**3 / (timing.p50 * 1e-6)
+
+
+def measured_on(device: torch.device) -> dict[str, str | None]:
+    """What stands above every number: the GPU (or processor), its driver, torch and Triton."""
+    cuda = device.type == "cuda"
+    return {
+        "gpu": torch.cuda.get_device_name(device) if cuda else platform.machine(),
+        "driver": _driver() if cuda else None,
+        "torch": version("torch"),
+        "triton": version("triton"),
+    }
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout.split()[0]
