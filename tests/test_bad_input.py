@@ -103,9 +103,10 @@ def test_output_folder_is_a_file(place: Path):
     assert (place / "run").read_text() == "mine"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_output_folder_is_read_only(place: Path):
     (place / "run").mkdir(mode=0o500)
+    if os.access(place / "run", os.W_OK):
+        pytest.skip("root may write anywhere")
     assert_one_line(train(place), "cannot write to", "choose another --out")
 
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,29 @@ def test_the_command_line_itself(tmp_path: Path):
     # no progress bar where nobody looks
     assert "\r" not in result.stderr
     assert len(re.findall(r"^step [12] epoch 1/1: ", result.stderr, re.MULTILINE)) == 2
+
+
+def bar_on(terminal: bool) -> str:
+    """What a bar of four steps leaves on a terminal, or in a file."""
+    code = (
+        "from tritonbnn.train.log import Bar\n"
+        "bar = Bar('step 1 epoch 2/3', 4, 1, show=True)\n"
+        "bar.advance(); bar.tell(0.25, 87.5, 1234.0); bar.close()"
+    )
+    reader, writer = os.openpty() if terminal else os.pipe()
+    if terminal:
+        termios.tcsetwinsize(writer, (40, 120))
+    subprocess.run([sys.executable, "-c", code], stderr=writer, check=True, timeout=300)
+    os.write(writer, b"\n")
+    os.close(writer)
+    content = os.read(reader, 100_000).decode()
+    os.close(reader)
+    return content
+
+
+def test_the_bar_is_for_the_eye():
+    shown = bar_on(terminal=True)
+    assert "step 1 epoch 2/3" in shown
+    assert "2/4" in shown
+    assert "loss 0.250, top-1 87.5 %, 1234 img/s" in shown
+    assert bar_on(terminal=False) == "\n"

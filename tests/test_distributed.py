@@ -60,7 +60,9 @@ def test_only_the_leading_process_writes_and_talks(place: Path, tmp_path: Path):
     argv = ("tiny.toml", "--out", tmp_path / "run", "--epochs", 1)
     first, second = run_two(TRAIN, *argv, cwd=place)
     assert "step 1 epoch 1/1" in first.output
-    assert (second.output, second.calls) == ("", 0)
+    assert second.calls == 0
+    # torch itself may warn of a host without a name
+    assert not [line for line in second.output.splitlines() if "c10d" not in line]
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
     assert [(line["step"], line["epoch"]) for line in lines] == [(1, 1), (2, 1)]
 
@@ -109,7 +111,7 @@ def test_a_killed_process_is_restarted_and_the_run_resumes(
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
             *("--max-restarts", "1", "--master-addr", "127.0.0.1", "--local-addr", "127.0.0.1"),
             *("--master-port", str(free_port()), "--monitor-interval", "0.1"),
-            *("-m", "tests.mortal", "tiny.toml", "--out", str(tmp_path / "run")),
+            *("-m", "tests.mortal", "tiny.toml", "--fresh", "--out", str(tmp_path / "run")),
         ],
         cwd=place,
         env={
@@ -126,6 +128,7 @@ def test_a_killed_process_is_restarted_and_the_run_resumes(
     )
     assert result.returncode == 0, result.stderr
     assert "goes on in epoch" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert_same_run(tmp_path / "run", whole)
 
 

@@ -112,6 +112,11 @@ def launched() -> bool:
     return True
 
 
+def attempt() -> int:
+    """How often torchrun has restarted this job."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
+
+
 def join(device: torch.device) -> World:
     """Meet the other processes: NCCL for CUDA, gloo otherwise."""
     if not launched():
@@ -143,8 +148,7 @@ def _store(rank: int, size: int) -> dist.Store:
         timeout=_JOIN_TIMEOUT,
         multi_tenant=not of_agent,
     )
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"tritonbnn/attempt_{attempt}", store)
+    return dist.PrefixStore(f"tritonbnn/attempt_{attempt()}", store)
 
 
 def leave() -> None:

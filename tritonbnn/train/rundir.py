@@ -14,6 +14,7 @@ from tritonbnn.cli import UserError
 from tritonbnn.train.arguments import read_recipe, resolve
 from tritonbnn.train.checkpoint import has_begun
 from tritonbnn.train.config import STEPS, Config, differences, to_toml
+from tritonbnn.train.distributed import attempt
 from tritonbnn.train.files import FolderLock, make_folder, remove_leftovers, update
 
 CONFIG = "config.toml"
@@ -37,7 +38,7 @@ class RunFolder:
     """
 
     def __init__(self, out: Path, config: Config, *, fresh: bool, device: torch.device) -> None:
-        self.path = _unused(out) if fresh else out
+        self.path = _numbered(out) if fresh else out
         make_folder(self.path)
         self._lock = FolderLock(self.path)
         remove_leftovers(self.path)
@@ -66,13 +67,16 @@ def step_folder(run: Path, step: int) -> Path:
     return run / f"step{step}"
 
 
-def _unused(out: Path) -> Path:
-    """``out``, or the first of out-2, out-3, ... that does not exist."""
-    number, path = 1, out
+def _numbered(out: Path) -> Path:
+    """The first of out, out-2, out-3, ... that does not exist.
+
+    What torchrun restarts was fresh in its first attempt: it goes on in the last that does.
+    """
+    number, path, last = 1, out, out
     while path.exists() or path.is_symlink():
-        number += 1
+        number, last = number + 1, path
         path = out.with_name(f"{out.name}-{number}")
-    return path
+    return last if attempt() else path
 
 
 def _check(before: Config, config: Config, path: Path) -> None:
