@@ -160,7 +160,7 @@ class Problem:
             "rprelu_forward": 2 * image,
             "rprelu_backward": 3 * image,
             "channel_moments": integers,
-            "unit_forward": integers + stream + image,
+            "unit_forward": integers + stream + image + _WORD_BYTES * words(channels),
             "unit_activation_backward": image + integers + stream + image,
             "unit_norm_backward": image + integers + image,
         }
@@ -246,8 +246,11 @@ _RUN = {
     ),
     "channel_moments": lambda _, t: kernels.channel_moments(t["a"]),
     "unit_forward": lambda p, t: kernels.unit_forward(
-        **{name: t[name] for name in (*_UNIT, "shift_out")}, shortcut=p.shortcut
-    ),
+        **{name: t[name] for name in (*_UNIT, "shift_out")},
+        next_shift=t["offset"],
+        shortcut=p.shortcut,
+        pack=True,  # as in a chain; the stream is what is compared
+    )[0],
     "unit_activation_backward": lambda p, t: kernels.unit_activation_backward(
         **{name: t[name] for name in ("grad", *_UNIT)}, shortcut=p.shortcut
     ),
