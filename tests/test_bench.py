@@ -73,7 +73,7 @@ def test_bytes_and_operations_are_counted():
     assert bf16["sign_backward"].bytes_moved == pixels * 64 * 8
     assert bf16["rprelu_backward"].bytes_moved == out_pixels * 32 * 6
     assert bf16["conv_packed"].bytes_moved == pixels * 8 + 32 * 9 * 8 + out_pixels * 64
-    assert bf16["unit_forward"].bytes_moved == out_pixels * 32 * (2 + 8 + 2)
+    assert bf16["unit_forward"].bytes_moved == out_pixels * (32 * (2 + 8 + 2) + 4)
     assert bf16["unit_activation_backward"].bytes_moved == out_pixels * 32 * (2 + 2 + 8 + 2)
     assert bf16["conv_weight_grad"].bytes_moved == pixels * 8 + out_pixels * 64 + 32 * 9 * 64 * 4
     assert bf16["conv_weight_grad"].operations == 2 * out_pixels * 32 * 9 * 64
