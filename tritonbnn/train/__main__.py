@@ -8,7 +8,7 @@ from tritonbnn.train.arguments import parse
 from tritonbnn.train.device import choose_device
 from tritonbnn.train.engine import Compute
 from tritonbnn.train.log import table
-from tritonbnn.train.run import StepRun
+from tritonbnn.train.run import StepRun, open_images
 from tritonbnn.train.rundir import RunFolder
 from tritonbnn.train.stop import Stopped, StopSignals
 
@@ -29,10 +29,10 @@ def main(argv: list[str]) -> int:
     compute = Compute(device, config.precision, config.channels_last)
     if world.leads:
         logger.info("%s on %s, in %s", config.recipe, device, folder)
-    history = []
+    source, history = open_images(config), []
     try:
         for step in config.steps:
-            history = StepRun(step, config, folder, compute, world, signals).train()
+            history = StepRun(step, config, source, folder, compute, world, signals).train()
     except Stopped as stopped:
         if world.leads:
             logger.info(

@@ -24,13 +24,11 @@ class World:
     Attributes:
         rank: number of this process.
         size: number of processes.
-        local_rank: number of this process on its machine, which picks its GPU.
         control: a group for small facts on the host, which never waits for a GPU.
     """
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
     control: dist.ProcessGroup | None = None
 
     @property
@@ -121,7 +119,7 @@ def join(device: torch.device) -> World:
     """Meet the other processes: NCCL for CUDA, gloo otherwise."""
     if not launched():
         return World()
-    rank, size, local_rank = (int(os.environ[name]) for name in VARIABLES[:3])
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_gpu = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_gpu else "gloo",
@@ -130,7 +128,7 @@ def join(device: torch.device) -> World:
         world_size=size,
         device_id=device if on_gpu else None,
     )
-    return World(rank, size, local_rank, dist.new_group(backend="gloo"))
+    return World(rank, size, dist.new_group(backend="gloo"))
 
 
 def _store(rank: int, size: int) -> dist.Store:

@@ -43,6 +43,7 @@ class StepRun:
     Args:
         step: 1 or 2.
         config: of the run.
+        source: of its images.
         folder: of the run.
         compute: device and precision.
         world: the processes of the job.
@@ -53,6 +54,7 @@ class StepRun:
         self,
         step: int,
         config: Config,
+        source: Source,
         folder: Path,
         compute: Compute,
         world: World,
@@ -61,9 +63,9 @@ class StepRun:
         self.step, self.config, self.folder = step, config, folder
         self.compute, self.world = compute, world
         self.epochs = config.of_step(step).epochs
-        self.source = _open_source(config, step)
+        self.source = source.of_step(step)
         self.network = _network(config, self.source, step)
-        self.batches_per_epoch = _steps_of_epoch(self.source, config)
+        self.batches_per_epoch = train_steps(len(source.train), config.batch_size)
         self.state = self._new_state()
         self.bad = FirstBad(compute.device)
         self.keeper = Keeper(
@@ -288,7 +290,8 @@ class StepRun:
         }
 
 
-def _open_source(config: Config, step: int) -> Source:
+def open_images(config: Config) -> Source:
+    """The run's data set; both steps use it."""
     return open_source(
         config.dataset,
         data_dir=Path(config.data_dir) if config.data_dir else None,
@@ -296,13 +299,9 @@ def _open_source(config: Config, step: int) -> Source:
         augment=config.augment,
         lighting=config.lighting,
         seed=config.seed,
-        step=step,
+        step=config.steps[0],
         skip_bad_images=config.skip_bad_images,
     )
-
-
-def _steps_of_epoch(source: Source, config: Config) -> int:
-    return train_steps(len(source.train), config.batch_size)  # type: ignore[arg-type]
 
 
 def _network(config: Config, source: Source, step: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Where images come from: the embedded digits, Fashion-MNIST, or a tree of image files."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Protocol
@@ -101,8 +101,12 @@ class Source:
     name: str
     classes: tuple[str, ...]
     channels: int
-    train: Dataset
-    val: Dataset
+    train: TrainSet
+    val: EvalSet
+
+    def of_step(self, step: int) -> "Source":
+        """The same images with the training views of another step; nothing is read again."""
+        return replace(self, train=replace(self.train, step=step))
 
 
 def open_source(
