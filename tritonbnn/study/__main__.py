@@ -121,7 +121,11 @@ def _grid(given: Namespace, flags: list[str], config: Config, out: Path) -> Iter
 def _check_same(folder: Path, config: Config) -> None:
     """Refuse a folder of another grid before the first run, and before its report is replaced."""
     path = folder / CONFIG
-    if path.exists() and (changed := differences(resolve(read_recipe(str(path))), config)):
+    if not path.exists():
+        return
+    before = resolve(read_recipe(str(path)))
+    # the other way round, epochs may not grow: longer runs are no part of the same grid
+    if changed := differences(before, config) or differences(config, before):
         raise UserError(
             f"{folder} is a run with other settings: {'; '.join(changed)};"
             " repeat the old ones to go on, or choose another --out"
