@@ -22,9 +22,11 @@ ALLOWED = {
     "ops": {"kernels", "eager", *BASE},
     "nn": {"ops", *BASE},
     "models": {"nn", *BASE},
+    "analysis": {"models", "nn", "ops", *BASE},
     "data": set(),
-    "train": {"models", "nn", "data", *BASE},
+    "train": {"analysis", "models", "nn", "data", *BASE},
     "evaluate": {"train", "models", "nn", *BASE},
+    "study": {"train", *BASE},
     "predict": {"train", "models", "nn", *BASE},
 }
 # At the top of the stack:
