@@ -1,6 +1,7 @@
 """Result files: written whole or not at all, and refused before the work if they cannot be."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ def writable(path: Path | None) -> Path | None:
     if path.is_dir():
         raise cli.UserError(f"cannot write {path}: it is a folder; name a file")
     return path
+
+
+def command(module: str, argv: list[str]) -> str:
+    """The line that measures the same again: where its result went is no part of it."""
+    said = list(argv)
+    if "--json" in said:
+        index = said.index("--json")
+        del said[index : index + 2]
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *said])
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

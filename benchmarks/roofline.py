@@ -19,7 +19,7 @@ from benchmarks import ceilings
 from benchmarks.ceilings import Ceilings
 from benchmarks.families import ELEMENTWISE, ENDS, FORWARD, GRADIENTS, OPTIMIZER, PACK
 from benchmarks.machine import header, own_device
-from benchmarks.output import writable, write_result
+from benchmarks.output import command, writable, write_result
 from benchmarks.traffic import ADAM_PASSES
 from tritonbnn import cli
 from tritonbnn.bits import words
@@ -205,7 +205,7 @@ def main(argv: list[str]) -> int:
     print(", ".join(f"{name} {value:g}" for name, value in asdict(roofs).items()))
     print("\n".join(describe(floors)))
     if path:
-        head = header("python -m benchmarks.roofline " + " ".join(argv))
+        head = header(command("roofline", argv))
         write_result(path, head | {"ceilings": asdict(roofs), "floors": floors})
     return 0
 

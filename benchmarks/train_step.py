@@ -23,7 +23,7 @@ from tqdm import tqdm
 from benchmarks import ceilings, loop, roofline
 from benchmarks.machine import header
 from benchmarks.measure import Point, measure
-from benchmarks.output import writable, write_result
+from benchmarks.output import command, writable, write_result
 from benchmarks.rivals import DEFAULTS, NETWORKS, OPTIONS, OWN, chosen
 from tritonbnn import cli
 from tritonbnn.kernels.commands import positive
@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     if args.width <= 0:
         raise cli.UserError(f"--width must be above 0, not {args.width}")
     torch.backends.cudnn.benchmark = True  # shapes are fixed: what every trainer turns on
-    head = header("python -m benchmarks.train_step " + " ".join(argv), device)
+    head = header(command("train_step", argv), device)
     if args.data is not None or args.teacher is not None:
         result = loop.measure_loop(args, device)
         print(loop.describe(result))
