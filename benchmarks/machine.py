@@ -14,11 +14,22 @@ from tritonbnn.kernels.timing import measured_on
 ROOT = Path(__file__).parents[1]
 
 
+WRITTEN = ("benchmarks/results", "tritonbnn/kernels/configs", "README.md")
+"""What measuring writes itself."""
+
+
 def commit() -> str:
-    """The commit of this checkout, marked if the working tree differs from it."""
-    describe = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    result = subprocess.run(describe, cwd=ROOT, capture_output=True, text=True, check=False)
-    return result.stdout.strip() or "unknown"
+    """The commit of this checkout, marked if its code differs from it; "unknown" outside of one."""
+    short = _git("rev-parse", "--short=12", "HEAD")
+    changed = _git("status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in WRITTEN))
+    return f"{short}-dirty" if short and changed else short or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
 def processor() -> str:
