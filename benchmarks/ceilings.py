@@ -1,6 +1,6 @@
 """What a device can do at most, measured: bytes copied and products per second."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -25,6 +25,9 @@ class Ceilings:
     fp32_tflops: float
     bf16_tflops: float
     int8_tops: float
+
+    def __str__(self) -> str:
+        return "ceilings: " + ", ".join(f"{name} {v:g}" for name, v in asdict(self).items())
 
     def operations_per_second(self, dtype: str) -> float:
         """Of a matrix product in "fp32", "bf16" or "int8"."""

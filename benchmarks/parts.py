@@ -119,7 +119,7 @@ def _steps(cuda: bool, tiny: bool) -> Iterator[Part]:
     command: tuple[str, ...] = ("benchmarks.train_step", "--device", "cuda" if cuda else "cpu")
     size = "32" if tiny else "224"
     if tiny:
-        command += ("--width", "0.25", "--rounds", "1")
+        command += ("--width", "0.25", "--rounds", "1", "--floor")
     batch = "256" if cuda else "2" if tiny else "8"
     for step in ("2", "1"):
         own = (*command, "--step", step, "--batch", batch, "--size", size)

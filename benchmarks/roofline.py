@@ -202,7 +202,7 @@ def main(argv: list[str]) -> int:
         floors = report(args.model, args.batch, args.size, args.width, args.step, roofs)
     except ValueError as error:
         raise cli.UserError(str(error)) from error
-    print(", ".join(f"{name} {value:g}" for name, value in asdict(roofs).items()))
+    print(roofs)
     print("\n".join(describe(floors)))
     if path:
         head = header(command("roofline", argv))

@@ -32,6 +32,7 @@ from tritonbnn import cli
 from tritonbnn.train.files import make_folder
 
 STATE = "suite.json"
+DONE = "done"
 FAILED, INTERRUPTED = 1, 130
 GRACE_SECONDS = 60
 """Between asking a part to stop and ending it: a training run saves first."""
@@ -73,7 +74,7 @@ class Suite:
         return there and known.items() <= before.items()
 
     def run(self, part: Part) -> str:
-        """Run a part, in several turns if it may; "done", or why not."""
+        """Run a part, in several turns if it may; DONE, or why not."""
         if part.program and not shutil.which(part.program[0]):
             return f"left out: {part.program[0]} is not installed"
         began = time.monotonic()
@@ -93,11 +94,9 @@ class Suite:
         write_result(ROOT / self.folder / STATE, self.state)
         if code is None:
             return f"stopped after {seconds / 60:.0f} minutes: run the same command again to go on"
-        return (
-            "done"
-            if code == 0
-            else f"failed with exit code {code}: see {self.folder}/log/{part.name}.log"
-        )
+        if code:
+            return f"failed with exit code {code}: see {self.folder}/log/{part.name}.log"
+        return DONE
 
     def _turn(self, part: Part) -> int | None:
         """One process; its exit code, or None if its time ran out."""
@@ -211,7 +210,7 @@ def _run_all(suite: Suite, todo: list[Part]) -> int:
             print(f"stopped in {part.name}: run the same command again to go on")
             return INTERRUPTED
         print(f"[{number}/{len(todo)}] {part.name}: {outcome}", flush=True)
-        if outcome != "done" and not outcome.startswith("left out"):
+        if outcome != DONE and not outcome.startswith("left out"):
             unfinished[part.name] = outcome
     for name, outcome in unfinished.items():
         print(f"{name}: {outcome}", file=sys.stderr)

@@ -55,6 +55,9 @@ def parser() -> cli.Parser:
     result.add_argument("--rounds", type=positive, default=ROUNDS)
     result.add_argument("--steps", type=positive, help="of a turn; 20 on a GPU, 1 on a CPU")
     result.add_argument("--no-details", action="store_true", help="neither profile nor count")
+    result.add_argument(
+        "--floor", action=argparse.BooleanOptionalAction, help="of our kernels; on a GPU by default"
+    )
     result.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
     result.add_argument("--json", type=Path, help="write the result here")
     loop.add_arguments(result)
@@ -65,6 +68,8 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     path = writable(args.json)
     device = choose_device(args.device)
+    if args.floor is None:  # on a CPU other kernels run than are counted
+        args.floor = device.type == "cuda"
     rivals = chosen(args.rivals, device, args.model)
     if args.width <= 0:
         raise cli.UserError(f"--width must be above 0, not {args.width}")
@@ -82,8 +87,9 @@ def main(argv: list[str]) -> int:
 
 def compare(args: argparse.Namespace, device: torch.device, rivals: dict[str, Any]) -> dict:
     """Rivals at every batch size and resolution; tables are printed as they come."""
-    roofs = ceilings.measure(device)
-    print("ceilings: " + ", ".join(f"{name} {value:g}" for name, value in asdict(roofs).items()))
+    roofs = ceilings.measure(device) if args.floor else None
+    if roofs:
+        print(roofs)
     count = args.steps or TURN_STEPS[device.type]
     points = []
     places = list(product(args.batch, args.size))
@@ -98,9 +104,11 @@ def compare(args: argparse.Namespace, device: torch.device, rivals: dict[str, An
                 details=not args.no_details,
                 say=bar.set_postfix_str,
             )
-            floors = roofline.report(args.model, batch, size, args.width, args.step, roofs)
-            add_shares(rows, rivals, floors)
-            points.append({"batch": batch, "size": size, "rows": rows, "floors": floors})
+            points.append({"batch": batch, "size": size, "rows": rows})
+            if roofs:
+                floors = roofline.report(args.model, batch, size, args.width, args.step, roofs)
+                add_shares(rows, rivals, floors)
+                points[-1]["floors"] = floors
             bar.write("\n".join(table(points[-1])))
             bar.update()
     return {
@@ -109,7 +117,7 @@ def compare(args: argparse.Namespace, device: torch.device, rivals: dict[str, An
         "width": args.width,
         "rounds": args.rounds,
         "steps_of_a_turn": count,
-        "ceilings": asdict(roofs),
+        **({"ceilings": asdict(roofs)} if roofs else {}),
         "points": points,
     }
 
@@ -132,16 +140,17 @@ def table(point: dict) -> Iterator[str]:
             yield f"  {name:40} {trouble(row)}"
             continue
         saved = f"{row['saved_mb_per_image']:8.2f} MB/img saved" if "moved_mb" in row else ""
+        share = f" {row['share_of_floor']:6.1%} of the floor" if "share_of_floor" in row else ""
         peak = f"{row['peak_mb']:9.0f} MB peak " if "peak_mb" in row else ""
         yield (
             f"  {name:40} {row['images_per_second']:9.2f} img/s +-{row['spread'] / 2:5.1%}"
-            f" {row['share_of_floor']:6.1%} of the floor {peak}{saved}"
+            f"{share} {peak}{saved}"
         )
         for kind, unit in (("time_ms", "ms"), ("moved_mb", "MB moved")):
             parts = (f"{family} {value:.1f}" for family, value in row.get(kind, {}).items())
             if kind in row:
                 yield f"  {'':40} {unit}: {', '.join(parts)}"
-    yield from roofline.describe(point["floors"])
+    yield from roofline.describe(point.get("floors", {}))
 
 
 def trouble(row: dict) -> str:
