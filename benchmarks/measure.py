@@ -137,6 +137,13 @@ def measure(
     return rows
 
 
+def trouble(row: dict[str, Any]) -> str:
+    """Why a rival was not timed."""
+    if row.get("out_of_memory"):
+        return f"out of memory; batch {row['largest_batch']} fits"
+    return row.get("does_not_train") or f"failed: {row['failed']}"
+
+
 def _counted(point: Point, rival: Rival) -> dict[str, Any]:
     """What needs no clock: bytes saved for backward, and bytes moved."""
     model = point.build(rival).to(point.device).to(memory_format=rival.memory_format)

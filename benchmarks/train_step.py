@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks import ceilings, loop, roofline
 from benchmarks.machine import header
-from benchmarks.measure import Point, measure
+from benchmarks.measure import Point, measure, trouble
 from benchmarks.output import command, writable, write_result
 from benchmarks.rivals import DEFAULTS, NETWORKS, OPTIONS, OWN, chosen
 from tritonbnn import cli
@@ -143,7 +143,7 @@ def table(point: dict) -> Iterator[str]:
         share = f" {row['share_of_floor']:6.1%} of the floor" if "share_of_floor" in row else ""
         peak = f"{row['peak_mb']:9.0f} MB peak " if "peak_mb" in row else ""
         yield (
-            f"  {name:40} {row['images_per_second']:9.2f} img/s +-{row['spread'] / 2:5.1%}"
+            f"  {name:40} {row['images_per_second']:9.2f} img/s ±{row['spread'] / 2:5.1%}"
             f"{share} {peak}{saved}"
         )
         for kind, unit in (("time_ms", "ms"), ("moved_mb", "MB moved")):
@@ -151,13 +151,6 @@ def table(point: dict) -> Iterator[str]:
             if kind in row:
                 yield f"  {'':40} {unit}: {', '.join(parts)}"
     yield from roofline.describe(point.get("floors", {}))
-
-
-def trouble(row: dict) -> str:
-    """Why a rival was not timed."""
-    if row.get("out_of_memory"):
-        return f"out of memory; batch {row['largest_batch']} fits"
-    return row.get("does_not_train") or f"failed: {row['failed']}"
 
 
 if __name__ == "__main__":
