@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: train test test-gpu lint clean
+.PHONY: train test test-gpu gpu lint clean
 
 train: $(VENV)/.ready
 	$(BIN)/python -m tritonbnn.train $(ARGS)
@@ -14,6 +14,10 @@ test: $(VENV)/.ready
 
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+# Measures all that the README shows, in parts of minutes; the same command goes on.
+gpu: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.suite $(ARGS)
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

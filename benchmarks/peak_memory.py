@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.machine import header
-from benchmarks.train_step import CLASSES, IMPLEMENTATIONS, training_step
+from benchmarks.rivals import parse
+from benchmarks.steps import CLASSES, training_step
 from tritonbnn import cli
 
 
@@ -27,8 +28,9 @@ def resident_bytes() -> int:
 def peak_of_step(name: str, batch: int, size: int) -> float:
     """MB (1e6 bytes) that one training step adds to the resident memory at its peak."""
     torch.manual_seed(0)
-    model = IMPLEMENTATIONS[name](num_classes=CLASSES)
-    images = torch.randn(batch, 3, size, size)
+    rival = parse(name)
+    model = rival.build("reactnet_a", 2, 1.0, CLASSES).to(memory_format=rival.memory_format)
+    images = torch.randn(batch, 3, size, size).to(memory_format=rival.memory_format)
     step = training_step(model, images, torch.randint(CLASSES, (batch,)))
     before = resident_bytes()
     step()
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args(argv)
     peaks = {}
-    for name in IMPLEMENTATIONS:
+    for name in ("obvious", "ours"):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             peaks[name] = round(pool.apply(peak_of_step, (name, args.batch, args.size)), 1)
     share = round(peaks["ours"] / peaks["obvious"], 3)

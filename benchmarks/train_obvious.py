@@ -92,7 +92,7 @@ def _train_epoch(
     compute: Compute,
 ) -> Line:
     losses_of = label_objective(config.label_smoothing)
-    order = {"seed": config.seed, "step": step, "epoch": epoch}
+    order = {"seed": config.seed, "step": step, "epoch": epoch, "workers": config.workers}
     total = torch.zeros(3, device=compute.device)
     model.train()
     for batch in train_batches(source.train, batch_size=config.batch_size, **order):

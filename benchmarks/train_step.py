@@ -1,117 +1,156 @@
-"""One training step of ReActNet-A: ours against the obvious implementation, in one run.
+"""A training step: ours against the obvious code, its compiled forms, and its float twin.
 
-    python -m benchmarks.train_step --batch 8 --size 224 --step 2 --rounds 5
+    python -m benchmarks.train_step --batch 256 --size 224 --step 2
+    python -m benchmarks.train_step --batches 64,128,256,512 --rivals ours+bf16,obvious
+    python -m benchmarks.train_step --teacher resnet34 --data DIR
 
-Rounds alternate between the two, so that a change in the machine's load hits both. The ratio is
-that of the medians. The megabytes saved for backward are slopes per image (see benchmarks.saved).
+Rivals take turns, so that a change in the machine's load hits all. Each is first seen to train. A
+rival that runs out of memory is reported with the largest batch that fits. The floor is that of our
+design, from ceilings measured in the same run (see benchmarks.roofline). With --data, the whole
+loop is measured: loader, teacher and student.
 """
 
-import json
-import sys
-import time
-from collections.abc import Callable
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict
+from itertools import product
 from pathlib import Path
-from statistics import median
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from tqdm import tqdm
 
-from benchmarks.baseline import ObviousReActNetA
+from benchmarks import ceilings, loop, roofline
 from benchmarks.machine import header
-from benchmarks.saved import saved_slope
+from benchmarks.measure import Point, measure, trouble
+from benchmarks.output import command, writable, write_result
+from benchmarks.rivals import DEFAULTS, NETWORKS, OPTIONS, OWN, chosen
 from tritonbnn import cli
-from tritonbnn.models import build_model
+from tritonbnn.kernels.commands import positive
+from tritonbnn.models.registry import MODELS
+from tritonbnn.train.device import choose_device
 
-CLASSES = 1000
-
-
-def ours(**options: int | float | bool) -> nn.Module:
-    return build_model("reactnet_a", **options).to(memory_format=torch.channels_last)
-
-
-IMPLEMENTATIONS: dict[str, Callable[..., nn.Module]] = {"obvious": ObviousReActNetA, "ours": ours}
+ROUNDS = 5
+TURN_STEPS = {"cuda": 20, "cpu": 1}
+"""Steps of a turn: enough that a GPU's turn is long beside the clock's grain."""
 
 
-def training_step(model: nn.Module, images: Tensor, labels: Tensor) -> Callable[[], None]:
-    """One step of ``model`` with Adam: forward, backward, update."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        F.cross_entropy(model(images), labels).backward()
-        optimizer.step()
-        if images.is_cuda:
-            torch.cuda.synchronize()
-
-    return step
+def sizes(text: str) -> list[int]:
+    """Positive integers parted by commas."""
+    return [positive(part) for part in text.split(",")]
 
 
-def seconds(call: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def interleaved(steps: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each callable in each of ``rounds`` rounds, after one round that is not timed."""
-    for call in steps.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, call in steps.items():
-            times[name].append(seconds(call))
-    return times
-
-
-def measure(batch: int, size: int, step: int, width: float, rounds: int, device: str) -> dict:
-    """Time and saved bytes of both implementations on random images."""
-    options = {"num_classes": CLASSES, "binary_weights": step == 2, "width": width}
-    models = {name: build(**options).to(device) for name, build in IMPLEMENTATIONS.items()}
-    images = torch.randn(batch, 3, size, size, device=device)
-    labels = torch.randint(CLASSES, (batch,), device=device)
-    saved = {
-        name: saved_slope(model, lambda n: torch.randn(n, 3, size, size, device=device))
-        for name, model in models.items()
-    }
-    steps = {name: training_step(model, images, labels) for name, model in models.items()}
-    times = interleaved(steps, rounds)
-    rows = {
-        name: {
-            "seconds": [round(t, 4) for t in times[name]],
-            "median_seconds": round(median(times[name]), 4),
-            "saved_mb_per_image": round(saved[name].per_image, 2),
-            "saved_mb_per_batch": round(saved[name].per_batch, 2),
-        }
-        for name in models
-    }
-    ratio = median(times["obvious"]) / median(times["ours"])
-    return {"rows": rows, "times_faster": round(ratio, 3)}
+def parser() -> cli.Parser:
+    result = cli.Parser(
+        prog="python -m benchmarks.train_step",
+        description=__doc__.split("\n")[0],
+        epilog=f"A rival is one of {', '.join((*OWN, *NETWORKS))}, with +{', +'.join(OPTIONS)}.",
+    )
+    result.add_argument("--model", choices=sorted(MODELS), default="reactnet_a")
+    result.add_argument("--batch", "--batches", type=sizes, default=[8], help="images of a step")
+    result.add_argument("--size", "--sizes", type=sizes, default=[224], help="of an image")
+    result.add_argument("--step", type=int, default=2, choices=(1, 2), help="of the schedule")
+    result.add_argument("--width", type=float, default=1.0, help="multiplies all channels")
+    result.add_argument("--rivals", help=f"default: {', '.join(DEFAULTS['cuda'])} on a GPU")
+    result.add_argument("--rounds", type=positive, default=ROUNDS)
+    result.add_argument("--steps", type=positive, help="of a turn; 20 on a GPU, 1 on a CPU")
+    result.add_argument("--no-details", action="store_true", help="neither profile nor count")
+    result.add_argument(
+        "--floor", action=argparse.BooleanOptionalAction, help="of our kernels; on a GPU by default"
+    )
+    result.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or auto")
+    result.add_argument("--json", type=Path, help="write the result here")
+    loop.add_arguments(result)
+    return result
 
 
 def main(argv: list[str]) -> int:
-    parser = cli.Parser(prog="python -m benchmarks.train_step", description=__doc__.split("\n")[0])
-    parser.add_argument("--batch", type=int, default=8, help="images a step")
-    parser.add_argument("--size", type=int, default=224, help="height and width of an image")
-    parser.add_argument("--step", type=int, default=2, choices=(1, 2), help="of the schedule")
-    parser.add_argument("--width", type=float, default=1.0, help="multiplies all channels")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the result here")
-    args = parser.parse_args(argv)
-    torch.manual_seed(0)
-    result = measure(args.batch, args.size, args.step, args.width, args.rounds, args.device)
-    result = header("python -m benchmarks.train_step " + " ".join(sys.argv[1:])) | result
-    for name, row in result["rows"].items():
-        print(
-            f"{name:8s} {row['median_seconds']:8.3f} s/step {row['saved_mb_per_image']:8.2f} MB/img"
-            f" + {row['saved_mb_per_batch']:.2f} MB/batch saved for backward"
-        )
-    print(f"ours is {result['times_faster']:.2f} times as fast as the obvious implementation")
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    args = parser().parse_args(argv)
+    path = writable(args.json)
+    device = choose_device(args.device)
+    if args.floor is None:  # on a CPU other kernels run than are counted
+        args.floor = device.type == "cuda"
+    rivals = chosen(args.rivals, device, args.model)
+    if args.width <= 0:
+        raise cli.UserError(f"--width must be above 0, not {args.width}")
+    torch.backends.cudnn.benchmark = True  # shapes are fixed: what every trainer turns on
+    head = header(command("train_step", argv), device)
+    if args.data is not None or args.teacher is not None:
+        result = loop.measure_loop(args, device)
+        print(loop.describe(result))
+    else:
+        result = compare(args, device, rivals)
+    if path:
+        write_result(path, head | result)
     return 0
+
+
+def compare(args: argparse.Namespace, device: torch.device, rivals: dict[str, Any]) -> dict:
+    """Rivals at every batch size and resolution; tables are printed as they come."""
+    roofs = ceilings.measure(device) if args.floor else None
+    if roofs:
+        print(roofs)
+    count = args.steps or TURN_STEPS[device.type]
+    points = []
+    places = list(product(args.batch, args.size))
+    with tqdm(total=len(places), unit="point", disable=None) as bar:
+        for batch, size in places:
+            point = Point(args.model, args.step, batch, size, args.width, device)
+            rows = measure(
+                point,
+                rivals,
+                turns=args.rounds,
+                count=count,
+                details=not args.no_details,
+                say=bar.set_postfix_str,
+            )
+            points.append({"batch": batch, "size": size, "rows": rows})
+            if roofs:
+                floors = roofline.report(args.model, batch, size, args.width, args.step, roofs)
+                add_shares(rows, rivals, floors)
+                points[-1]["floors"] = floors
+            bar.write("\n".join(table(points[-1])))
+            bar.update()
+    return {
+        "model": args.model,
+        "step": args.step,
+        "width": args.width,
+        "rounds": args.rounds,
+        "steps_of_a_turn": count,
+        **({"ceilings": asdict(roofs)} if roofs else {}),
+        "points": points,
+    }
+
+
+def add_shares(rows: dict[str, dict], rivals: dict[str, Any], floors: dict[str, dict]) -> None:
+    """Relate each time to the floor of our design in the same dtype, under its faster plan."""
+    for name, row in rows.items():
+        if "median_seconds" in row:
+            dtype = "bf16" if rivals[name].bf16 else "fp32"
+            least = min(floors[f"{dtype} {plan}"]["ms"] for plan in roofline.PLANS)
+            row["share_of_floor"] = round(least / (1e3 * row["median_seconds"]), 4)
+
+
+def table(point: dict) -> Iterator[str]:
+    """A line for each rival, then the floors."""
+    rows = point["rows"]
+    yield f"batch {point['batch']}, {point['size']} x {point['size']}"
+    for name, row in rows.items():
+        if "median_seconds" not in row:
+            yield f"  {name:40} {trouble(row)}"
+            continue
+        saved = f"{row['saved_mb_per_image']:8.2f} MB/img saved" if "moved_mb" in row else ""
+        share = f" {row['share_of_floor']:6.1%} of the floor" if "share_of_floor" in row else ""
+        peak = f"{row['peak_mb']:9.0f} MB peak " if "peak_mb" in row else ""
+        yield (
+            f"  {name:40} {row['images_per_second']:9.2f} img/s ±{row['spread'] / 2:5.1%}"
+            f"{share} {peak}{saved}"
+        )
+        for kind, unit in (("time_ms", "ms"), ("moved_mb", "MB moved")):
+            parts = (f"{family} {value:.1f}" for family, value in row.get(kind, {}).items())
+            if kind in row:
+                yield f"  {'':40} {unit}: {', '.join(parts)}"
+    yield from roofline.describe(point.get("floors", {}))
 
 
 if __name__ == "__main__":

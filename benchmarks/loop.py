@@ -1,0 +1,198 @@
+"""The whole training loop on real images: loader, teacher and student, alone and together.
+
+The loader runs beside the device, teacher and student one after the other on it. So the loop can
+take no less than the longer of loader and teacher + student; the slowest part is the bottleneck.
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import count, islice
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import nn
+
+from benchmarks.rounds import seconds, wait
+from benchmarks.steps import training_step
+from tritonbnn import cli
+from tritonbnn.kernels.commands import positive
+from tritonbnn.models import build_model
+from tritonbnn.train.data import MicroBatch, train_batches
+from tritonbnn.train.engine import Compute, label_objective, teacher_objective, train_one_epoch
+from tritonbnn.train.meters import FirstBad, TrainMeter
+from tritonbnn.train.optim import build_adam
+from tritonbnn.train.signs import SignTracker
+from tritonbnn.train.sources import TrainSet, open_source
+from tritonbnn.train.state import State
+from tritonbnn.train.teacher import load_teacher
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that ask for the whole loop."""
+    parser.add_argument("--data", type=Path, help="folder with train/ and val/: the whole loop")
+    parser.add_argument("--teacher", help="of the loop: resnet34, a file, or none")
+    parser.add_argument("--workers", type=int, default=8, help="of the loader")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), help="of the loop")
+    parser.add_argument("--loop-steps", type=positive, default=50, help="timed steps of the loop")
+
+
+def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
+    """Images a second of each part and of the whole.
+
+    Raises:
+        cli.UserError: the data or the teacher cannot be had, or several sizes are asked for.
+    """
+    if args.data is None:
+        raise cli.UserError("--teacher needs images: give their folder as --data")
+    if len(args.batch) > 1 or len(args.size) > 1:
+        raise cli.UserError("the loop takes one --batch and one --size")
+    precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
+    compute = Compute(device, precision, channels_last=True)
+    source = open_source(
+        "folder",
+        data_dir=args.data,
+        image_size=args.size[0],
+        augment="imagenet",
+        lighting="published",
+        seed=0,
+        step=args.step,
+    )
+    classes = len(source.classes)
+    teacher = load_teacher(args.teacher or "none", num_classes=classes, device=device)
+    build = partial(
+        build_model,
+        args.model,
+        num_classes=classes,
+        binary_weights=args.step == 2,
+        width=args.width,
+    )
+    batches = partial(_batches, source.train, args.step, args.batch[0], args.workers, device)
+    steps = args.loop_steps
+    times = {"loader": _loader_seconds(batches, steps)}
+    times |= _device_seconds(build, teacher, next(batches()), compute, steps)
+    whole = _loop_seconds(build(), teacher, batches, compute, args.step, steps)
+    images = min(args.batch[0], len(source.train))
+    return {
+        "model": args.model,
+        "step": args.step,
+        "precision": precision,
+        "batch": images,
+        "size": args.size[0],
+        "workers": args.workers,
+        "loop_steps": steps,
+        "images_per_second": {name: round(images / t, 2) for name, t in times.items()}
+        | {"whole": round(images / whole, 2)},
+        "bottleneck": bottleneck(times),
+    }
+
+
+def bottleneck(times: dict[str, float]) -> str:
+    """Which part to make faster first.
+
+    Args:
+        times: seconds a batch of "loader", "student", and "teacher" if there is one.
+    """
+    on_device = {name: t for name, t in times.items() if name != "loader"}
+    if times["loader"] > sum(on_device.values()):
+        return "loader"
+    return max(on_device, key=lambda name: on_device[name])
+
+
+def describe(result: dict) -> str:
+    """One line."""
+    speeds = result["images_per_second"]
+    parts = ", ".join(f"{name} {speed:.1f}" for name, speed in speeds.items())
+    return f"img/s: {parts}; the bottleneck is the {result['bottleneck']}"
+
+
+def _batches(
+    dataset: TrainSet, step: int, batch: int, workers: int, device: torch.device
+) -> Iterator[MicroBatch]:
+    """The trainer's batches, epoch after epoch; the smaller last one of an epoch is left out."""
+    size = min(batch, len(dataset))
+    for epoch in count():
+        for micro in train_batches(
+            dataset,
+            seed=0,
+            step=step,
+            epoch=epoch,
+            batch_size=size,
+            workers=workers,
+            pin_memory=device.type == "cuda",
+        ):
+            if micro.count == size:
+                yield micro
+
+
+def _loader_seconds(batches: Callable[[], Iterator[MicroBatch]], steps: int) -> float:
+    stream = batches()
+    next(stream)  # starts the workers
+    start = perf_counter()
+    for _ in islice(stream, steps):
+        pass
+    return (perf_counter() - start) / steps
+
+
+def _device_seconds(
+    build: Callable[[], nn.Module],
+    teacher: nn.Module | None,
+    micro: MicroBatch,
+    compute: Compute,
+    steps: int,
+) -> dict[str, float]:
+    """Seconds a batch of the student's training step, and of the teacher's answer."""
+    model = build()
+    compute.place(model)
+    images, labels = compute.to_device(micro.images, micro.labels)
+    step = training_step(model, images, labels, bf16=compute.precision == "bf16")
+    calls: dict[str, Callable] = {"student": step}
+    if teacher is not None:
+        calls["teacher"] = partial(_answer, teacher, images, compute)
+    for call in calls.values():
+        call()
+    return {name: seconds(call, steps, compute.device) for name, call in calls.items()}
+
+
+@torch.no_grad()
+def _answer(teacher: nn.Module, images: torch.Tensor, compute: Compute) -> torch.Tensor:
+    with compute.autocast():
+        return teacher(images).float().softmax(dim=1)
+
+
+def _loop_seconds(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    batches: Callable[[], Iterator[MicroBatch]],
+    compute: Compute,
+    step: int,
+    steps: int,
+) -> float:
+    """Seconds a batch of the trainer's own loop, after its first step."""
+    compute.place(model)
+    start = 0.0
+
+    def timed() -> Iterator[MicroBatch]:
+        nonlocal start
+        stream = batches()
+        yield next(stream)
+        wait(compute.device)
+        start = perf_counter()
+        yield from islice(stream, steps)
+
+    state = State(
+        step=step,
+        model=model,
+        optimizer=build_adam(model, 1e-3, 0.0),
+        scaler=compute.scaler(),
+        meter=TrainMeter(compute.device),
+        signs=SignTracker(model),
+    )
+    objective = teacher_objective(teacher, compute) if teacher else label_objective(0.0)
+    bad = FirstBad(compute.device)
+    train_one_epoch(
+        state, model, timed(), objective, compute, bad, world_size=1, after_step=lambda: None
+    )
+    wait(compute.device)
+    return (perf_counter() - start) / steps

@@ -1,0 +1,214 @@
+r"""The floor of a training step: no step of this design can be faster on the same device.
+
+    python -m benchmarks.roofline             # by ceilings measured here, or by given ones:
+    python -m benchmarks.roofline --copy-gbs 3000 --fp32-tflops 50 --bf16-tflops 798 \
+        --int8-tops 1500
+
+Every launch is counted as it is written: it reads its operands once, writes its results once, and
+multiplies as often as its layer asks for. It takes at least the longer of the two, and launches run
+one after another. What caches save between launches is not counted, so a step may beat the floor by
+that, where a batch is small enough to stay in a cache.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from benchmarks import ceilings
+from benchmarks.ceilings import Ceilings
+from benchmarks.families import ELEMENTWISE, ENDS, FORWARD, GRADIENTS, OPTIMIZER, PACK
+from benchmarks.machine import header, own_device
+from benchmarks.output import command, writable, write_result
+from benchmarks.traffic import ADAM_PASSES
+from tritonbnn import cli
+from tritonbnn.bits import words
+from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.workload import model_layers
+from tritonbnn.models import build_model
+
+PLANS = ("keep", "recompute")
+STREAM_BYTES = {"fp32": 4, "bf16": 2}
+PARAMETER_BYTES = 4
+INTEGER_BYTES = 2  # a convolution of signs, as the unit keeps it
+WORD_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's work.
+
+    Attributes:
+        family: see :mod:`benchmarks.families`.
+        bytes: read and written.
+        operations: multiplications and additions of a matrix product.
+        dtype: of its operands: "fp32", "bf16" or "int8".
+    """
+
+    family: str
+    bytes: int
+    operations: int = 0
+    dtype: str = "fp32"
+
+    def seconds(self, roofs: Ceilings) -> float:
+        """The least time it takes."""
+        moving = self.bytes / (roofs.copy_gbs * 1e9)
+        return max(moving, self.operations / roofs.operations_per_second(self.dtype))
+
+
+def unit_launches(layer: Geometry, dtype: str, step: int, plan: str) -> Iterator[Launch]:
+    """What one half-block launches on its stream, forward then backward.
+
+    Bytes per output element of a unit with the identity shortcut, in a stream of B bytes and with a
+    convolution of A = 2 bytes (step 1: B), plus bits:
+
+        forward    convolution A; statistics A; epilogue A + 2 B                       3 A + 2 B
+        backward   activation A + 3 B; norm A + 2 B; weight B; input 2 B; sign 4 B     2 A + 12 B
+        recompute  the convolution again, in backward                                  A
+
+    Args:
+        layer: its convolution.
+        dtype: of the stream, "fp32" or "bf16".
+        step: of the schedule; in step 1 the convolution's weight and result are real.
+        plan: "keep" or "recompute" the convolution for backward.
+    """
+    stream = STREAM_BYTES[dtype]
+    pixels = layer.batch * layer.height * layer.width
+    x = pixels * layer.channels * stream
+    signs = pixels * words(layer.channels) * WORD_BYTES
+    outputs = layer.pixels * layer.out_channels
+    z = outputs * stream
+    next_signs = layer.pixels * words(layer.out_channels) * WORD_BYTES
+    a = outputs * (INTEGER_BYTES if step == 2 else stream)
+    taps = layer.out_channels * layer.kernel_size**2
+    packed = taps * words(layer.channels) * WORD_BYTES
+    weight = packed if step == 2 else taps * layer.channels * PARAMETER_BYTES
+    products = 2 * layer.pixels * taps * layer.channels
+    convolution = Launch(FORWARD, signs + weight + a, products, "int8" if step == 2 else dtype)
+
+    yield convolution
+    yield Launch(ELEMENTWISE, a)  # statistics
+    yield Launch(ELEMENTWISE, a + x + z + next_signs)  # epilogue, and the next unit's signs
+    if plan == "recompute":
+        yield convolution
+    yield Launch(ELEMENTWISE, z + a + x + z)  # activation: reads gradient, a and stream, writes du
+    yield Launch(ELEMENTWISE, z + a + z)  # norm: reads du and a, writes dy
+    yield Launch(GRADIENTS, z + signs + taps * layer.channels * PARAMETER_BYTES, products, dtype)
+    yield Launch(GRADIENTS, z + weight + x, products, dtype)
+    if layer.out_channels != layer.channels or layer.stride != 1:
+        yield Launch(ELEMENTWISE, z + x)  # the shortcut's transpose, in one pass
+    yield Launch(ELEMENTWISE, 4 * x)  # sign: reads gradient, stream and shortcut's part, writes dx
+
+
+def network_launches(
+    model: str, batch: int, size: int, width: float, *, dtype: str, step: int, plan: str
+) -> list[Launch]:
+    """What one training step launches: all units, the packing of weights, both ends, Adam.
+
+    Args:
+        model: a network's name.
+        batch: images of the step.
+        size: height and width of an image.
+        width: multiplies all channels.
+        dtype: of the stream, "fp32" or "bf16".
+        step: of the schedule.
+        plan: of all units.
+    """
+    layers = model_layers(model, batch, size, width)
+    launches = [
+        launch
+        for layer, count in layers.items()
+        for launch in [*unit_launches(layer, dtype, step, plan)] * count
+    ]
+    first = next(iter(layers))
+    pixels = first.batch * first.height * first.width
+    stem = pixels * first.channels * STREAM_BYTES[dtype]
+    signs = pixels * words(first.channels) * WORD_BYTES
+    weights = sum(
+        count * layer.out_channels * layer.channels * layer.kernel_size**2 * PARAMETER_BYTES
+        for layer, count in layers.items()
+    )
+    launches.append(Launch(PACK, stem + signs))  # of the first unit; the others' are in epilogues
+    if step == 2:
+        launches.append(Launch(PACK, weights))
+        launches.append(Launch(ELEMENTWISE, 3 * weights))  # the clip: reads gradient and weight
+    # convolution and its weight's gradient; BatchNorm's statistics, result, sums and gradient
+    images = batch * 3 * size**2 * STREAM_BYTES[dtype]
+    launches += [Launch(ENDS, images + stem)] * 2 + [Launch(ELEMENTWISE, 8 * stem)]
+    parameters = sum(p.numel() for p in build_model(model, width=width).parameters())
+    launches.append(Launch(OPTIMIZER, ADAM_PASSES * parameters * PARAMETER_BYTES))
+    return launches
+
+
+def floor(launches: list[Launch], roofs: Ceilings) -> dict[str, float]:
+    """Milliseconds of a training step by family."""
+    total: Counter[str] = Counter()
+    for launch in launches:
+        total[launch.family] += launch.seconds(roofs) * 1e3
+    return dict(total)
+
+
+def report(
+    model: str, batch: int, size: int, width: float, step: int, roofs: Ceilings
+) -> dict[str, dict]:
+    """The floors of a step by dtype and plan: ms by family, their sum, images a second."""
+    floors = {}
+    for dtype in STREAM_BYTES:
+        for plan in PLANS:
+            launches = network_launches(
+                model, batch, size, width, dtype=dtype, step=step, plan=plan
+            )
+            families = floor(launches, roofs)
+            milliseconds = sum(families.values())
+            floors[f"{dtype} {plan}"] = {
+                "ms": round(milliseconds, 4),
+                "images_per_second": round(batch / milliseconds * 1e3, 2),
+                "gb": round(sum(launch.bytes for launch in launches) / 1e9, 3),
+                "ms_by_family": {name: round(ms, 4) for name, ms in families.items()},
+            }
+    return floors
+
+
+def describe(floors: dict[str, dict]) -> Iterator[str]:
+    """A line for each plan."""
+    for name, row in floors.items():
+        parts = ", ".join(f"{family} {ms:.2f}" for family, ms in row["ms_by_family"].items())
+        yield (
+            f"  floor {name:14} {row['ms']:10.2f} ms {row['images_per_second']:10.1f} img/s"
+            f" {row['gb']:8.1f} GB   ({parts})"
+        )
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.Parser(prog="python -m benchmarks.roofline", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="reactnet_a")
+    parser.add_argument("--batch", type=int, default=256, help="images of a step")
+    parser.add_argument("--size", type=int, default=224, help="height and width of an image")
+    parser.add_argument("--step", type=int, default=2, choices=(1, 2), help="of the schedule")
+    parser.add_argument("--width", type=float, default=1.0, help="multiplies all channels")
+    for name in Ceilings.__dataclass_fields__:
+        flag = "--" + name.replace("_", "-")
+        parser.add_argument(flag, type=float, help="a ceiling; without all four, measured here")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    args = parser.parse_args(argv)
+    path = writable(args.json)
+    given = {name: getattr(args, name) for name in Ceilings.__dataclass_fields__}
+    if any(value is not None and value <= 0 for value in given.values()):
+        raise cli.UserError("a ceiling must be above 0")
+    if None in given.values() and any(given.values()):
+        raise cli.UserError("give all four ceilings, or none to measure them here")
+    roofs = ceilings.measure(own_device()) if None in given.values() else Ceilings(**given)
+    try:
+        floors = report(args.model, args.batch, args.size, args.width, args.step, roofs)
+    except ValueError as error:
+        raise cli.UserError(str(error)) from error
+    print(roofs)
+    print("\n".join(describe(floors)))
+    if path:
+        head = header(command("roofline", argv))
+        write_result(path, head | {"ceilings": asdict(roofs), "floors": floors})
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,60 @@
+"""One training step on a fixed batch, as every rival takes it, and whether it learns from it."""
+
+import math
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CLASSES = 1000
+LEARNING_RATE = 1e-3
+TRIAL_STEPS = 6
+"""Enough for the loss of every rival to fall on one batch."""
+
+Step = Callable[[], Tensor]
+
+
+def training_step(
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    bf16: bool = False,
+    mode: str | None = None,
+) -> Step:
+    """One step of ``model`` with Adam: forward, backward, update; it returns the loss.
+
+    Args:
+        model: on the images' device.
+        images: (N, 3, H, W), in the model's memory layout.
+        labels: (N,).
+        bf16: forward under bf16 autocast.
+        mode: of torch.compile; None leaves the model as it is.
+    """
+    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
+    network = torch.compile(model, mode=mode, dynamic=False) if mode else model
+    device = images.device.type
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16) if bf16 else nullcontext():
+            logits = network(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    return step
+
+
+def does_not_train(step: Step) -> str:
+    """Take a few steps; why they do not count as training, or nothing if they do."""
+    losses = torch.stack([step() for _ in range(TRIAL_STEPS)]).tolist()
+    said = ", ".join(f"{loss:.4g}" for loss in losses)
+    if not all(math.isfinite(loss) for loss in losses):
+        return f"the loss is not finite: {said}"
+    if losses[-1] >= losses[0]:
+        return f"the loss does not fall on one batch: {said}"
+    return ""
