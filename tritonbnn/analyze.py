@@ -54,7 +54,7 @@ def _parser() -> Parser:
         help="loss landscape on N x N points, N odd; 0 leaves it out (default: 11)",
     )
     parser.add_argument(
-        "--images", type=at_least(2), default=256, help="of the landscape's batch (default: 256)"
+        "--images", type=at_least(2), default=128, help="of the landscape's batch (default: 128)"
     )
     parser.add_argument(
         "--confusion",

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
@@ -18,6 +19,7 @@ from tritonbnn.analysis.style import (
     beside,
     both_steps,
     count_epochs,
+    in_a_row,
     legend,
     look,
     mark_steps,
@@ -91,40 +93,39 @@ def _line(axis: Axes, values: np.ndarray, index: int, line: str) -> None:
 def trajectories(runs: Sequence[RunRecord]) -> Figure | None:
     """Mean gradient, Adam step and weight of each layer by epoch, coloured by depth."""
     rows = [
-        ("mean |gradient|", "gradient"),
-        ("mean |Adam step|", "adam_step"),
+        ("mean |gradient|,\nnats per unit of weight", "gradient"),
+        ("mean |Adam step|,\nper optimiser step", "adam_step"),
         ("mean |latent weight|", "weight"),
     ]
-    data = {(i, key): both_steps(run, key)[1] for i, run in enumerate(runs) for _, key in rows}
-    rows = [row for row in rows if any((data[i, row[1]] > 0).any() for i in range(len(runs)))]
+    rows = [row for row in rows if any((both_steps(run, row[1])[1] > 0).any() for run in runs)]
     if not rows:
         return None
     figure = Figure(figsize=(beside(runs), 1 + 2 * len(rows)))
     grid = figure.subplots(len(rows), len(runs), squeeze=False, sharex=True, sharey="row")
     for (row, column), axis in np.ndenumerate(grid):
-        values = data[column, rows[row][1]]
-        for depth, line in enumerate(values):
-            shade = mpl.colormaps[MAP](depth / max(len(values) - 1, 1))
-            drawn = np.where(line > 0, line, np.nan)
-            axis.plot(np.arange(1, len(line) + 1), drawn, ".-", color=shade, lw=1, ms=3)
-        axis.set_yscale("log")
-        _mark_boundary(axis, runs[column])
+        _layer_lines(axis, runs[column], rows[row][1])
+        mark_steps(axis, runs[column], "#555555", name=row == 0)
     for axis, run in zip(grid[0], runs, strict=True):
         axis.set_title(name_of(run.label), pad=16)
-        mark_steps(axis, run)
     for axis in grid[-1]:
         count_epochs(axis)
     for axis, (label, _) in zip(grid[:, 0], rows, strict=True):
         axis.set_ylabel(label)
-    scale = mpl.cm.ScalarMappable(Normalize(0, 100), MAP)
+    figure.align_ylabels(grid[:, 0])
+    scale = ScalarMappable(Normalize(0, 100), MAP)
     figure.colorbar(scale, ax=grid, label="depth of the layer, %", aspect=30, pad=0.02)
     return figure
 
 
-def _mark_boundary(axis: Axes, run: RunRecord) -> None:
-    first = next(iter(run.steps.values()))
-    if len(run.steps) > 1:
-        axis.axvline(first.epochs + 0.5, color="#555555", linewidth=1)
+def _layer_lines(axis: Axes, run: RunRecord, key: str) -> None:
+    axis.set_yscale("log")
+    for before, step in in_a_row(run):
+        values = step.by_layer(key)
+        epochs = before + np.arange(1, step.epochs + 1)
+        for depth, line in enumerate(values):
+            shade = mpl.colormaps[MAP](depth / max(len(values) - 1, 1))
+            drawn = np.where(line > 0, line, np.nan)
+            axis.plot(epochs, drawn, ".-", color=shade, linewidth=1, markersize=3)
 
 
 def histograms(runs: Sequence[RunRecord]) -> Figure | None:

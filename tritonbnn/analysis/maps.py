@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from tritonbnn.analysis.confusion import Confused
 from tritonbnn.analysis.landscape import Landscape
@@ -15,6 +16,7 @@ from tritonbnn.analysis.style import (
     WEIGHTS,
     beside,
     both_steps,
+    colour_bar,
     colours,
     count_epochs,
     mark_steps,
@@ -46,15 +48,12 @@ def layer_map(
     for axis, run, (_, values) in zip(panels, runs, maps, strict=True):
         shown = np.where(values < low, low, values)
         image = axis.imshow(shown, norm=norm, cmap=colours(), aspect="auto", extent=_extent(values))
-        mark_steps(axis, run)
+        mark_steps(axis, run, "white")
     widest = max(values.shape[1] for _, values in maps)
     for axis in panels:
         axis.set_xlim(0.5, widest + 0.5)
         count_epochs(axis)
-    below = seen.min() < low
-    figure.colorbar(
-        image, ax=panels, label=label, extend="min" if below else "neither", aspect=30, pad=0.02
-    )
+    colour_bar(figure, image, panels, label, extend="min" if seen.min() < low else "neither")
     return figure
 
 
@@ -73,9 +72,7 @@ def channel_map(runs: Sequence[RunRecord]) -> Figure | None:
             values, norm=Normalize(0, 1), cmap=colours(), aspect="auto", extent=extent
         )
         axis.set_xlabel("channels of the layer, sorted, %")
-    figure.colorbar(
-        image, ax=panels, label="share of a channel's activations, |x| > 1", aspect=30, pad=0.02
-    )
+    colour_bar(figure, image, panels, "share of a channel's activations, |x| > 1")
     return figure
 
 
@@ -123,38 +120,45 @@ def _widened(seen: np.ndarray, bounds: tuple[float, float]) -> tuple[float, floa
 
 
 def landscapes(runs: Sequence[RunRecord], measured: Sequence[Landscapes]) -> Figure | None:
-    """The loss around each step's best weights, all in the same colours."""
+    """The loss around each step's best weights, a row a run, all in the same colours."""
     grids = [found.loss for steps in measured for found in steps.values()]
-    if not grids:
+    seen = np.concatenate([grid[np.isfinite(grid)] for grid in grids] or [np.empty(0)])
+    if not len(seen):
         return None
     steps = sorted({number for found in measured for number in found})
-    low, high = _log_bounds(np.concatenate([g[np.isfinite(g)] for g in grids]))
-    levels = np.geomspace(low, high, 17)
-    figure = Figure(figsize=(beside(runs), 0.8 + 3.1 * len(steps)))
-    grid = figure.subplots(len(steps), len(runs), squeeze=False)
+    low, high = _log_bounds(seen)
+    figure = Figure(figsize=(1.4 + PANEL * len(steps), 0.4 + PANEL * len(runs)))
+    grid = figure.subplots(len(runs), len(steps), squeeze=False)
     for (row, column), axis in np.ndenumerate(grid):
-        number = steps[row]
-        axis.set_title(f"{name_of(runs[column].label)}\nstep {number}, {WEIGHTS[number]}")
+        number = steps[column]
+        axis.set_title(f"{name_of(runs[row].label)}: step {number}, {WEIGHTS[number]}")
         axis.set_aspect("equal")
-        found = measured[column].get(number)
-        if found is None:
+        axis.grid(visible=False)
+        if found := measured[row].get(number):
+            image = _landscape(axis, found, low, high)
+        else:
             axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
-            continue
-        image = axis.imshow(
-            np.maximum(found.loss, low),
-            norm=LogNorm(low, high),
-            cmap=colours(),
-            origin="lower",
-            extent=_cells(found.axis),
-        )
-        lines = axis.contour(found.axis, found.axis, found.loss, levels, colors="w", linewidths=0.6)
-        lines.set_alpha(0.7)
-        axis.plot(0, 0, "+", color="white", markersize=9)
+    for axis in grid[-1]:
         axis.set_xlabel("first direction, lengths of the filter")
     for axis in grid[:, 0]:
-        axis.set_ylabel("second direction")
-    figure.colorbar(image, ax=grid, label="loss, nats per image", aspect=30, pad=0.02)
+        axis.set_ylabel("second direction, lengths of the filter")
+    colour_bar(figure, image, grid, "loss, nats per image")
     return figure
+
+
+def _landscape(axis: Axes, found: Landscape, low: float, high: float) -> AxesImage:
+    loss = np.ma.masked_invalid(found.loss)
+    image = axis.imshow(
+        np.ma.maximum(loss, low),
+        norm=LogNorm(low, high),
+        cmap=colours(),
+        origin="lower",
+        extent=_cells(found.axis),
+    )
+    levels = np.geomspace(low, high, 17)
+    axis.contour(found.axis, found.axis, loss, levels, colors="w", linewidths=0.6, alpha=0.7)
+    axis.plot(0, 0, "+", color="white", markersize=9)
+    return image
 
 
 def _cells(axis: np.ndarray) -> tuple[float, float, float, float]:
@@ -170,7 +174,7 @@ def confusions(runs: Sequence[RunRecord], matrices: Sequence[Confused | None]) -
     if not shown:
         return None
     side = max(PANEL, 1 + 0.3 * max(len(matrix.classes) for _, matrix in shown))
-    figure = Figure(figsize=(max(beside([]), (side + 0.6) * len(shown) + 1), side + 1))
+    figure = Figure(figsize=((side + 0.3) * len(shown) + 0.9, side))
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axis, (run, matrix) in zip(panels, shown, strict=True):
         axis.set_title(f"{name_of(run.label)}, step {matrix.step}")
@@ -187,5 +191,5 @@ def confusions(runs: Sequence[RunRecord], matrices: Sequence[Confused | None]) -
                 colour = "black" if percent[row, column] > 50 else "white"
                 axis.text(column, row, f"{count}", ha="center", va="center", c=colour, fontsize=7)
     panels[0].set_ylabel("class")
-    figure.colorbar(image, ax=panels, label="% of the class's images", aspect=30, pad=0.02)
+    colour_bar(figure, image, panels, "% of the class's images")
     return figure

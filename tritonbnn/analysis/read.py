@@ -59,9 +59,10 @@ class StepRecord:
         return np.array(rows).reshape(len(rows), self.epochs)
 
     def of_layers(self, kind: str) -> dict[str, np.ndarray]:
-        """The tensors ``kind.NAME``, by the name of their layer."""
+        """The tensors ``kind.NAME``, by the name of their layer, from the first to the last."""
         start = f"{kind}."
-        return {n.removeprefix(start): t for n, t in self.tensors.items() if n.startswith(start)}
+        names = [n.removeprefix(start) for n in self.tensors if n.startswith(start)]
+        return {name: self.tensors[start + name] for name in sorted(names, key=_by_numbers)}
 
     def _by_epoch(self, values: list[Any]) -> np.ndarray:
         result = np.full(self.epochs, np.nan)
@@ -210,6 +211,12 @@ def _not_finite(lines: list[Line]) -> dict[str, list[str]]:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _by_numbers(name: str) -> list[tuple[int, str]]:
+    """Sorts blocks.2 before blocks.10: a safetensors file has no order of its own."""
+    parts = name.split(".")
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _analysis(line: Line) -> dict[str, Any]:

@@ -5,19 +5,20 @@ are objects: pyplot, with its one state for the whole process, has no part in it
 """
 
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap
+from matplotlib.colors import Colormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator
 
-from tritonbnn.analysis.read import RunRecord
+from tritonbnn.analysis.read import RunRecord, StepRecord
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv"
@@ -73,6 +74,7 @@ def look(index: int, epochs: int) -> dict:
 
 
 def legend(figure: Figure, runs: Sequence[RunRecord], styles: Sequence[tuple[Dash, str]]) -> None:
+    """Name the runs' colours, and the line styles, above all panels."""
     handles = [Line2D([], [], **look(i, 1)) for i in range(len(runs))]
     labels = [name_of(run.label) for run in runs]
     handles += [Line2D([], [], color="#555555", linestyle=line) for line, _ in styles]
@@ -102,21 +104,28 @@ def both_steps(run: RunRecord, key: str) -> tuple[list[str], np.ndarray]:
     return names, np.concatenate(blocks, axis=1)
 
 
-def mark_steps(axis: Axes, run: RunRecord) -> None:
-    end = 0
+def in_a_row(run: RunRecord) -> Iterator[tuple[int, StepRecord]]:
+    """The steps of a run, each with the number of epochs before it."""
+    before = 0
     for step in run.steps.values():
-        if end:
-            axis.axvline(end + 0.5, color="white", linewidth=2)
-        middle = end + (step.epochs + 1) / 2
-        axis.annotate(
-            f"step {step.number}",
-            (middle, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-        )
-        end += step.epochs
+        yield before, step
+        before += step.epochs
+
+
+def mark_steps(axis: Axes, run: RunRecord, colour: str, *, name: bool = True) -> None:
+    """Draw a line between the steps, and name them above the panel."""
+    for before, step in in_a_row(run):
+        if before:
+            axis.axvline(before + 0.5, color=colour, linewidth=1.5)
+        if name:
+            axis.annotate(
+                f"step {step.number}",
+                (before + (step.epochs + 1) / 2, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+            )
 
 
 def count_epochs(axis: Axes) -> None:
@@ -128,3 +137,19 @@ def count_epochs(axis: Axes) -> None:
 def beside(runs: Sequence[RunRecord]) -> float:
     """Inches of a picture with a panel a run."""
     return max(0.7 * WIDTH, 1.6 + PANEL * len(runs))
+
+
+def colour_bar(
+    figure: Figure,
+    image: AxesImage,
+    axes: Iterable[Axes],
+    label: str,
+    *,
+    extend: Literal["neither", "min"] = "neither",
+) -> None:
+    """What the colours of ``image`` mean, beside the panels that share them."""
+    bar = figure.colorbar(image, ax=axes, label=label, extend=extend, aspect=30, pad=0.02)
+    if isinstance(image.norm, LogNorm):
+        bar.set_ticks(LogLocator(subs=(1, 2, 5)))
+        bar.minorticks_off()
+        bar.formatter = FormatStrFormatter("%g")
