@@ -50,6 +50,8 @@ def page(
     title = f"tritonbnn: {', '.join(run.label for run in runs)}"
     notes = compare(runs) + [note for run in runs for note in run.notes]
     drawn = {picture.name for picture in pictures}
+    if any(m.confused for m in measured):  # of many classes there is a list and no picture
+        drawn.add("confusion")
     empty = [title for name, title, *_ in CATALOGUE if name not in drawn]
     if empty:
         notes.append(f"not measured in any run: {', '.join(empty)}")
@@ -129,7 +131,7 @@ def _figure(picture: Picture) -> str:
 
 def _pairs(run: RunRecord, confused: Confused) -> str:
     """What was confused most, in words."""
-    heading = f"<h3>Most confused: {escape(run.label)}, step {confused.step}</h3>"
+    heading = f"<h2>Most confused: {escape(run.label)}, step {confused.step}</h2>"
     pairs = most_confused(confused.counts, _PAIRS)
     if not pairs:
         return f"{heading}\n<p>Nothing: every image was recognised.</p>"
@@ -138,4 +140,4 @@ def _pairs(run: RunRecord, confused: Confused) -> str:
         f" {p.images} of {p.of} images</li>"
         for p in pairs
     )
-    return f"{heading}\n<ol>{items}</ol>"
+    return f"{heading}\n<ul>{items}</ul>"
