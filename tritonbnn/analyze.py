@@ -5,7 +5,7 @@ from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from pathlib import Path
 
 from tritonbnn import cli
-from tritonbnn.analysis.catalogue import draw
+from tritonbnn.analysis.catalogue import CATALOGUE, Picture, draw
 from tritonbnn.analysis.measure import Wanted, measure
 from tritonbnn.analysis.page import compare, page
 from tritonbnn.analysis.read import read_runs
@@ -30,8 +30,7 @@ def main(argv: list[str]) -> int:
     for note in compare(runs) + [note for run in runs for note in run.notes]:
         logger.warning("%s", note)
     pictures = draw(runs, measured)
-    for picture in pictures:
-        write_atomically(pictures_folder / f"{picture.name}.png", picture.png)
+    _write_pictures(pictures, pictures_folder)
     write_atomically(out, page(runs, measured, pictures).encode())
     print(f"{out}: {len(pictures)} pictures, also in {pictures_folder}")
     return 0
@@ -92,8 +91,17 @@ def _places(out: Path) -> Path:
     if out.suffix.lower() not in (".html", ".htm") or out.is_dir():
         raise UserError(f"--out {out} must be a file whose name ends in .html")
     pictures = out.with_suffix("")
-    make_folder(pictures)
+    for folder in (out.parent, pictures):
+        make_folder(folder)
     return pictures
+
+
+def _write_pictures(pictures: list[Picture], folder: Path) -> None:
+    """Beside the page, in the place of an earlier page's."""
+    for name, *_ in CATALOGUE:
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    for picture in pictures:
+        write_atomically(folder / f"{picture.name}.png", picture.png)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from tritonbnn.analysis.read import RunRecord, StepRecord
+from tritonbnn.analysis.read import EDGES, RunRecord, StepRecord
 from tritonbnn.analysis.style import (
     COLOURS,
     MAP,
@@ -160,8 +160,7 @@ _Density = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
 def _densities(step: StepRecord) -> list[_Density]:
     """Of all layers together and of three: title, bin edges, density at start and end."""
-    layers, edges = step.of_layers("histogram"), step.tensors.get("histogram.edges")
-    layers.pop("edges", None)
+    layers, edges = step.of_layers("histogram"), step.tensors.get(EDGES)
     if edges is None or not layers:
         return []
     names = list(layers)

@@ -18,6 +18,7 @@ from tritonbnn.train.log import LOG, Line
 from tritonbnn.train.rundir import CONFIG, step_folder
 
 RECORD = "analysis.safetensors"
+EDGES = "histogram.edges"
 _ANALYSIS, _LAYERS = "analysis", "layers"
 _NAMED = 3  # epochs, of those with a bad number
 
@@ -61,7 +62,7 @@ class StepRecord:
     def of_layers(self, kind: str) -> dict[str, np.ndarray]:
         """The tensors ``kind.NAME``, by the name of their layer, from the first to the last."""
         start = f"{kind}."
-        names = [n.removeprefix(start) for n in self.tensors if n.startswith(start)]
+        names = [n.removeprefix(start) for n in self.tensors if n.startswith(start) and n != EDGES]
         return {name: self.tensors[start + name] for name in sorted(names, key=_by_numbers)}
 
     def _by_epoch(self, values: list[Any]) -> np.ndarray:
@@ -243,7 +244,20 @@ def _read_tensors(path: Path, notes: list[str]) -> dict[str, np.ndarray]:
     if not path.exists():
         return {}
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         notes.append(f"{path} is damaged, so histograms and channels are not shown: {error}")
         return {}
+    if odd := [name for name, tensor in tensors.items() if not _fits(name, tensor, tensors)]:
+        notes.append(f"{path} has tensors of other shapes than it should: {', '.join(odd)}")
+    return {name: tensor for name, tensor in tensors.items() if name not in odd}
+
+
+def _fits(name: str, tensor: np.ndarray, tensors: dict[str, np.ndarray]) -> bool:
+    """Whether a tensor of a record has the shape that its name promises."""
+    if name == EDGES:
+        return tensor.ndim == 1 and bool((np.diff(tensor) > 0).all())
+    if name.startswith("histogram."):
+        bins = tensors[EDGES].size - 1 if EDGES in tensors else 0
+        return tensor.ndim == 2 and tensor.size > 0 and tensor.shape[1] == bins
+    return tensor.ndim == 2 and tensor.size > 0

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import Colormap, LogNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator
@@ -54,7 +55,8 @@ def name_of(text: str) -> str:
     """A run's name or a class's as matplotlib draws it unchanged: no formula, never hidden."""
     if len(text) > _LONGEST:
         text = f"{text[: _LONGEST - 1]}…"
-    text = "".join(c if c.isprintable() else "�" for c in text).replace("$", r"\$")
+    font = get_font(findfont("DejaVu Sans"))  # matplotlib's own, with a sign for the unknown
+    text = "".join(c if font.get_char_index(ord(c)) else "�" for c in text).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text  # a leading _ keeps it out of the legend
 
 
