@@ -9,13 +9,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from tritonbnn import cli
+from tritonbnn.analysis import Recorder
 from tritonbnn.nn import BinaryConv2d, RPReLU, RSign
 from tritonbnn.train import distributed
 from tritonbnn.train.data import train_batches, val_batches
 from tritonbnn.train.engine import Compute, evaluate, label_objective, train_one_epoch
 from tritonbnn.train.meters import FirstBad, TrainMeter
-from tritonbnn.train.optim import build_adam
-from tritonbnn.train.signs import SignTracker
+from tritonbnn.train.optim import build_optimizer
 from tritonbnn.train.sources import SampleKey
 from tritonbnn.train.state import State
 
@@ -45,13 +45,14 @@ def main(argv: list[str]) -> int:
     world = distributed.join(CPU)
     model = network()
     wrapped = DistributedDataParallel(model) if world.size > 1 else model
+    optimizer = build_optimizer("adam", model, 1e-3, 1e-2)
     state = State(
         step=1,
         model=model,
-        optimizer=build_adam(model, 1e-3, 1e-2),
+        optimizer=optimizer,
         scaler=Compute(CPU).scaler(),
         meter=TrainMeter(CPU),
-        signs=SignTracker(model),
+        analysis=Recorder(model, optimizer),
     )
     gradients: list[list[Tensor]] = []
     state.optimizer.register_step_pre_hook(

@@ -10,9 +10,9 @@ from PIL import Image
 
 from tests.commands import ANALYZE, TRAIN, run, write_tiny
 from tests.records import write_lines, write_record
-from tritonbnn.analysis.catalogue import CATALOGUE
 from tritonbnn.analyze import main
 from tritonbnn.cli import UserError
+from tritonbnn.report.catalogue import CATALOGUE
 
 FROM_RECORDS = {name for name, *_ in CATALOGUE} - {"landscape", "confusion"}
 RECORDS_ONLY = ("--landscape", "0", "--no-confusion")
@@ -68,10 +68,10 @@ def check_page(path, pictures):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder with a tiny run that has both steps."""
+    """A folder with a tiny run of both steps, all of it recorded."""
     folder = tmp_path_factory.mktemp("trained")
     recipe = write_tiny(folder)
-    result = run(TRAIN, recipe, "--out", "run", cwd=folder)
+    result = run(TRAIN, recipe, "--analysis", "full", "--out", "run", cwd=folder)
     assert result.code == 0, result.output
     return folder
 
@@ -89,10 +89,10 @@ def test_all_pictures_of_a_record_the_same_every_time(tmp_path):
 def test_a_network_is_measured(trained):
     result = run(ANALYZE, "run", "--landscape", 3, "--images", 4, cwd=trained)
     assert result.code == 0, result.output
-    assert result.output.endswith("3 pictures, also in run/analysis\n")
-    page = check_page(trained / "run" / "analysis.html", {"curves", "landscape", "confusion"})
+    assert result.output.endswith(f"{len(CATALOGUE)} pictures, also in run/analysis\n")
+    page = check_page(trained / "run" / "analysis.html", {name for name, *_ in CATALOGUE})
     assert "Most confused: run, step 2" in page.text or "every image was recognised" in page.text
-    assert "no landscape" not in result.output
+    assert "What is missing" not in page.text
 
 
 def test_what_cannot_be_measured_is_said(trained, tmp_path):
@@ -115,7 +115,7 @@ def test_what_cannot_be_measured_is_said(trained, tmp_path):
     assert re.search(
         r"no confusion matrix of run: .*best\.safetensors does not exist", again.output
     )
-    check_page(tmp_path / "run" / "analysis.html", {"curves"})
+    check_page(tmp_path / "run" / "analysis.html", FROM_RECORDS)
 
 
 def test_runs_of_different_networks_are_told_apart(tmp_path):

@@ -13,14 +13,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tritonbnn.analysis import Recorder
 from tritonbnn.cli import UserError
 from tritonbnn.models import build_model
+from tritonbnn.nn import binary_weights
 from tritonbnn.train.checkpoint import encode, read
 from tritonbnn.train.distributed import World
 from tritonbnn.train.files import FolderLock, make_folder, write_atomically
 from tritonbnn.train.meters import TrainMeter
-from tritonbnn.train.optim import build_adam
-from tritonbnn.train.signs import SignTracker
+from tritonbnn.train.optim import build_optimizer
 from tritonbnn.train.state import State
 
 CPU = torch.device("cpu")
@@ -30,13 +31,14 @@ def new_state(memory_format: torch.memory_format = torch.contiguous_format) -> S
     torch.manual_seed(0)
     model = build_model("reactnet_18", num_classes=3, width=0.125, small_images=True)
     model.to(memory_format=memory_format)
+    optimizer = build_optimizer("adam", model, 1e-2, 1e-4)
     return State(
         step=1,
         model=model,
-        optimizer=build_adam(model, 1e-2, 1e-4),
+        optimizer=optimizer,
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         meter=TrainMeter(CPU),
-        signs=SignTracker(model),
+        analysis=Recorder(model, optimizer),
     )
 
 
@@ -100,7 +102,7 @@ def test_restored_training_goes_on_bit_for_bit(path: Path, memory_format: torch.
         assert torch.equal(a, b), name
         assert a.stride() == b.stride(), name
     assert torch.equal(whole.meter.sums, resumed.meter.sums)
-    assert whole.signs.flipped() == resumed.signs.flipped() > 0
+    assert whole.analysis.flipped() == resumed.analysis.flipped() > 0
 
 
 def test_signs_that_the_epoch_began_with_come_back(path: Path):
@@ -108,23 +110,25 @@ def test_signs_that_the_epoch_began_with_come_back(path: Path):
     save(state, path)
     for weight in state.model.parameters():
         weight.data.neg_()
-    state.signs.begin_epoch()
-    flipped = dict(state.signs.positive)
+    assert state.analysis.flipped() == 1
+    state.analysis.begin_epoch()
+    assert state.analysis.flipped() == 0
     state.restore(read(path), World())
-    assert all(not torch.equal(v, flipped[k]) for k, v in state.signs.positive.items())
-    assert state.signs.flipped() == 0
+    assert state.analysis.flipped() == 0
+    for weight in state.model.parameters():
+        weight.data.neg_()
+    assert state.analysis.flipped() == 1
 
 
 def test_a_zero_weight_is_positive():
     state = new_state()
-    names = list(state.signs.positive)
-    for p in state.model.parameters():
-        p.data.fill_(-0.0)
-    state.signs.begin_epoch()
-    assert all(positive.all() for positive in state.signs.positive.values())
-    total = sum(positive.numel() for positive in state.signs.positive.values())
-    state.model.state_dict()[names[0]].view(-1)[:3] = torch.tensor([-1e-30, 0.0, 1.0])
-    assert state.signs.flipped() == 1 / total
+    weights = binary_weights(state.model)
+    for weight in weights.values():
+        weight.data.fill_(-0.0)
+    state.analysis.begin_epoch()
+    total = sum(weight.numel() for weight in weights.values())
+    next(iter(weights.values())).data.view(-1)[:3] = torch.tensor([-1e-30, 0.0, 1.0])
+    assert state.analysis.flipped() == 1 / total
 
 
 class Bomb:

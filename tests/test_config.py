@@ -142,6 +142,8 @@ CHANGED = {
     "step": 1,
     "log_interval": 7,
     "save_minutes": 1.5,
+    "analysis": "full",
+    "analysis_interval": 3,
 }
 
 

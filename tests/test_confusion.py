@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from tritonbnn.analysis.confusion import Pair, confusion, most_confused
+from tritonbnn.report.confusion import Pair, confusion, most_confused
 from tritonbnn.train.engine import Compute
 
 CLASSES = 5

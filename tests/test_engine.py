@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tritonbnn.analysis import Recorder
 from tritonbnn.cli import UserError
 from tritonbnn.nn import BinaryConv2d, RPReLU, RSign
 from tritonbnn.train.data import MicroBatch
@@ -21,8 +22,7 @@ from tritonbnn.train.engine import (
 )
 from tritonbnn.train.keeper import Keeper
 from tritonbnn.train.meters import FirstBad, TrainMeter, evaluation_sums
-from tritonbnn.train.optim import build_adam
-from tritonbnn.train.signs import SignTracker
+from tritonbnn.train.optim import build_optimizer
 from tritonbnn.train.state import State
 from tritonbnn.train.stop import StopSignals
 
@@ -44,13 +44,14 @@ def network() -> nn.Module:
 
 
 def new_state(model: nn.Module, precision: str = "fp32") -> State:
+    optimizer = build_optimizer("adam", model, 1e-3, 0.0)
     return State(
         step=1,
         model=model,
-        optimizer=build_adam(model, 1e-3, 0.0),
+        optimizer=optimizer,
         scaler=Compute(CPU, precision).scaler(),
         meter=TrainMeter(CPU),
-        signs=SignTracker(model),
+        analysis=Recorder(model, optimizer),
     )
 
 

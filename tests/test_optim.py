@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from tritonbnn.models import build_model
-from tritonbnn.train.optim import build_adam, describe_groups, learning_rate, warn_of_few_epochs
+from tritonbnn.train.optim import (
+    build_optimizer,
+    describe_groups,
+    learning_rate,
+    warn_of_few_epochs,
+)
 
 
 def test_learning_rate_has_the_published_corners():
@@ -28,7 +33,7 @@ def test_few_epochs_are_warned_of(caplog: pytest.LogCaptureFixture):
 def test_groups_have_the_published_sizes():
     with torch.device("meta"):
         model = build_model("reactnet_a", binary_weights=False)
-    optimizer = build_adam(model, 1e-3, 5e-6)
+    optimizer = build_optimizer("adam", model, 1e-3, 5e-6)
     sizes = [
         (len(g["params"]), sum(p.numel() for p in g["params"])) for g in optimizer.param_groups
     ]
@@ -42,7 +47,7 @@ def test_three_steps_of_adam_are_the_formula():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3)).double()
     lr, decay, beta1, beta2 = 0.01, 0.1, 0.9, 0.999
-    optimizer = build_adam(model, lr, decay)
+    optimizer = build_optimizer("adam", model, lr, decay)
     assert optimizer.defaults["fused"]
     expected = {name: p.detach().clone() for name, p in model.named_parameters()}
     moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in expected.items()}

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers import activation, device_of, gradient, vectors
-from tritonbnn import eager, kernels
+from tritonbnn import eager, kernels, ops
 
 INPUTS = [
     pytest.param((2, 32, 7, 7), torch.float32, "channels_last", id="ordinary"),
@@ -86,6 +86,31 @@ def test_packing_undoes_unpacking(rows, channels, seed):
         signs = launchers.unpack_signs(packed, channels, torch.float32)
         assert torch.equal(signs, torch.where(x >= 0, 1.0, -1.0))
         assert torch.equal(launchers.pack_signs(signs), packed)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (1, 1), (300, 32), (7, 70), (0, 4)], ids=str)
+def test_difference_counts_the_bits_that_differ(launchers, device, shape):
+    generator = torch.Generator().manual_seed(shape[1])
+    a, b = torch.randint(-(2**31), 2**31, (2, *shape), generator=generator).int()
+    b[::2] = a[::2]
+    b[1::4] = ~a[1::4]
+    expected = [
+        sum(((x ^ y) & 0xFFFFFFFF).bit_count() for x, y in zip(*pair, strict=True))
+        for pair in zip(a.tolist(), b.tolist(), strict=True)
+    ]
+    counts = launchers.packed_difference(a.to(device), b.to(device))
+    assert (counts.dtype, counts.tolist()) == (torch.int32, expected)
+    assert ops.packed_difference(a.to(device).T.contiguous().T, b.to(device)).tolist() == expected
+
+
+def test_difference_refuses_what_it_cannot_compare():
+    a = torch.zeros(2, 3, dtype=torch.int32)
+    with pytest.raises(TypeError, match=r"b must be packed signs in int32, not torch.int64"):
+        ops.packed_difference(a, a.long())
+    with pytest.raises(ValueError, match="a must have 2 dimensions, not 1"):
+        ops.packed_difference(a[0], a)
+    with pytest.raises(ValueError, match=r"one shape, not a \(2, 3\), b \(2, 2\)"):
+        ops.packed_difference(a, a[:, :2])
 
 
 def test_bad_input_is_named():

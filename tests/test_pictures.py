@@ -6,11 +6,11 @@ import torch
 from matplotlib.figure import Figure
 
 from tests.records import LAYERS, write_lines, write_record
-from tritonbnn.analysis import lines, maps
-from tritonbnn.analysis.confusion import Confused
 from tritonbnn.analysis.landscape import Landscape
-from tritonbnn.analysis.read import read_runs
-from tritonbnn.analysis.style import name_of, png, style
+from tritonbnn.report import lines, maps
+from tritonbnn.report.confusion import Confused
+from tritonbnn.report.read import read_runs
+from tritonbnn.report.style import name_of, png, style
 
 
 @pytest.fixture
@@ -96,6 +96,21 @@ def test_histograms_are_densities(runs):
     np.testing.assert_allclose(
         first.patches[0].get_data().values * np.diff(start.edges), counts / counts.sum(), rtol=1e-6
     )
+
+
+def test_histograms_reach_as_far_as_any_run(runs):
+    for run, bins in zip(runs, (slice(4, 16), slice(9, 11)), strict=True):
+        for name in LAYERS:
+            counts = run.steps[1].tensors[f"histogram.{name}"]
+            counts[:] = 0
+            counts[:, bins] = 7
+    assert lines.histograms(runs).axes[0].get_xlim() == pytest.approx((-0.6, 0.6))
+
+
+def test_histograms_of_nothing_are_empty(runs):
+    for name in LAYERS:
+        runs[0].steps[1].tensors[f"histogram.{name}"][:] = 0
+    assert png(lines.histograms(runs[:1]))
 
 
 def test_trajectories_keep_steps_apart(runs):

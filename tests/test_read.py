@@ -7,8 +7,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.records import LAYERS, write_lines, write_record
-from tritonbnn.analysis.read import read_runs
 from tritonbnn.cli import UserError
+from tritonbnn.report.read import read_runs
 
 
 def only(folder):

@@ -191,7 +191,7 @@ def test_every_epoch_has_one_line(whole: Path):
     for line in lines:
         assert line.keys() == {
             *("step", "epoch", "lr", "train_loss", "train_top1", "val_loss", "val_top1"),
-            *("val_top5", "flips", "images_per_second", "seconds"),
+            *("val_top5", "flips", "images_per_second", "seconds", "analysis"),
         }
         assert line["val_top5"] == 100
         assert (line["flips"] > 0) == (line["lr"] > 0)

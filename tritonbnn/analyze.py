@@ -5,11 +5,11 @@ from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from pathlib import Path
 
 from tritonbnn import cli
-from tritonbnn.analysis.catalogue import CATALOGUE, Picture, draw
-from tritonbnn.analysis.measure import Wanted, measure
-from tritonbnn.analysis.page import compare, page
-from tritonbnn.analysis.read import read_runs
 from tritonbnn.cli import Parser, UserError, at_least
+from tritonbnn.report.catalogue import CATALOGUE, Picture, draw
+from tritonbnn.report.measure import Wanted, measure
+from tritonbnn.report.page import compare, page
+from tritonbnn.report.read import read_runs
 from tritonbnn.train.device import choose_device
 from tritonbnn.train.engine import PRECISIONS, Compute
 from tritonbnn.train.files import make_folder, write_atomically

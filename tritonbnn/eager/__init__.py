@@ -11,7 +11,13 @@ compared with other code.
 
 from tritonbnn.eager.binarize import sign_backward, sign_forward
 from tritonbnn.eager.conv import conv_input_grad, conv_packed, conv_real, conv_weight_grad
-from tritonbnn.eager.pack import pack_signs, pack_weight, packed_matmul, unpack_signs
+from tritonbnn.eager.pack import (
+    pack_signs,
+    pack_weight,
+    packed_difference,
+    packed_matmul,
+    unpack_signs,
+)
 from tritonbnn.eager.rprelu import rprelu_backward, rprelu_forward
 from tritonbnn.eager.unit import (
     channel_moments,
@@ -29,6 +35,7 @@ __all__ = [
     "conv_weight_grad",
     "pack_signs",
     "pack_weight",
+    "packed_difference",
     "packed_matmul",
     "rprelu_backward",
     "rprelu_forward",

@@ -1,4 +1,4 @@
-"""Packed signs in torch: pack, unpack, scale of a weight, and the exact matrix product."""
+"""Packed signs in torch: pack, unpack, scale of a weight, exact matrix product and difference."""
 
 import torch
 from torch import Tensor
@@ -102,3 +102,22 @@ def packed_matmul(a: Tensor, b: Tensor, k: int) -> Tensor:
     dtype = torch.float32 if k <= 2**24 else torch.float64
     with torch.autocast(a.device.type, enabled=False):
         return (_unpack_rows(a, k, dtype) @ _unpack_rows(b, k, dtype).T).to(torch.int32)
+
+
+def packed_difference(a: Tensor, b: Tensor) -> Tensor:
+    """How many bits of each row differ: the sum of popcount(a ^ b).
+
+    Args:
+        a: int32 (R, W), contiguous.
+        b: int32 (R, W), contiguous.
+
+    Returns:
+        int32 (R,).
+    """
+    # Pairs, nibbles and bytes of a word count their bits; the product sums the bytes on top.
+    # Signed shifts repeat the sign bit, which the masks remove.
+    x = a ^ b
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).sum(dim=1, dtype=torch.int32)

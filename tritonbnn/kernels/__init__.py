@@ -7,7 +7,7 @@ from tritonbnn.kernels.binarize import sign_backward, sign_forward
 from tritonbnn.kernels.conv import conv_packed, conv_real
 from tritonbnn.kernels.conv_grad import conv_input_grad, conv_weight_grad
 from tritonbnn.kernels.matmul import packed_matmul
-from tritonbnn.kernels.pack import pack_signs, pack_weight, unpack_signs
+from tritonbnn.kernels.pack import pack_signs, pack_weight, packed_difference, unpack_signs
 from tritonbnn.kernels.rprelu import rprelu_backward, rprelu_forward
 from tritonbnn.kernels.unit import (
     channel_moments,
@@ -25,6 +25,7 @@ __all__ = [
     "conv_weight_grad",
     "pack_signs",
     "pack_weight",
+    "packed_difference",
     "packed_matmul",
     "rprelu_backward",
     "rprelu_forward",

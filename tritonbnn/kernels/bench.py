@@ -40,9 +40,10 @@ def alternatives(problem: Problem, inputs: dict[str, Tensor], compiled: bool) ->
         return _library_calls(problem, inputs)
     # torch's formulas stay in the stream's dtype, as a network under autocast would.
     t = {
-        name: tensor.to(problem.dtype) if name != "a" else tensor for name, tensor in inputs.items()
+        name: tensor.to(problem.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in inputs.items()
     }
-    t |= {name: t[name].view(1, -1, 1, 1) for name in VECTORS}
+    t |= {name: t[name].view(1, -1, 1, 1) for name in VECTORS if name in t}
     function = plain_formulas(problem.shortcut)[problem.op]
     calls: dict[str, Call] = {"eager": lambda: function(t)}
     if compiled:

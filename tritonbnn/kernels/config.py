@@ -21,6 +21,7 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 
 FORMULATIONS = {
     "pack_signs": ("direct",),
+    "packed_difference": ("direct",),
     "sign_forward": ("direct",),
     "sign_backward": ("direct",),
     "rprelu_forward": ("direct",),

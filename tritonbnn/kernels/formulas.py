@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tritonbnn import eager
+
 Tensors = dict[str, Tensor]
 
 _PIXELS = (0, 2, 3)
@@ -39,6 +41,7 @@ def plain_formulas(shortcut: str) -> dict[str, Callable[[Tensors], Any]]:
 
     return {
         "pack_signs": _sign,
+        "packed_difference": lambda t: eager.packed_difference(t["a"], t["b"]).float(),
         "sign_forward": _sign,
         "sign_backward": _sign_backward,
         "rprelu_forward": _rprelu_forward,

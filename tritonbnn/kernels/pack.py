@@ -9,6 +9,7 @@ from tritonbnn import checks
 from tritonbnn.bits import WORD_BITS, words
 from tritonbnn.kernels import config
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
+from tritonbnn.kernels.tiles import popcount
 from tritonbnn.layout import channels_last, flat_pixels, from_flat
 
 
@@ -61,6 +62,33 @@ def _unpack_kernel(
     bits = (tl.load(packed_ptr + word, mask=row < rows, other=0)[:, None] >> lane) & 1
     plus_minus = tl.where(bits != 0, 1.0, -1.0).to(x_ptr.dtype.element_ty)
     tl.store(x_ptr + row[:, None] * CHANNELS + channel, plus_minus, mask=mask)
+
+
+@triton.jit
+def _difference_kernel(
+    a_ptr,
+    b_ptr,
+    counts_ptr,
+    rows,
+    WORDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """counts[r] = sum over w of popcount(a[r, w] ^ b[r, w]).
+
+    a, b (rows, WORDS) int32, counts (rows,) int32. A program takes BLOCK_M rows, BLOCK_N words of
+    them at a time.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    counts = tl.zeros((BLOCK_M,), dtype=tl.int32)
+    for start in range(0, WORDS, BLOCK_N):
+        word = start + tl.arange(0, BLOCK_N)[None, :]
+        mask = (row < rows)[:, None] & (word < WORDS)
+        offset = row[:, None] * WORDS + word
+        a = tl.load(a_ptr + offset, mask=mask, other=0)
+        b = tl.load(b_ptr + offset, mask=mask, other=0)
+        counts += tl.sum(popcount(a ^ b), axis=1)
+    tl.store(counts_ptr + row, counts, mask=row < rows)
 
 
 def pack_signs(x: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -127,3 +155,27 @@ def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     check_kernel_dtype("weight", weight.dtype)
     alpha = weight.abs().mean(dim=tuple(range(1, weight.dim())), dtype=torch.float32)
     return pack_signs(weight), alpha
+
+
+def packed_difference(a: Tensor, b: Tensor) -> Tensor:
+    """Count the bits that differ: the twin of :func:`tritonbnn.eager.packed_difference`."""
+    rows, words_of_row = a.shape
+    counts = torch.empty(rows, dtype=torch.int32, device=a.device)
+    key = config.ProblemKey("packed_difference", "int32", rows, 1, 1, words_of_row * WORD_BITS)
+    tile = config.choose(key, a.device).tile
+    block_n = min(32, config.power_of_two(words_of_row))
+    block_m = max(1, tile.block_m * tile.block_n // (WORD_BITS * block_n))
+    if rows:
+        launch(
+            _difference_kernel,
+            triton.cdiv(rows, block_m),
+            tile,
+            a_ptr=a,
+            b_ptr=b,
+            counts_ptr=counts,
+            rows=rows,
+            WORDS=words_of_row,
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+        )
+    return counts

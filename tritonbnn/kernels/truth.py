@@ -22,6 +22,9 @@ def plain(problem: Problem, inputs: Inputs, dtype: torch.dtype) -> tuple[Tensor,
     """
     if problem.op.startswith("conv"):
         return _convolution(problem, inputs, dtype)
+    if problem.op == "packed_difference":
+        a, b = (eager.unpack_signs(inputs[name], problem.layer.channels, dtype) for name in "ab")
+        return ((a != b).sum(dim=1),)
     wide = torch.promote_types(dtype, torch.float32)
     tensors = {name: tensor.to(wide) for name, tensor in inputs.items()}
     for name in VECTORS:

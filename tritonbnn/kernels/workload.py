@@ -32,7 +32,14 @@ STEP_OPS = (
 )
 """What a training step of one unit launches, in its order."""
 
-OPS = (*STEP_OPS, "conv_real", "sign_forward", "rprelu_forward", "rprelu_backward")
+OPS = (
+    *STEP_OPS,
+    "conv_real",
+    "packed_difference",
+    "sign_forward",
+    "rprelu_forward",
+    "rprelu_backward",
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -79,6 +86,9 @@ class Problem:
         if self.on_convolution:
             name = "int16"
         batch, channels, height, width = self.shape
+        if self.op == "packed_difference":  # a row is what one pixel's channels pack to
+            name, channels = "int32", WORD_BITS * words(channels)
+            batch, height, width = batch * height * width, 1, 1
         return config.ProblemKey(self.op, name, batch, height, width, channels)
 
     @property
@@ -109,6 +119,8 @@ class Problem:
         if self.op.startswith("conv"):
             return self._convolution_inputs(device)
         shape = self.shape
+        if self.op == "packed_difference":
+            return {name: _random_signs(shape, device).flatten(0, 2) for name in ("a", "b")}
         vectors = _grid(torch.randn(len(VECTORS), shape[1], device=device)).unbind()
         inputs = dict(zip(VECTORS, vectors, strict=True))
         inputs["grad"] = _image(shape, self.dtype, device)
@@ -155,6 +167,7 @@ class Problem:
         stream = {"identity": image, "repeat": image // 2, "pool": 4 * image}[self.shortcut]
         per_pixel = {
             "pack_signs": image + _WORD_BYTES * words(channels),
+            "packed_difference": _WORD_BYTES * (2 * words(channels) + 1),
             "sign_forward": 2 * image,
             "sign_backward": 4 * image,
             "rprelu_forward": 2 * image,
@@ -217,6 +230,7 @@ _UNIT = ("a", "stream", "mean", "scale", "offset", "shift_mid", "slope")
 
 _RUN = {
     "pack_signs": lambda _, t: kernels.pack_signs(t["x"], t["shift_in"]),
+    "packed_difference": lambda _, t: kernels.packed_difference(t["a"], t["b"]),
     "sign_forward": lambda _, t: kernels.sign_forward(t["x"], t["shift_in"]),
     "sign_backward": lambda _, t: kernels.sign_backward(
         t["grad"], t["x"], t["shift_in"], t["residual"]

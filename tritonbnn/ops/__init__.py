@@ -3,7 +3,7 @@
 from tritonbnn.ops.binarize import binarize
 from tritonbnn.ops.conv import binary_conv2d
 from tritonbnn.ops.linear import binary_linear
-from tritonbnn.ops.pack import pack_signs, packed_matmul, unpack_signs
+from tritonbnn.ops.pack import pack_signs, packed_difference, packed_matmul, unpack_signs
 from tritonbnn.ops.rprelu import rprelu
 from tritonbnn.ops.unit import UnitOutput, binary_unit
 
@@ -14,6 +14,7 @@ __all__ = [
     "binary_linear",
     "binary_unit",
     "pack_signs",
+    "packed_difference",
     "packed_matmul",
     "rprelu",
     "unpack_signs",

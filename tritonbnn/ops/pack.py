@@ -1,4 +1,4 @@
-"""Packed signs for users: 32 channels to an int32 word, and their exact product."""
+"""Packed signs for users: 32 channels to an int32 word, their exact product and difference."""
 
 import torch
 from torch import Tensor
@@ -70,3 +70,27 @@ def packed_matmul(a: Tensor, b: Tensor, k: int) -> Tensor:
             raise ValueError(f"{name} must have 2 dimensions, not {operand.dim()}")
     checks.check_same_device(a=a, b=b)
     return library.packed_matmul(a.contiguous(), b.contiguous(), k)
+
+
+def packed_difference(a: Tensor, b: Tensor) -> Tensor:
+    """How many signs of each row differ between two matrices of packed signs.
+
+    Args:
+        a: int32 (R, W).
+        b: int32 (R, W).
+
+    Returns:
+        int32 (R,): popcount(a xor b), summed over a row.
+
+    Raises:
+        TypeError: an operand is not int32.
+        ValueError: an operand is not a matrix, or the two differ in shape or device.
+    """
+    for name, operand in (("a", a), ("b", b)):
+        if operand.dtype != torch.int32:
+            raise TypeError(f"{name} must be packed signs in int32, not {operand.dtype}")
+        if operand.dim() != 2:
+            raise ValueError(f"{name} must have 2 dimensions, not {operand.dim()}")
+    checks.check_same_shape(a=a, b=b)
+    checks.check_same_device(a=a, b=b)
+    return library.packed_difference(a.contiguous(), b.contiguous())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tritonbnn.cli import Parser, UserError
-from tritonbnn.train.config import SHARED_FIELDS, STEP_FIELDS, STEPS, Config, StepConfig
+from tritonbnn.train.config import SCRATCH, SHARED_FIELDS, STEP_FIELDS, STEPS, Config, StepConfig
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def _with_data_folder(config: Config) -> Config:
     paths: dict[str, Any] = {
         key: str(Path(value).absolute())
         for key in ("data_dir", "init_from")
-        if (value := getattr(config, key))
+        if (value := getattr(config, key)) not in ("", SCRATCH)
     }
     if config.data_dir and config.dataset == "digits":
         paths["dataset"] = "folder"

@@ -4,9 +4,16 @@ import json
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from tritonbnn.analysis import LEVELS
+
 STEPS = (1, 2)
 # A run may go on with another value of these. The epochs of a step may grow too.
-MAY_CHANGE_ON_RESUME = ("device", "workers", "data_dir", "step", "log_interval", "save_minutes")
+MAY_CHANGE_ON_RESUME = (
+    *("device", "workers", "data_dir", "step"),
+    *("log_interval", "save_minutes", "analysis", "analysis_interval"),
+)
+# What --init-from says where there is no checkpoint, and binary weights shall start at random.
+SCRATCH = "scratch"
 
 
 def setting(default: Any, help_text: str, **limits: Any) -> Any:
@@ -48,18 +55,25 @@ class Config:
     small_images: bool = setting(False, "a stem of stride 1, for images of about 32x32")
     teacher: str = setting("none", "resnet34, a file with its weights, or none (labels)")
     label_smoothing: float = setting(0.0, "of the labels, without a teacher", least=0, below=1)
+    optimizer: str = setting("adam", "SGD has momentum 0.9", choices=("adam", "sgd"))
     batch_size: int = setting(64, "images of an optimiser step, over all processes", least=1)
     accumulation: int = setting(1, "parts that a process computes its share in", least=1)
     precision: str = setting("fp32", "of the activations", choices=("fp32", "bf16", "fp16"))
     channels_last: bool = setting(False, "keep images and convolution weights in NHWC order")
     sync_bn: bool = setting(False, "BatchNorm statistics over all processes (CUDA)")
-    init_from: str = setting("", "checkpoint or run whose weights the first step starts from")
+    init_from: str = setting(
+        "",
+        "checkpoint or run whose weights the first step starts from; with --step 2, scratch:"
+        " random weights, as convolutions in torch begin",
+    )
     step: int = setting(0, "1 or 2 runs that step alone, 0 both", choices=(0, 1, 2))
     seed: int = setting(0, "of weights, order and views", least=0)
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto: cuda where there is one")
     workers: int = setting(0, "processes that read images; 0 reads in the trainer itself", least=0)
     save_minutes: float = setting(10.0, "time between checkpoints within an epoch", least=0)
     log_interval: int = setting(50, "optimiser steps between looks at the loss", least=1)
+    analysis: str = setting("light", "what is measured of flips and the like", choices=LEVELS)
+    analysis_interval: int = setting(10, "optimiser steps from one look at flips on", least=1)
     step1: StepConfig = StepConfig()
     step2: StepConfig = StepConfig()
 

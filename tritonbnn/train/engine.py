@@ -119,11 +119,22 @@ def train_one_epoch(
         own = slice(micro.count)
         state.meter.add(losses[own], logits[own], labels[own])
         if micro.last:
-            state.scaler.step(state.optimizer)
-            state.scaler.update()
-            state.optimizer.zero_grad()
+            _update(state)
             state.batch += 1
             after_step()
+
+
+def _update(state: State) -> None:
+    """Take an optimiser step, looked at if it is time."""
+    looking = state.analysis.due(state.batch)
+    if looking:
+        state.scaler.unscale_(state.optimizer)
+        state.analysis.before_update()
+    state.scaler.step(state.optimizer)
+    if looking:
+        state.analysis.after_update()
+    state.scaler.update()
+    state.optimizer.zero_grad()
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save
+from torch import Tensor
 from tqdm import tqdm
 
 from tritonbnn.train.files import cannot_write, update
 
-LOG = "log.jsonl"
+LOG, ANALYSIS = "log.jsonl", "analysis.safetensors"
 Line = dict[str, Any]
 
 # AdamBNN on ImageNet (2106.11309): step 1 from its authors' issue 2, step 2 from the paper
@@ -23,6 +25,22 @@ def write_log(folder: Path, history: list[Line]) -> None:
     """
     text = "".join(json.dumps(line) + "\n" for line in history)
     update(folder / LOG, text.encode())
+
+
+def write_analysis(folder: Path, rows: dict[str, Tensor]) -> None:
+    """Make a step's ``analysis.safetensors`` say what its recorder says, if that is anything."""
+    if rows:
+        update(folder / ANALYSIS, save(rows))
+
+
+def scalars(line: Line) -> dict[str, float]:
+    """The numbers of a log line by TensorBoard's tag: analysis/KEY, and analysis/KEY/LAYER."""
+    named = {key: value for key, value in line.items() if key not in ("step", "epoch", "analysis")}
+    record = line.get("analysis", {"layers": {}})
+    named |= {f"analysis/{key}": value for key, value in record.items() if key != "layers"}
+    for layer, values in record["layers"].items():
+        named |= {f"analysis/{key}/{layer}": value for key, value in values.items()}
+    return named
 
 
 class Board:
@@ -46,9 +64,8 @@ class Board:
     def add(self, line: Line) -> None:
         """Draw one epoch."""
         try:
-            for key, value in line.items():
-                if key not in ("step", "epoch"):
-                    self._writer.add_scalar(key, value, line["epoch"])
+            for tag, value in scalars(line).items():
+                self._writer.add_scalar(tag, value, line["epoch"])
             self._writer.flush()
         except OSError as error:
             raise cannot_write(self._folder, error) from error

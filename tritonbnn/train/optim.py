@@ -1,4 +1,4 @@
-"""AdamBNN's optimiser: Adam, two parameter groups, a learning rate per epoch (2106.11309)."""
+"""AdamBNN's optimiser: two parameter groups, a learning rate per epoch (2106.11309); and SGD."""
 
 import logging
 
@@ -22,10 +22,15 @@ def learning_rate(lr: float, epoch: int, epochs: int) -> float:
     return lr * (1 - (epoch + 1) / epochs)
 
 
-def build_adam(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.Adam:
-    """Adam (0.9, 0.999, eps 1e-8) with the L2 term in the gradient of the decayed group only.
+def build_optimizer(
+    name: str, model: nn.Module, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """Adam (0.9, 0.999, eps 1e-8) or SGD (momentum 0.9), with L2 for the decayed group only.
+
+    The L2 term is added to the gradient.
 
     Args:
+        name: "adam" or "sgd".
         model: already on its device.
         lr: learning rate.
         weight_decay: for convolution weights and learnable shifts.
@@ -38,6 +43,8 @@ def build_adam(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.
         {"params": decayed, "weight_decay": weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, fused=fused)
     return torch.optim.Adam(groups, lr=lr, betas=(0.9, 0.999), eps=1e-8, fused=fused)
 
 
@@ -47,7 +54,7 @@ def describe_groups(optimizer: torch.optim.Optimizer) -> str:
     for group in optimizer.param_groups:
         tensors, scalars = len(group["params"]), sum(p.numel() for p in group["params"])
         parts.append(f"{tensors} tensors / {scalars:,} scalars at L2 {group['weight_decay']:g}")
-    return "Adam: " + ", ".join(parts)
+    return f"{type(optimizer).__name__}: " + ", ".join(parts)
 
 
 def warn_of_few_epochs(step: int, epochs: int) -> None:

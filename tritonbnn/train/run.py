@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
 from tritonbnn.cli import UserError
 from tritonbnn.train.checkpoint import BEST, has_begun, read
-from tritonbnn.train.config import Config, to_toml
+from tritonbnn.train.config import SCRATCH, Config, to_toml
 from tritonbnn.train.data import train_batches, train_steps, val_batches
 from tritonbnn.train.distributed import World
 from tritonbnn.train.engine import (
@@ -23,11 +24,15 @@ from tritonbnn.train.engine import (
     train_one_epoch,
 )
 from tritonbnn.train.keeper import Keeper, read_latest
-from tritonbnn.train.log import Bar, Board, Line, describe, write_log
+from tritonbnn.train.log import Bar, Board, Line, describe, write_analysis, write_log
 from tritonbnn.train.meters import FirstBad, TrainMeter
-from tritonbnn.train.optim import build_adam, describe_groups, learning_rate, warn_of_few_epochs
+from tritonbnn.train.optim import (
+    build_optimizer,
+    describe_groups,
+    learning_rate,
+    warn_of_few_epochs,
+)
 from tritonbnn.train.rundir import step_folder
-from tritonbnn.train.signs import SignTracker
 from tritonbnn.train.sources import Source, open_source
 from tritonbnn.train.state import State
 from tritonbnn.train.stop import StopSignals
@@ -88,6 +93,7 @@ class StepRun:
             self._begin()
         if self.step == 2 or not has_begun(step_folder(self.folder, 2)):  # its log is longer
             self._write_log()
+        self._write_analysis()
         if state.epoch >= self.epochs:
             return state.history
         objective, network = self._objective(), self._wrapped()
@@ -115,14 +121,28 @@ class StepRun:
                 raise UserError("--sync-bn needs CUDA: leave it out")
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.compute.place(model)
+        optimizer = build_optimizer(self.config.optimizer, model, config.lr, config.weight_decay)
         return State(
             step=self.step,
             model=model,
-            optimizer=build_adam(model, config.lr, config.weight_decay),
+            optimizer=optimizer,
             scaler=self.compute.scaler(),
             meter=TrainMeter(self.compute.device),
-            signs=SignTracker(model),
+            analysis=Recorder(
+                model,
+                optimizer,
+                level=self.config.analysis,
+                interval=self.config.analysis_interval,
+                probe=self._probe(),
+            ),
         )
+
+    def _probe(self) -> Probe | None:
+        """The first validation images, alike in all processes and all runs."""
+        if self.config.analysis == "off":
+            return None
+        images, labels = next(val_batches(self.source.val, batch_size=PROBE_IMAGES))
+        return Probe(self.compute.to_device(images, labels)[0], self.compute.autocast)
 
     def _begin(self) -> None:
         """The weights that a step starts from, and the log that it goes on with."""
@@ -130,13 +150,15 @@ class StepRun:
         before = step_folder(self.folder, 1)
         if self.step == 2 and has_begun(before):
             self._take_over(before)
+        elif self.config.init_from == SCRATCH:
+            pass  # where the network was built, its weights were drawn
         elif self.config.init_from:
             initialise_from(state.model, self.network, Path(self.config.init_from))
         elif self.step == 2:
             raise UserError(
                 "step 2 starts from step 1's weights: run --step 1 first, or give --init-from"
             )
-        state.signs.begin_epoch()
+        state.analysis.begin_step()
         if self.world.leads:
             logger.info("step %d: %s", self.step, describe_groups(state.optimizer))
             warn_of_few_epochs(self.step, self.epochs)
@@ -177,9 +199,10 @@ class StepRun:
         state.history.append(line)
         state.epoch, state.batch, state.seconds = state.epoch + 1, 0, 0.0
         state.meter.clear()
-        state.signs.begin_epoch()
+        state.analysis.begin_epoch()
         self.keeper.save()
         self._write_log()
+        self._write_analysis()
         return line
 
     def _train_epoch(self, network: nn.Module, objective: Objective) -> None:
@@ -238,7 +261,7 @@ class StepRun:
             pin_memory=self.compute.device.type == "cuda",
         )
         score = evaluate(state.model, self.keeper.watch(batches), self.compute, world)
-        return {
+        line = {
             "step": self.step,
             "epoch": state.epoch + 1,
             "lr": lr,
@@ -247,13 +270,19 @@ class StepRun:
             "val_loss": score.loss,
             "val_top1": score.top1,
             "val_top5": score.top5,
-            "flips": state.signs.flipped(),
+            "flips": state.analysis.flipped(),
             "images_per_second": images / state.seconds,
             "seconds": state.seconds,
         }
+        record = state.analysis.record(state.epoch + 1)
+        return line if record is None else {**line, "analysis": record}
 
     def _write_log(self) -> None:
         self.world.lead(lambda: write_log(self.folder, self.state.history))
+
+    def _write_analysis(self) -> None:
+        place = step_folder(self.folder, self.step)
+        self.world.lead(lambda: write_analysis(place, self.state.analysis.rows()))
 
     def _objective(self) -> Objective:
         teacher = load_teacher(

@@ -3,14 +3,16 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tritonbnn.analysis import Recorder
 from tritonbnn.train.checkpoint import Checkpoint
 from tritonbnn.train.distributed import World
 from tritonbnn.train.meters import TrainMeter
-from tritonbnn.train.signs import SignTracker
+
+OPTIMIZER_STATE = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
+"""What Adam and SGD keep of a parameter."""
 
 
 @dataclass
@@ -23,7 +25,7 @@ class State:
         optimizer: over its parameters.
         scaler: of the loss; at rest unless the precision is fp16.
         meter: of this epoch's training images so far.
-        signs: that this epoch began with.
+        analysis: what it says about its binary weights.
         epoch: the one to go on with, from 0; the number of epochs when all is done.
         batch: optimiser steps of it that are done.
         seconds: spent training in it.
@@ -36,7 +38,7 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     meter: TrainMeter
-    signs: SignTracker
+    analysis: Recorder
     epoch: int = 0
     batch: int = 0
     seconds: float = 0.0
@@ -48,9 +50,8 @@ class State:
         named = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state[parameter].items():
-                named[f"adam.{key}.{name}"] = value
-        for name, positive in self.signs.positive.items():
-            named[f"signs.{name}"] = torch.from_numpy(np.packbits(positive.cpu().numpy()))
+                named[f"optimizer.{key}.{name}"] = value
+        named |= {f"analysis.{name}": tensor for name, tensor in self.analysis.tensors().items()}
         own = {"meter": self.meter.sums.cpu(), **random_states()}
         rows = world.gather(own)
         for key in own:
@@ -74,18 +75,15 @@ class State:
         """Become what was saved."""
         facts = checkpoint.facts
         self.model.load_state_dict(checkpoint.group("model"))
-        for key in ("exp_avg", "exp_avg_sq", "step"):
-            self._restore_adam(key, checkpoint.group(f"adam.{key}"))
-        for name, packed in checkpoint.group("signs").items():
-            positive = self.signs.positive[name]
-            bits = np.unpackbits(packed.numpy(), count=positive.numel()).astype(bool)
-            self.signs.positive[name] = torch.from_numpy(bits).to(positive.device).view_as(positive)
+        for key in OPTIMIZER_STATE:
+            self._restore_optimizer(key, checkpoint.group(f"optimizer.{key}"))
+        self.analysis.restore(checkpoint.group("analysis"))
         self._restore_process(checkpoint.group("process"), world)
         self.scaler.load_state_dict(facts["scaler"])
         self.epoch, self.batch, self.seconds = facts["epoch"], facts["batch"], facts["seconds"]
         self.best, self.history = facts["best"], facts["history"]
 
-    def _restore_adam(self, key: str, saved: dict[str, Tensor]) -> None:
+    def _restore_optimizer(self, key: str, saved: dict[str, Tensor]) -> None:
         fused = self.optimizer.defaults["fused"]
         for name, parameter in self.model.named_parameters():
             if name not in saved:
@@ -93,7 +91,7 @@ class State:
             if key == "step":
                 value = saved[name].to(parameter.device if fused else "cpu", copy=True)
             else:
-                # like the parameter in its strides too: fused Adam walks both as flat memory, and
+                # like the parameter in its strides too: fused ones walk both as flat memory, and
                 # would pair the wrong numbers where one is NHWC and the other NCHW
                 value = torch.empty_like(parameter).copy_(saved[name])
             self.optimizer.state[parameter][key] = value

@@ -14,12 +14,10 @@ from safetensors.numpy import load_file
 
 from tritonbnn.cli import UserError
 from tritonbnn.train.config import STEPS
-from tritonbnn.train.log import LOG, Line
+from tritonbnn.train.log import ANALYSIS, LOG, Line
 from tritonbnn.train.rundir import CONFIG, step_folder
 
-RECORD = "analysis.safetensors"
 EDGES = "histogram.edges"
-_ANALYSIS, _LAYERS = "analysis", "layers"
 _NAMED = 3  # epochs, of those with a bad number
 
 
@@ -146,7 +144,7 @@ def _read_run(folder: Path, label: str) -> RunRecord:
     for number in STEPS:
         own = sorted((x for x in lines if x["step"] == number), key=lambda x: x["epoch"])
         if own:
-            path = step_folder(folder, number) / RECORD
+            path = step_folder(folder, number) / ANALYSIS
             steps[number] = StepRecord(number, own, _read_tensors(path, notes))
     return RunRecord(folder, label, config, steps, notes)
 
@@ -221,12 +219,12 @@ def _by_numbers(name: str) -> list[tuple[int, str]]:
 
 
 def _analysis(line: Line) -> dict[str, Any]:
-    found = line.get(_ANALYSIS)
+    found = line.get("analysis")
     return found if isinstance(found, dict) else {}
 
 
 def _layers(line: Line) -> dict[str, dict[str, Any]]:
-    found = _analysis(line).get(_LAYERS)
+    found = _analysis(line).get("layers")
     layers = found if isinstance(found, dict) else {}
     return {name: layer for name, layer in layers.items() if isinstance(layer, dict)}
 

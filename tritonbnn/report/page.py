@@ -7,11 +7,11 @@ from html import escape
 
 import numpy as np
 
-from tritonbnn.analysis.catalogue import CATALOGUE, Picture
-from tritonbnn.analysis.confusion import Confused, most_confused
-from tritonbnn.analysis.measure import Measured
-from tritonbnn.analysis.read import RunRecord, StepRecord
-from tritonbnn.analysis.style import DPI, WEIGHTS
+from tritonbnn.report.catalogue import CATALOGUE, Picture
+from tritonbnn.report.confusion import Confused, most_confused
+from tritonbnn.report.measure import Measured
+from tritonbnn.report.read import RunRecord, StepRecord
+from tritonbnn.report.style import DPI, WEIGHTS
 
 _PAIRS = 10  # in a list of confusions
 _PIXELS = 100  # of the screen, for an inch of a picture

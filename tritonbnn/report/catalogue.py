@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
-from tritonbnn.analysis import lines, maps
-from tritonbnn.analysis.measure import Measured
-from tritonbnn.analysis.read import RunRecord
-from tritonbnn.analysis.style import png, style
+from tritonbnn.report import lines, maps
+from tritonbnn.report.measure import Measured
+from tritonbnn.report.read import RunRecord
+from tritonbnn.report.style import png, style
 
 _LAYERS = "Rows are layers, columns epochs."
 

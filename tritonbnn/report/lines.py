@@ -9,8 +9,8 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from tritonbnn.analysis.read import EDGES, RunRecord, StepRecord
-from tritonbnn.analysis.style import (
+from tritonbnn.report.read import EDGES, RunRecord, StepRecord
+from tritonbnn.report.style import (
     COLOURS,
     MAP,
     WEIGHTS,
@@ -25,6 +25,8 @@ from tritonbnn.analysis.style import (
     mark_steps,
     name_of,
 )
+
+_NARROW = 0.01  # the least a histogram reaches to both sides of 0
 
 
 def curves(runs: Sequence[RunRecord]) -> Figure:
@@ -136,7 +138,7 @@ def histograms(runs: Sequence[RunRecord]) -> Figure | None:
         return None
     steps = sorted({number for _, number in found})
     figure = Figure(figsize=(WIDTH, 0.8 + 2.1 * len(steps)))
-    grid = figure.subplots(len(steps), 4, squeeze=False, sharex=False)
+    grid = figure.subplots(len(steps), 4, squeeze=False, subplot_kw={"xlim": (-_NARROW, _NARROW)})
     for (index, number), panels in found.items():
         row = grid[steps.index(number)]
         for axis, (title, edges, start, end) in zip(row, panels, strict=True):
@@ -144,8 +146,7 @@ def histograms(runs: Sequence[RunRecord]) -> Figure | None:
             for density, line in ((start, "--"), (end, "-")):
                 colour = COLOURS[index % len(COLOURS)]
                 axis.stairs(density, edges, color=colour, linestyle=line, linewidth=1.2)
-            inside = np.flatnonzero(np.maximum(start, end) > 2e-3 * max(start.max(), end.max()))
-            reach = np.abs(edges[[inside[0], inside[-1] + 1]]).max()
+            reach = max(axis.get_xlim()[1], _reach(edges, np.maximum(start, end)))
             axis.set_xlim(-reach, reach)
     for axis in grid[-1]:
         axis.set_xlabel("latent weight")
@@ -168,6 +169,12 @@ def _densities(step: StepRecord) -> list[_Density]:
     panels = [("all layers", np.sum(list(layers.values()), axis=0))]
     panels += [(title, layers[names[index]]) for title, index in chosen.items()]
     return [(t, edges, _density(c[0], edges), _density(c[-1], edges)) for t, c in panels]
+
+
+def _reach(edges: np.ndarray, density: np.ndarray) -> float:
+    """How far from 0 there is anything to see."""
+    inside = np.flatnonzero(density > 2e-3 * density.max())
+    return float(np.abs(edges[[inside[0], inside[-1] + 1]]).max()) if len(inside) else 0.0
 
 
 def _density(counts: np.ndarray, edges: np.ndarray) -> np.ndarray:

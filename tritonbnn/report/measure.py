@@ -7,10 +7,10 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from tritonbnn.analysis.confusion import Confused, confusion
 from tritonbnn.analysis.landscape import Landscape, landscape
-from tritonbnn.analysis.read import RunRecord
 from tritonbnn.cli import UserError
+from tritonbnn.report.confusion import Confused, confusion
+from tritonbnn.report.read import RunRecord
 from tritonbnn.train.checkpoint import BEST
 from tritonbnn.train.data import val_batches
 from tritonbnn.train.engine import Compute

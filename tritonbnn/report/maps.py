@@ -8,10 +8,10 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from tritonbnn.analysis.confusion import Confused
 from tritonbnn.analysis.landscape import Landscape
-from tritonbnn.analysis.read import RunRecord
-from tritonbnn.analysis.style import (
+from tritonbnn.report.confusion import Confused
+from tritonbnn.report.read import RunRecord
+from tritonbnn.report.style import (
     PANEL,
     WEIGHTS,
     beside,
