@@ -1,6 +1,7 @@
 """``python -m tritonbnn.analyze``: the page, its pictures, and what bad input gives."""
 
 import re
+import shutil
 from base64 import b64decode
 from html.parser import HTMLParser
 from io import BytesIO
@@ -80,7 +81,7 @@ def test_all_pictures_of_a_record_the_same_every_time(tmp_path):
     write_record(tmp_path / "run")
     analyze(tmp_path / "run", *RECORDS_ONLY)
     page = check_page(tmp_path / "run" / "analysis.html", FROM_RECORDS)
-    assert "not measured in any run: Loss landscape, Confusion matrix" in page.text
+    assert "nothing to draw for: Loss landscape, Confusion matrix;" in page.text
     analyze(tmp_path / "run", *RECORDS_ONLY, "--out", tmp_path / "again.html")
     again = (tmp_path / "again.html").read_bytes()
     assert again == (tmp_path / "run" / "analysis.html").read_bytes()
@@ -96,22 +97,19 @@ def test_a_network_is_measured(trained):
 
 
 def test_what_cannot_be_measured_is_said(trained, tmp_path):
-    (trained / "run").rename(tmp_path / "run")
-    (trained / "images").rename(trained / "moved")
-    try:
-        (tmp_path / "run" / "step1" / "best.safetensors").write_bytes(b"junk")
-        result = run(ANALYZE, "run", "--landscape", 3, cwd=tmp_path)
-        (tmp_path / "run" / "step2" / "best.safetensors").unlink()
-        again = run(ANALYZE, "run", "--landscape", 3, cwd=tmp_path)
-    finally:
-        (trained / "moved").rename(trained / "images")
-    assert (result.code, again.code) == (0, 0), result.output + again.output
+    shutil.copytree(trained / "run", tmp_path / "run")
+    (tmp_path / "run" / "step1" / "best.safetensors").write_bytes(b"junk")
+    flags = ("run", "--landscape", 3, "--data-dir", "gone")
+    first = run(ANALYZE, *flags, cwd=tmp_path)
+    (tmp_path / "run" / "step2" / "best.safetensors").unlink()
+    again = run(ANALYZE, *flags, cwd=tmp_path)
+    assert (first.code, again.code) == (0, 0), first.output + again.output
     for said in (
         r"no landscape of step 1 of run: .*best\.safetensors is damaged",
-        r"no landscape of step 2 of run: .*images",
-        r"no confusion matrix of run: .*images",
+        r"no landscape of step 2 of run: .*gone",
+        r"no confusion matrix of run: .*gone",
     ):
-        assert re.search(said, result.output), result.output
+        assert re.search(said, first.output), first.output
     assert re.search(
         r"no confusion matrix of run: .*best\.safetensors does not exist", again.output
     )

@@ -15,7 +15,7 @@ from tritonbnn.report.style import DPI, WEIGHTS
 
 _PAIRS = 10  # in a list of confusions
 _PIXELS = 100  # of the screen, for an inch of a picture
-_HEADS = ["run", "recipe", "model", "step", "weights", "width", "seed", "epochs"]
+_HEADS = ["run", "recipe", "model", "step", "weights", "width", "seed", "lr", "decay", "epochs"]
 _HEADS += ["best top-1, %", "last top-1, %", "seconds"]
 _NUMBERS = 5  # columns from here on hold numbers
 
@@ -54,7 +54,10 @@ def page(
         drawn.add("confusion")
     empty = [title for name, title, *_ in CATALOGUE if name not in drawn]
     if empty:
-        notes.append(f"not measured in any run: {', '.join(empty)}")
+        notes.append(
+            f"nothing to draw for: {', '.join(empty)}; a run trained with --analysis full, with its"
+            " checkpoints and its data in place, has all"
+        )
     parts = [f"<h1>{escape(title)}</h1>", _table(runs)]
     if notes:
         items = "".join(f"<li>{escape(note)}</li>" for note in notes)
@@ -99,11 +102,11 @@ def _table(runs: Sequence[RunRecord]) -> str:
 
 def _cells(run: RunRecord, step: StepRecord) -> list[str]:
     """One row of the table: a step of a run."""
-    config, top1, seconds = run.config, step.series("val_top1"), step.series("seconds")
-    known = [config.get(key, "") for key in ("recipe", "model")]
-    numbers = [config.get("width", ""), config.get("seed", ""), step.epochs]
+    top1, seconds = step.series("val_top1"), step.series("seconds")
+    known = [run.setting(key, step.number) for key in ("recipe", "model")]
+    numbers = [run.setting(key, step.number) for key in ("width", "seed", "lr", "weight_decay")]
     scores = [_two_digits(np.fmax.reduce(top1)), _two_digits(top1[-1]), f"{np.nansum(seconds):.0f}"]
-    row = [run.label, *known, step.number, WEIGHTS[step.number], *numbers, *scores]
+    row = [run.label, *known, step.number, WEIGHTS[step.number], *numbers, step.epochs, *scores]
     return [str(value) for value in row]
 
 

@@ -99,6 +99,11 @@ class RunRecord:
         """What makes its scores comparable with another run's."""
         return self._settings("dataset", "data_dir", "image_size")
 
+    def setting(self, key: str, step: int) -> Any:
+        """A setting as it holds in a step; empty where it is not known."""
+        own = self.config.get(f"step{step}")
+        return (own if isinstance(own, dict) and key in own else self.config).get(key, "")
+
     def _settings(self, *keys: str) -> dict[str, Any]:
         return {key: self.config.get(key) for key in keys}
 
