@@ -1,5 +1,7 @@
 """Pictures show the numbers that they are given: read back from the drawn figures."""
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,8 @@ def runs(tmp_path):
     """Two runs, of three and two epochs in step 1, of two and none in step 2."""
     write_record(tmp_path / "a", epochs=(3, 2))
     write_record(tmp_path / "b", epochs=(2, 0), seed=1)
-    with style():
+    with style(), warnings.catch_warnings():
+        warnings.simplefilter("error")
         yield read_runs([tmp_path / "a", tmp_path / "b"])
 
 
@@ -58,6 +61,26 @@ def test_a_layer_map_names_what_only_one_run_has(tmp_path):
     write_record(tmp_path / "b", epochs=(1, 0), layers=LAYERS[:1])
     figure = maps.layer_map(read_runs([tmp_path / "a", tmp_path / "b"]), "dead", "", bounds=(0, 1))
     assert [text.get_text() for text in figure.axes[1].get_yticklabels()] == ["0"]
+
+
+def test_a_run_without_analysis_is_drawn_beside_one_with_it(tmp_path, runs):
+    record = write_record(tmp_path / "c", full=False)
+    for line in record:
+        del line["analysis"]
+    write_lines(tmp_path / "c", record)
+    both = read_runs([tmp_path / "c", tmp_path / "a"])
+    for figure in (
+        maps.layer_map(both, "dead", "", bounds=(0, 1)),
+        maps.channel_map(both),
+        lines.quantities(both),
+        lines.trajectories(both),
+        lines.histograms(both),
+    ):
+        assert png(figure)
+    [bare] = read_runs([tmp_path / "c"])
+    for picture in (lines.quantities, lines.trajectories, lines.histograms, maps.channel_map):
+        assert picture([bare]) is None
+    assert maps.layer_map([bare], "dead", "", bounds=(0, 1)) is None
 
 
 def test_an_epoch_without_a_value_is_a_hole(tmp_path):
@@ -133,9 +156,19 @@ def test_landscapes(runs):
     assert maps.landscapes(runs, [{}, {}]) is None
 
 
-def test_a_landscape_of_nothing_but_nan_is_left_out(runs):
-    nan = Landscape(np.linspace(-1, 1, 3), np.full((3, 3), np.nan), 4)
+def test_landscapes_that_are_flat_or_nan_are_drawn_without_a_warning(runs):
+    axis = np.linspace(-1, 1, 3)
+    nan, flat, steep = (
+        Landscape(axis, loss, 4)
+        for loss in (
+            np.full((3, 3), np.nan),
+            np.ones((3, 3)),
+            np.geomspace(0.1, 9, 9).reshape(3, 3),
+        )
+    )
     assert maps.landscapes(runs, [{1: nan}, {}]) is None
+    for grids in ([{1: nan, 2: steep}, {1: flat}], [{1: flat}, {}]):
+        assert png(maps.landscapes(runs, grids))
 
 
 def test_confusions(runs):

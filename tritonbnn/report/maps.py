@@ -45,7 +45,10 @@ def layer_map(
     low, high = _log_bounds(seen) if bounds is None else _widened(seen, bounds)
     norm = LogNorm(low, high) if bounds is None else Normalize(low, high)
     figure, panels = _panels(runs, [names for names, _ in maps])
-    for axis, run, (_, values) in zip(panels, runs, maps, strict=True):
+    for axis, run, (names, values) in zip(panels, runs, maps, strict=True):
+        if not names:
+            _say_missing(axis)
+            continue
         shown = np.where(values < low, low, values)
         image = axis.imshow(shown, norm=norm, cmap=colours(), aspect="auto", extent=_extent(values))
         mark_steps(axis, run, "white")
@@ -65,6 +68,9 @@ def channel_map(runs: Sequence[RunRecord]) -> Figure | None:
     points = 200
     figure, panels = _panels(runs, [list(layers) for layers in found])
     for axis, layers in zip(panels, found, strict=True):
+        if not layers:
+            _say_missing(axis)
+            continue
         rows = [np.sort(last)[np.arange(points) * len(last) // points] for last in layers.values()]
         values = np.array(rows).reshape(len(rows), points)
         extent = (0, 100, len(rows) - 0.5, -0.5)
@@ -100,10 +106,14 @@ def _panels(runs: Sequence[RunRecord], layers: list[list[str]]) -> tuple[Figure,
     return figure, panels
 
 
+def _say_missing(axis: Axes) -> None:
+    axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
+
+
 def _extent(values: np.ndarray) -> tuple[float, float, float, float]:
     """Epochs from 1 on the x axis; the first layer at the top."""
     layers, epochs = values.shape
-    return (0.5, epochs + 0.5, max(layers, 1) - 0.5, -0.5)
+    return (0.5, epochs + 0.5, layers - 0.5, -0.5)
 
 
 def _log_bounds(seen: np.ndarray) -> tuple[float, float]:
@@ -137,7 +147,7 @@ def landscapes(runs: Sequence[RunRecord], measured: Sequence[Landscapes]) -> Fig
         if found := measured[row].get(number):
             image = _landscape(axis, found, low, high)
         else:
-            axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
+            _say_missing(axis)
     for axis in grid[-1]:
         axis.set_xlabel("first direction, lengths of the filter")
     for axis in grid[:, 0]:
