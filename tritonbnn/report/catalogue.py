@@ -83,15 +83,15 @@ CATALOGUE: list[tuple[str, str, str, Draw]] = [
     (
         "dead",
         "Dead weights by layer",
-        f"{_LAYERS} The share of weights whose gradient was zero in all of the epoch and whose sign"
-        " never flipped; in a healthy run the map is dark.",
+        f"{_LAYERS} The share of weights whose gradient was below 1e-12 at every look of the epoch"
+        " and whose sign never flipped; in a healthy run the map is dark.",
         _by_layer("dead", "share of the layer's weights", (0, 0.01)),
     ),
     (
         "revived",
         "Revived weights by layer",
-        f"{_LAYERS} The share of weights that were dead before and have moved again, which is what"
-        " Adam is used for.",
+        f"{_LAYERS} The share of weights that were dead in the epoch before and are no more. Where"
+        " many are dead and none comes back, the optimiser's steps are too small to wake them.",
         _by_layer("revived", "share of the layer's weights", (0, 0.01)),
     ),
     (
@@ -105,8 +105,8 @@ CATALOGUE: list[tuple[str, str, str, Draw]] = [
     (
         "histograms",
         "Latent weights before and after",
-        "Weights that leave the middle have decided on a sign: Adam tends to end with a peak on"
-        " either side of zero, while one narrow peak at zero means signs that a small step flips.",
+        "Weights far from zero have decided on a sign; one narrow peak at zero means signs that a"
+        " small step flips.",
         lambda runs, _: lines.histograms(runs),
     ),
     (

@@ -55,6 +55,8 @@ def quantities(runs: Sequence[RunRecord]) -> Figure | None:
     if not rows:
         return None
     figure = _lines(runs, rows, ["-"])
+    for axis in figure.axes:
+        axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))  # no share is below 0
     legend(figure, runs, [])
     return figure
 
@@ -110,7 +112,7 @@ def trajectories(runs: Sequence[RunRecord]) -> Figure | None:
     for axis, run in zip(grid[0], runs, strict=True):
         axis.set_title(name_of(run.label), pad=16)
     for axis in grid[-1]:
-        count_epochs(axis)
+        count_epochs(axis, "epoch of the run")
     for axis, (label, _) in zip(grid[:, 0], rows, strict=True):
         axis.set_ylabel(label)
     figure.align_ylabels(grid[:, 0])

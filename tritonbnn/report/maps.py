@@ -55,7 +55,7 @@ def layer_map(
     widest = max(values.shape[1] for _, values in maps)
     for axis in panels:
         axis.set_xlim(0.5, widest + 0.5)
-        count_epochs(axis)
+        count_epochs(axis, "epoch of the run")
     colour_bar(figure, image, panels, label, extend="min" if seen.min() < low else "neither")
     return figure
 

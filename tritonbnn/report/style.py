@@ -130,9 +130,9 @@ def mark_steps(axis: Axes, run: RunRecord, colour: str, *, name: bool = True) ->
             )
 
 
-def count_epochs(axis: Axes) -> None:
+def count_epochs(axis: Axes, label: str = "epoch") -> None:
     """Epochs, which are whole, on the x axis."""
-    axis.set_xlabel("epoch")
+    axis.set_xlabel(label)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
