@@ -28,6 +28,8 @@ ALLOWED = {
     "evaluate": {"train", "models", "nn", *BASE},
     "study": {"train", *BASE},
     "predict": {"train", "models", "nn", *BASE},
+    "report": {"train", "analysis", *BASE},
+    "analyze": {"report", "train", *BASE},
 }
 # At the top of the stack:
 TOOLS = {
@@ -78,6 +80,8 @@ def test_importing_is_inert():
         "import sys, torch, tritonbnn, tritonbnn.ops, tritonbnn.nn, tritonbnn.models\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert 'tritonbnn.kernels' not in sys.modules\n"
+        "import tritonbnn.train.__main__\n"
+        "assert 'matplotlib' not in sys.modules\n"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False

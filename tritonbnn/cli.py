@@ -20,6 +20,19 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of a flag that is a whole number from ``least`` on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number of at least {least}, not {text!r}"
+            )
+        return int(text)
+
+    return number
+
+
 def log_to_stderr() -> None:
     """Show the package's own log lines, bare, on stderr."""
     handler = logging.StreamHandler()

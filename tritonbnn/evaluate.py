@@ -1,19 +1,14 @@
 """``python -m tritonbnn.evaluate RUN|FILE``: score a checkpoint on its validation images."""
 
-from argparse import ArgumentTypeError
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tritonbnn import cli
-from tritonbnn.cli import Parser, UserError
-from tritonbnn.train.checkpoint import Checkpoint
+from tritonbnn.cli import Parser, at_least
 from tritonbnn.train.data import val_batches
 from tritonbnn.train.device import choose_device
 from tritonbnn.train.distributed import World
 from tritonbnn.train.engine import PRECISIONS, Compute, evaluate
-from tritonbnn.train.sources import Source, open_source
-from tritonbnn.train.weights import load_network
+from tritonbnn.train.weights import load_network, open_data
 
 
 def main(argv: list[str]) -> int:
@@ -21,7 +16,7 @@ def main(argv: list[str]) -> int:
     given = _parser().parse_args(argv)
     model, checkpoint = load_network(given.checkpoint)
     compute = Compute(choose_device(given.device), given.precision)
-    source = _open(checkpoint, given.data_dir)
+    source = open_data(checkpoint, given.data_dir)
     batches = val_batches(source.val, batch_size=given.batch_size, workers=given.workers)
     compute.place(model)
     score = evaluate(model, batches, compute, World())
@@ -40,41 +35,10 @@ def _parser() -> Parser:
     )
     parser.add_argument("--data-dir", type=Path, help="where the data are now")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--batch-size", type=_at_least(1), default=128, help="images at a time")
-    parser.add_argument(
-        "--workers", type=_at_least(0), default=0, help="processes that read images"
-    )
+    parser.add_argument("--batch-size", type=at_least(1), default=128, help="images at a time")
+    parser.add_argument("--workers", type=at_least(0), default=0, help="processes that read images")
     parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
     return parser
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
-        return int(text)
-
-    return number
-
-
-def _open(checkpoint: Checkpoint, data_dir: Path | None) -> Source:
-    """The data that the checkpoint was trained on; they must have its classes."""
-    data: dict[str, Any] = checkpoint.facts["data"]
-    source = open_source(
-        data["name"],
-        data_dir=data_dir or (Path(data["dir"]) if data["dir"] else None),
-        image_size=data["image_size"],
-        augment=data["augment"],
-        lighting="none",
-        seed=0,
-        step=1,
-    )
-    if list(source.classes) != data["classes"]:
-        raise UserError(
-            f"the data have other classes than {checkpoint.path}"
-            f" ({len(source.classes)} and {len(data['classes'])}): choose another --data-dir"
-        )
-    return source
 
 
 if __name__ == "__main__":

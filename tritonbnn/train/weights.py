@@ -10,6 +10,7 @@ from tritonbnn.cli import UserError
 from tritonbnn.models import build_model
 from tritonbnn.models.blocks import BinaryNetwork
 from tritonbnn.train.checkpoint import BEST, Checkpoint, read
+from tritonbnn.train.sources import Source, open_source
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,34 @@ def load_network(place: Path) -> tuple[BinaryNetwork, Checkpoint]:
     model = build(network_of(checkpoint))
     load_strictly(model, checkpoint)
     return model, checkpoint
+
+
+def open_data(checkpoint: Checkpoint, data_dir: Path | None) -> Source:
+    """The data that a checkpoint was trained on.
+
+    Args:
+        checkpoint: of a run.
+        data_dir: where they are now; None for where they were.
+
+    Raises:
+        UserError: they are not there, or have other classes.
+    """
+    data: dict[str, Any] = checkpoint.facts["data"]
+    source = open_source(
+        data["name"],
+        data_dir=data_dir or (Path(data["dir"]) if data["dir"] else None),
+        image_size=data["image_size"],
+        augment=data["augment"],
+        lighting="none",
+        seed=0,
+        step=1,
+    )
+    if list(source.classes) != data["classes"]:
+        raise UserError(
+            f"the data have other classes than {checkpoint.path}"
+            f" ({len(source.classes)} and {len(data['classes'])}): choose another --data-dir"
+        )
+    return source
 
 
 def load_strictly(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -1,0 +1,192 @@
+"""Pictures show the numbers that they are given: read back from the drawn figures."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from tests.records import LAYERS, write_lines, write_record
+from tritonbnn.analysis.landscape import Landscape
+from tritonbnn.report import lines, maps
+from tritonbnn.report.confusion import Confused
+from tritonbnn.report.read import read_runs
+from tritonbnn.report.style import name_of, png, style
+
+
+@pytest.fixture
+def runs(tmp_path):
+    """Two runs, of three and two epochs in step 1, of two and none in step 2."""
+    write_record(tmp_path / "a", epochs=(3, 2))
+    write_record(tmp_path / "b", epochs=(2, 0), seed=1)
+    with style(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield read_runs([tmp_path / "a", tmp_path / "b"])
+
+
+def drawn(axis):
+    """The lines of a panel, as (x, y)."""
+    return [tuple(map(list, line.get_data())) for line in axis.get_lines()]
+
+
+def test_curves(runs):
+    axes = lines.curves(runs).axes
+    loss, loss2, top1, top1_2, rate, rate2 = axes
+    for axis, keys in ((loss, ("train_loss", "val_loss")), (top1, ("train_top1", "val_top1"))):
+        expected = [(list(range(1, r.steps[1].epochs + 1)), list(r.steps[1].series(key)))
+                    for r in runs for key in keys]  # fmt: skip
+        assert drawn(axis) == expected
+    assert drawn(rate2) == [([1, 2], list(runs[0].steps[2].series("lr")))]
+    assert len(drawn(loss2)) == len(drawn(top1_2)) == 2
+    assert len(drawn(rate)) == 2
+    assert loss.get_ylim() == loss2.get_ylim()
+
+
+@pytest.mark.parametrize(("key", "bounds"), [("saturation", (0, 1)), ("flip_flop", None)])
+def test_layer_maps(runs, key, bounds):
+    first, second, bar = maps.layer_map(runs, key, "label", bounds=bounds).axes
+    expected = np.concatenate([step.by_layer(key) for step in runs[0].steps.values()], axis=1)
+    np.testing.assert_array_equal(first.images[0].get_array(), expected)
+    np.testing.assert_array_equal(second.images[0].get_array(), runs[1].steps[1].by_layer(key))
+    assert first.images[0].norm.vmax == second.images[0].norm.vmax
+    assert first.get_xlim() == second.get_xlim() == (0.5, 5.5)
+    assert [text.get_text() for text in first.get_yticklabels()] == ["0", "2", "10"]
+    assert second.get_yticklabels() == []
+    assert bar.get_ylabel() == "label"
+
+
+def test_a_layer_map_names_what_only_one_run_has(tmp_path):
+    write_record(tmp_path / "a", epochs=(1, 0))
+    write_record(tmp_path / "b", epochs=(1, 0), layers=LAYERS[:1])
+    figure = maps.layer_map(read_runs([tmp_path / "a", tmp_path / "b"]), "dead", "", bounds=(0, 1))
+    assert [text.get_text() for text in figure.axes[1].get_yticklabels()] == ["0"]
+
+
+def test_a_run_without_analysis_is_drawn_beside_one_with_it(tmp_path, runs):
+    record = write_record(tmp_path / "c", full=False)
+    for line in record:
+        del line["analysis"]
+    write_lines(tmp_path / "c", record)
+    both = read_runs([tmp_path / "c", tmp_path / "a"])
+    for figure in (
+        maps.layer_map(both, "dead", "", bounds=(0, 1)),
+        maps.channel_map(both),
+        lines.quantities(both),
+        lines.trajectories(both),
+        lines.histograms(both),
+    ):
+        assert png(figure)
+    [bare] = read_runs([tmp_path / "c"])
+    for picture in (lines.quantities, lines.trajectories, lines.histograms, maps.channel_map):
+        assert picture([bare]) is None
+    assert maps.layer_map([bare], "dead", "", bounds=(0, 1)) is None
+
+
+def test_an_epoch_without_a_value_is_a_hole(tmp_path):
+    record = write_record(tmp_path / "a", epochs=(3, 0))
+    del record[1]["analysis"]["layers"][LAYERS[2]]["dead"]
+    write_lines(tmp_path / "a", record)
+    shown = maps.layer_map(read_runs([tmp_path / "a"]), "dead", "", bounds=(0, 1)).axes[0]
+    hole = np.zeros((3, 3), bool)
+    hole[2, 1] = True
+    np.testing.assert_array_equal(np.ma.getmaskarray(shown.images[0].get_array()), hole)
+
+
+def test_channels_are_sorted_and_of_the_last_epoch(runs):
+    axis = maps.channel_map(runs).axes[0]
+    shown = axis.images[0].get_array()
+    for row, (name, values) in zip(
+        shown, runs[0].steps[2].of_layers("saturation").items(), strict=True
+    ):
+        assert name in LAYERS
+        np.testing.assert_array_equal(np.unique(row), np.unique(values[-1]))
+        assert (np.diff(row) >= 0).all()
+
+
+def test_histograms_are_densities(runs):
+    figure = lines.histograms(runs)
+    (total, *_), (first, *_) = figure.axes[:1], figure.axes[1:2]
+    tensors = runs[0].steps[1].tensors
+    start, end = (patch.get_data() for patch in total.patches[:2])
+    summed = sum(tensors[f"histogram.{name}"] for name in LAYERS)
+    for shown, counts in ((start, summed[0]), (end, summed[-1])):
+        expected, _ = np.histogram(
+            np.linspace(-0.95, 0.95, 20), bins=shown.edges, weights=counts, density=True
+        )
+        np.testing.assert_allclose(shown.values, expected, rtol=1e-5)
+    counts = tensors[f"histogram.{LAYERS[0]}"][0]
+    np.testing.assert_allclose(
+        first.patches[0].get_data().values * np.diff(start.edges), counts / counts.sum(), rtol=1e-6
+    )
+
+
+def test_histograms_reach_as_far_as_any_run(runs):
+    for run, bins in zip(runs, (slice(4, 16), slice(9, 11)), strict=True):
+        for name in LAYERS:
+            counts = run.steps[1].tensors[f"histogram.{name}"]
+            counts[:] = 0
+            counts[:, bins] = 7
+    assert lines.histograms(runs).axes[0].get_xlim() == pytest.approx((-0.6, 0.6))
+
+
+def test_histograms_of_nothing_are_empty(runs):
+    for name in LAYERS:
+        runs[0].steps[1].tensors[f"histogram.{name}"][:] = 0
+    assert png(lines.histograms(runs[:1]))
+
+
+def test_trajectories_keep_steps_apart(runs):
+    gradient = lines.trajectories(runs).axes[0]
+    shown = [line for line in drawn(gradient) if len(line[0]) > 0 and line[0][0] != line[0][-1]]
+    expected = [([1, 2, 3], list(row)) for row in runs[0].steps[1].by_layer("gradient")]
+    expected += [([4, 5], list(row)) for row in runs[0].steps[2].by_layer("gradient")]
+    assert shown == expected
+
+
+def test_landscapes(runs):
+    axis = np.linspace(-1, 1, 3)
+    loss = np.array([[1.0, 2.0, 3.0], [4.0, 0.1, np.nan], [7.0, 8.0, 9.0]])
+    figure = maps.landscapes(runs, [{1: Landscape(axis, loss, 4)}, {}])
+    shown = figure.axes[0].images[0]
+    np.testing.assert_array_equal(shown.get_array().filled(np.nan), loss)
+    assert shown.origin == "lower"
+    assert shown.get_extent() == [-1.5, 1.5, -1.5, 1.5]
+    assert [text.get_text() for text in figure.axes[1].texts] == ["not measured"]
+    assert maps.landscapes(runs, [{}, {}]) is None
+
+
+def test_landscapes_that_are_flat_or_nan_are_drawn_without_a_warning(runs):
+    axis = np.linspace(-1, 1, 3)
+    nan, flat, steep = (
+        Landscape(axis, loss, 4)
+        for loss in (
+            np.full((3, 3), np.nan),
+            np.ones((3, 3)),
+            np.geomspace(0.1, 9, 9).reshape(3, 3),
+        )
+    )
+    assert maps.landscapes(runs, [{1: nan}, {}]) is None
+    for grids in ([{1: nan, 2: steep}, {1: flat}], [{1: flat}, {}]):
+        assert png(maps.landscapes(runs, grids))
+
+
+def test_confusions(runs):
+    counts = torch.tensor([[3, 1], [0, 0]])
+    figure = maps.confusions(runs, [None, Confused(1, ["yes", "no"], counts)])
+    shown = figure.axes[0]
+    np.testing.assert_array_equal(shown.images[0].get_array(), [[75, 25], [0, 0]])
+    assert {(t.get_text(), t.get_position()) for t in shown.texts} == {("3", (0, 0)), ("1", (1, 0))}
+    many = Confused(1, [str(index) for index in range(21)], torch.eye(21))
+    assert maps.confusions(runs, [None, many]) is None
+
+
+def test_names_are_no_formulas():
+    assert name_of("a$b$") == r"a\$b\$"
+    assert name_of("_a") == " _a"
+    assert name_of("x" * 99) == "x" * 31 + "…"
+    assert name_of("\u6570\n") == "��"
+    with style():
+        figure = Figure()
+        figure.text(0, 0, name_of("$\\frac{$ $x$"))
+        assert png(figure) == png(figure)

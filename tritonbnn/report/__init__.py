@@ -1,0 +1,1 @@
+"""What finished runs tell, read again, measured and drawn: ``python -m tritonbnn.analyze``."""

@@ -1,0 +1,183 @@
+"""Values by epoch as lines, and weights as histograms; None where nothing was measured."""
+
+from collections.abc import Sequence
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+
+from tritonbnn.report.read import EDGES, RunRecord, StepRecord
+from tritonbnn.report.style import (
+    COLOURS,
+    MAP,
+    WEIGHTS,
+    WIDTH,
+    Dash,
+    beside,
+    both_steps,
+    count_epochs,
+    in_a_row,
+    legend,
+    look,
+    mark_steps,
+    name_of,
+)
+
+_NARROW = 0.01  # the least a histogram reaches to both sides of 0
+
+
+def curves(runs: Sequence[RunRecord]) -> Figure:
+    """Loss, top-1 and learning rate of each step; training is dashed, validation solid."""
+    rows = [
+        ("loss, nats per image", ("train_loss", "val_loss")),
+        ("top-1, % of images", ("train_top1", "val_top1")),
+        ("learning rate", (None, "lr")),
+    ]
+    styles: list[tuple[Dash, str]] = [("--", "training"), ("-", "validation")]
+    figure = _lines(runs, rows, [line for line, _ in styles])
+    legend(figure, runs, styles)
+    return figure
+
+
+def quantities(runs: Sequence[RunRecord]) -> Figure | None:
+    """What is measured of the whole network, by epoch."""
+    rows = [
+        ("flip-flop ratio,\nflips per weight and step", ("flip_flop",)),
+        ("C2I: share of signs\nas at the step's start", ("c2i_full",)),
+        ("saturation: share of\nactivations, |x| > 1", ("saturation",)),
+        ("dead weights,\nshare of all", ("dead",)),
+        ("revived weights,\nshare of all", ("revived",)),
+    ]
+    rows = [row for row in rows if _has(runs, row[1][0])]
+    if not rows:
+        return None
+    figure = _lines(runs, rows, ["-"])
+    for axis in figure.axes:
+        axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))  # no share is below 0
+    legend(figure, runs, [])
+    return figure
+
+
+def _has(runs: Sequence[RunRecord], key: str) -> bool:
+    steps = [step for run in runs for step in run.steps.values()]
+    return any(np.isfinite(step.series(key)).any() for step in steps)
+
+
+def _lines(
+    runs: Sequence[RunRecord],
+    rows: Sequence[tuple[str, tuple[str | None, ...]]],
+    styles: Sequence[str],
+) -> Figure:
+    """A row a quantity, a column a step, a colour a run; the axes of a row are the same."""
+    steps = sorted({number for run in runs for number in run.steps})
+    figure = Figure(figsize=(WIDTH if len(steps) > 1 else 0.6 * WIDTH, 0.6 + 1.9 * len(rows)))
+    grid = figure.subplots(len(rows), len(steps), squeeze=False, sharex="col", sharey="row")
+    for axes, number in zip(grid.T, steps, strict=True):
+        axes[0].set_title(f"step {number}: {WEIGHTS[number]}")
+        for axis, (_, keys) in zip(axes, rows, strict=True):
+            for index, run in enumerate(runs):
+                if number in run.steps:
+                    for key, line in zip(keys, styles, strict=True):
+                        if key:
+                            _line(axis, run.steps[number].series(key), index, line)
+        count_epochs(axes[-1])
+    for axis, (label, _) in zip(grid[:, 0], rows, strict=True):
+        axis.set_ylabel(label)
+    figure.align_ylabels(grid[:, 0])
+    return figure
+
+
+def _line(axis: Axes, values: np.ndarray, index: int, line: str) -> None:
+    axis.plot(np.arange(1, len(values) + 1), values, line, **look(index, len(values)))
+
+
+def trajectories(runs: Sequence[RunRecord]) -> Figure | None:
+    """Mean gradient, Adam step and weight of each layer by epoch, coloured by depth."""
+    rows = [
+        ("mean |gradient|,\nnats per unit of weight", "gradient"),
+        ("mean |Adam step|,\nper optimiser step", "adam_step"),
+        ("mean |latent weight|", "weight"),
+    ]
+    rows = [row for row in rows if any((both_steps(run, row[1])[1] > 0).any() for run in runs)]
+    if not rows:
+        return None
+    figure = Figure(figsize=(beside(runs), 1 + 2 * len(rows)))
+    grid = figure.subplots(len(rows), len(runs), squeeze=False, sharex=True, sharey="row")
+    for (row, column), axis in np.ndenumerate(grid):
+        _layer_lines(axis, runs[column], rows[row][1])
+        mark_steps(axis, runs[column], "#555555", name=row == 0)
+    for axis, run in zip(grid[0], runs, strict=True):
+        axis.set_title(name_of(run.label), pad=16)
+    for axis in grid[-1]:
+        count_epochs(axis, "epoch of the run")
+    for axis, (label, _) in zip(grid[:, 0], rows, strict=True):
+        axis.set_ylabel(label)
+    figure.align_ylabels(grid[:, 0])
+    scale = ScalarMappable(Normalize(0, 100), MAP)
+    figure.colorbar(scale, ax=grid, label="depth of the layer, %", aspect=30, pad=0.02)
+    return figure
+
+
+def _layer_lines(axis: Axes, run: RunRecord, key: str) -> None:
+    axis.set_yscale("log")
+    for before, step in in_a_row(run):
+        values = step.by_layer(key)
+        epochs = before + np.arange(1, step.epochs + 1)
+        for depth, line in enumerate(values):
+            shade = mpl.colormaps[MAP](depth / max(len(values) - 1, 1))
+            drawn = np.where(line > 0, line, np.nan)
+            axis.plot(epochs, drawn, ".-", color=shade, linewidth=1, markersize=3)
+
+
+def histograms(runs: Sequence[RunRecord]) -> Figure | None:
+    """Latent weights at a step's start, dashed, and at its end, solid."""
+    found = {(i, n): _densities(s) for i, r in enumerate(runs) for n, s in r.steps.items()}
+    found = {key: panels for key, panels in found.items() if panels}
+    if not found:
+        return None
+    steps = sorted({number for _, number in found})
+    figure = Figure(figsize=(WIDTH, 0.8 + 2.1 * len(steps)))
+    grid = figure.subplots(len(steps), 4, squeeze=False, subplot_kw={"xlim": (-_NARROW, _NARROW)})
+    for (index, number), panels in found.items():
+        row = grid[steps.index(number)]
+        for axis, (title, edges, start, end) in zip(row, panels, strict=True):
+            axis.set_title(f"step {number}: {title}")
+            for density, line in ((start, "--"), (end, "-")):
+                colour = COLOURS[index % len(COLOURS)]
+                axis.stairs(density, edges, color=colour, linestyle=line, linewidth=1.2)
+            reach = max(axis.get_xlim()[1], _reach(edges, np.maximum(start, end)))
+            axis.set_xlim(-reach, reach)
+    for axis in grid[-1]:
+        axis.set_xlabel("latent weight")
+    for axis in grid[:, 0]:
+        axis.set_ylabel("density")
+    legend(figure, runs, [("--", "at the step's start"), ("-", "at its end")])
+    return figure
+
+
+_Density = tuple[str, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _densities(step: StepRecord) -> list[_Density]:
+    """Of all layers together and of three: title, bin edges, density at start and end."""
+    layers, edges = step.of_layers("histogram"), step.tensors.get(EDGES)
+    if edges is None or not layers:
+        return []
+    names = list(layers)
+    chosen = {"first layer": 0, "middle layer": len(names) // 2, "last layer": -1}
+    panels = [("all layers", np.sum(list(layers.values()), axis=0))]
+    panels += [(title, layers[names[index]]) for title, index in chosen.items()]
+    return [(t, edges, _density(c[0], edges), _density(c[-1], edges)) for t, c in panels]
+
+
+def _reach(edges: np.ndarray, density: np.ndarray) -> float:
+    """How far from 0 there is anything to see."""
+    inside = np.flatnonzero(density > 2e-3 * density.max())
+    return float(np.abs(edges[[inside[0], inside[-1] + 1]]).max()) if len(inside) else 0.0
+
+
+def _density(counts: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    return counts / max(counts.sum(), 1) / np.diff(edges)

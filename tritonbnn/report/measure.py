@@ -1,0 +1,110 @@
+"""What only the network itself can tell: its loss landscape, and what it confuses."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from tritonbnn.analysis.landscape import Landscape, landscape
+from tritonbnn.cli import UserError
+from tritonbnn.report.confusion import Confused, confusion
+from tritonbnn.report.read import RunRecord
+from tritonbnn.train.checkpoint import BEST
+from tritonbnn.train.data import val_batches
+from tritonbnn.train.engine import Compute
+from tritonbnn.train.log import Bar
+from tritonbnn.train.rundir import step_folder
+from tritonbnn.train.sources import EvalSet, SampleKey
+from tritonbnn.train.weights import load_network, open_data
+
+_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure, and on what.
+
+    Attributes:
+        points: of a landscape along each direction, odd; 0 for none.
+        images: of the landscape's batch, at most.
+        confusion: whether to count confusions.
+        compute: device and precision.
+        data_dir: where the data are now; None for where they were.
+        workers: processes that read images.
+    """
+
+    points: int
+    images: int
+    confusion: bool
+    compute: Compute
+    data_dir: Path | None = None
+    workers: int = 0
+
+
+@dataclass(eq=False)
+class Measured:
+    """What was measured of a run.
+
+    Attributes:
+        landscapes: by step.
+        confused: of the furthest step, or None.
+    """
+
+    landscapes: dict[int, Landscape] = field(default_factory=dict)
+    confused: Confused | None = None
+
+
+def measure(run: RunRecord, wanted: Wanted) -> Measured:
+    """Measure the best checkpoint of each step; what cannot be is a note in ``run.notes``."""
+    measured = Measured()
+    for step in run.steps if wanted.points else ():
+        try:
+            measured.landscapes[step] = _landscape(run, step, wanted)
+        except UserError as error:
+            run.notes.append(f"no landscape of step {step} of {run.label}: {error}")
+    if wanted.confusion:
+        try:
+            measured.confused = _confused(run, max(run.steps), wanted)
+        except UserError as error:
+            run.notes.append(f"no confusion matrix of {run.label}: {error}")
+    return measured
+
+
+def fixed_batch(images: EvalSet, count: int) -> tuple[Tensor, Tensor]:
+    """Always the same random images, so that every class is among them, in their fixed view."""
+    chosen = np.random.default_rng(0).permutation(len(images))[:count]
+    samples = [images[SampleKey(0, int(index))] for index in np.sort(chosen)]
+    pixels, labels = default_collate(samples)
+    return pixels, labels
+
+
+def _best(run: RunRecord, step: int) -> Path:
+    return step_folder(run.path, step) / BEST
+
+
+def _landscape(run: RunRecord, step: int, wanted: Wanted) -> Landscape:
+    model, checkpoint = load_network(_best(run, step))
+    source = open_data(checkpoint, wanted.data_dir)
+    batch = fixed_batch(source.val, wanted.images)
+    wanted.compute.place(model)
+    bar = Bar(f"{run.label} step {step} landscape", wanted.points**2, 0, show=True)
+    try:
+        return landscape(
+            model,
+            *wanted.compute.to_device(*batch),
+            points=wanted.points,
+            after_point=bar.advance,
+        )
+    finally:
+        bar.close()
+
+
+def _confused(run: RunRecord, step: int, wanted: Wanted) -> Confused:
+    model, checkpoint = load_network(_best(run, step))
+    source = open_data(checkpoint, wanted.data_dir)
+    wanted.compute.place(model)
+    batches = val_batches(source.val, batch_size=_BATCH, workers=wanted.workers)
+    counts = confusion(model, batches, wanted.compute, len(source.classes))
+    return Confused(step, list(source.classes), counts)
