@@ -57,16 +57,6 @@ def _convolve(
     return library.conv_packed(signs, packed, None, channels=channels, dtype=integer, **geometry)
 
 
-def _shortcut_grad(du: Tensor, shortcut: str) -> Tensor:
-    """The transpose of the shortcut, applied to the gradient of its output."""
-    if shortcut == "pool":
-        return (du / 4).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    if shortcut == "repeat":
-        first, second = du.chunk(2, dim=1)
-        return first + second
-    return du
-
-
 class _BinaryUnit(torch.autograd.Function):
     """The forward pass keeps what ``options.plan`` says; backward computes the rest again."""
 
@@ -140,10 +130,12 @@ class _BinaryUnit(torch.autograd.Function):
         if needs_weight:
             dweight = _weight_grad(dy, signs, weight, options)
         if needs_x or needs_shift_in:
-            reaches_x = _shortcut_grad(du, options.shortcut) if residual is None else None
             dsigns = _signs_grad(dy, x, weight, packed, alpha, options)
             del dy
-            dx, dshift_in = library.sign_backward(dsigns, x, shift_in, reaches_x)
+            skipped = du if residual is None else None
+            dx, dshift_in = library.sign_backward(
+                dsigns, x, shift_in, skipped, shortcut=options.shortcut
+            )
         if shift_in is None:
             dshift_in = None
         activation = (None,) * 3 if slope is None else (du_sum, dslope, dshift_out)
