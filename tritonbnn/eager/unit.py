@@ -23,6 +23,7 @@ def unit_plan(
     kernel_size: int,
     stride: int,
     dtype: torch.dtype,
+    binary_weight: bool,
     device: torch.device,
 ) -> str:
     """Whether a unit keeps its convolution's output for backward, or convolves again.
@@ -38,6 +39,7 @@ def unit_plan(
         kernel_size: 1 or 3.
         stride: 1 or 2.
         dtype: of the stream.
+        binary_weight: whether the convolution's output is integers, or real as in step 1.
         device: of the stream.
 
     Returns:

@@ -8,7 +8,7 @@ table and gets defaults. A table that cannot be trusted is an error that names f
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -120,7 +120,7 @@ def joint_dtype_name(*dtypes: torch.dtype) -> str:
 def choose(key: ProblemKey, device: torch.device) -> Choice:
     """The formulation and tile for a problem on a device."""
     if _forced is not None:
-        return _forced
+        return _forced(key)
     return _choose(key, torch.cuda.get_device_name(device) if device.type == "cuda" else None)
 
 
@@ -129,14 +129,15 @@ def _choose(key: ProblemKey, gpu: str | None) -> Choice:
     return look_up(key, {} if gpu is None else shipped_table(gpu))
 
 
-_forced: Choice | None = None
+_forced: Callable[[ProblemKey], Choice] | None = None
 
 
 @contextmanager
-def using(choice: Choice) -> Iterator[None]:
-    """Make every launcher in the block take ``choice``: for the tuner, which tries them all."""
+def using(forced: Choice | Table) -> Iterator[None]:
+    """Make every launcher in the block take one choice, or look it up in ``forced`` alone."""
     global _forced
-    _forced, previous = choice, _forced
+    previous = _forced
+    _forced = (lambda key: look_up(key, forced)) if isinstance(forced, dict) else (lambda _: forced)
     try:
         yield
     finally:

@@ -163,13 +163,14 @@ def unit_plan(
     kernel_size: int,
     stride: int,
     dtype: torch.dtype,
+    binary_weight: bool,
     device: torch.device,
 ) -> str:
     """What the tuning table says, or "keep": the twin of :func:`tritonbnn.eager.unit_plan`.
 
     Unpacking bits makes the convolution dearer than the 4 bytes an element that keeping costs.
     """
-    name = config.dtype_name(dtype)
+    name = config.joint_dtype_name(torch.int16 if binary_weight else dtype, dtype)
     shape = (batch, height, width, channels, out_channels, kernel_size, stride)
     return config.choose(config.ProblemKey("unit_plan", name, *shape), device).formulation
 

@@ -269,7 +269,7 @@ def binary_unit(
     residual = None if residual is None else residual.to(x.dtype)
     given = None if statistics is None else Statistics(*statistics)
     if plan == "auto":
-        plan = _planned(*x.shape, *weight.shape[::2], stride, x.dtype, x.device)
+        plan = _planned(*x.shape, *weight.shape[::2], stride, x.dtype, binary_weight, x.device)
     options = Options(stride, kind, binary_weight, eps, plan, group, pack)
     next_shift = None if next_shift is None else next_shift.detach()
     return UnitOutput(
@@ -290,6 +290,7 @@ def _planned(
     kernel_size: int,
     stride: int,
     dtype: torch.dtype,
+    binary_weight: bool,
     device: torch.device,
 ) -> str:
     """The tuning table's plan; torch.compile asks once and need not trace the lookup."""
@@ -302,6 +303,7 @@ def _planned(
         kernel_size=kernel_size,
         stride=stride,
         dtype=dtype,
+        binary_weight=binary_weight,
         device=device,
     )
 
