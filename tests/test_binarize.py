@@ -5,7 +5,7 @@ import torch
 
 from tests.helpers import KERNEL_DEVICE, activation, assert_no_worse_than_eager, gradient, vectors
 from tritonbnn import kernels, reference
-from tritonbnn.kernels import binarize
+from tritonbnn.kernels import elementwise
 
 INPUTS = [
     pytest.param((2, 32, 7, 7), torch.float32, "channels_last", id="ordinary"),
@@ -67,7 +67,7 @@ def test_the_slope_at_its_corners(launchers, device):
 
 
 def test_programs_share_many_rows(monkeypatch):
-    monkeypatch.setattr(binarize, "MAX_PARTIALS", 2)
+    monkeypatch.setattr(elementwise, "MAX_PARTIALS", 2)
     x, grad = activation(300, 40), gradient(300, 40, seed=5)
     (shift,) = vectors(1, 40)
     dx, dshift = kernels.sign_backward(*(t.to(KERNEL_DEVICE) for t in (grad, x, shift)))
