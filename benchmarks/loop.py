@@ -13,6 +13,7 @@ from time import perf_counter
 
 import torch
 from torch import nn
+from tritonbnn.train.signs import SignTracker
 
 from benchmarks.rounds import seconds, wait
 from benchmarks.steps import training_step
@@ -23,7 +24,6 @@ from tritonbnn.train.data import MicroBatch, train_batches
 from tritonbnn.train.engine import Compute, label_objective, teacher_objective, train_one_epoch
 from tritonbnn.train.meters import FirstBad, TrainMeter
 from tritonbnn.train.optim import build_adam
-from tritonbnn.train.signs import SignTracker
 from tritonbnn.train.sources import TrainSet, open_source
 from tritonbnn.train.state import State
 from tritonbnn.train.teacher import load_teacher
