@@ -13,17 +13,17 @@ from time import perf_counter
 
 import torch
 from torch import nn
-from tritonbnn.train.signs import SignTracker
 
 from benchmarks.rounds import seconds, wait
 from benchmarks.steps import training_step
 from tritonbnn import cli
+from tritonbnn.analysis import Recorder
 from tritonbnn.kernels.commands import positive
 from tritonbnn.models import build_model
 from tritonbnn.train.data import MicroBatch, train_batches
 from tritonbnn.train.engine import Compute, label_objective, teacher_objective, train_one_epoch
 from tritonbnn.train.meters import FirstBad, TrainMeter
-from tritonbnn.train.optim import build_adam
+from tritonbnn.train.optim import build_optimizer
 from tritonbnn.train.sources import TrainSet, open_source
 from tritonbnn.train.state import State
 from tritonbnn.train.teacher import load_teacher
@@ -181,13 +181,14 @@ def _loop_seconds(
         start = perf_counter()
         yield from islice(stream, steps)
 
+    optimizer = build_optimizer("adam", model, 1e-3, 0.0)
     state = State(
         step=step,
         model=model,
-        optimizer=build_adam(model, 1e-3, 0.0),
+        optimizer=optimizer,
         scaler=compute.scaler(),
         meter=TrainMeter(compute.device),
-        signs=SignTracker(model),
+        analysis=Recorder(model, optimizer),
     )
     objective = teacher_objective(teacher, compute) if teacher else label_objective(0.0)
     bad = FirstBad(compute.device)
