@@ -59,7 +59,7 @@ class Scripted:
     """Two layers, their optimiser, and everything that numpy needs to tell the same.
 
     A quarter of the weights gets no gradient in the first epoch, and of these one half in none.
-    But each update flips the sign of one weight, as momentum alone can.
+    But each update flips the sign of one weight in two rows, as momentum alone can.
     """
 
     def __init__(self, name="adam", **options):
@@ -88,8 +88,11 @@ class Scripted:
             self.recorder.before_update()
         self.optimizer.step()
         for weight in self.model.parameters():
-            flat, index = weight.data.view(-1), weight[0].numel() + len(self.history) % 6
-            flat[index] = -0.01 if flat[index] >= 0 else 0.01
+            for row in (0, 1):
+                index = len(self.history) % 6
+                weight.data[row].view(-1)[index] = (
+                    0.01 if weight[row].view(-1)[index] < 0 else -0.01
+                )
         if due:
             self.recorder.after_update()
         self.batch += 1
