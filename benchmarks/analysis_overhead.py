@@ -10,6 +10,7 @@ for, which a run does not do: the share is an upper bound there.
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,6 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.machine import header
-from benchmarks.train_step import seconds
 from tritonbnn import cli
 from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
 from tritonbnn.models import build_model
@@ -95,13 +95,11 @@ class Rig:
 
     def timed(self, call: Callable[[], object]) -> float:
         """Seconds of a call, the device's work for it included."""
-
-        def waited() -> None:
-            call()
-            if self.compute.device.type == "cuda":
-                torch.cuda.synchronize()
-
-        return seconds(waited)
+        start = time.perf_counter()
+        call()
+        if self.compute.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
     def round(self) -> dict[str, float]:
         """Seconds of a step, a look and a record."""

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import activation, gradient
 from tritonbnn.analysis import EDGES, Probe, Recorder, SignLayout, histogram
@@ -219,6 +220,33 @@ def test_a_gradient_that_is_not_finite_counts_in_no_mean(bad):
     other.recorder.before_update()
     other.recorder.after_update()
     assert all("gradient" not in layer for layer in other.recorder.record(1)["layers"].values())
+
+
+class Reads(TorchDispatchMode):
+    """Collects the operators that bring a number to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        if func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.equal):
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_look_does_not_wait_for_the_device():
+    run = Scripted(level="light", interval=1)
+    run.update()
+    for weight in run.model.parameters():
+        weight.grad = torch.ones_like(weight)
+    with Reads() as reads:
+        run.recorder.before_update()
+        run.recorder.after_update()
+        assert reads.seen == []
+        run.recorder.flipped()
+    assert reads.seen
 
 
 def test_an_epoch_without_a_look_says_less():
