@@ -37,8 +37,12 @@ _HEAD = ("linear", "addmm", "mm", "log_softmax", "nll_loss", "cross_entropy")
 _OPTIMIZER = re.compile(r"Optimizer\.(step|zero_grad)#|_fused_adam|multi_tensor|FusedAdam")
 
 _KERNELS = (
+    (re.compile(r"^triton_(?!tem)"), ELEMENTWISE),
     (re.compile(r"wgrad|dgrad|bgrad|_grad_kernel"), GRADIENTS),
-    (re.compile(r"fprop|implicit|winograd|cutlass|xmma|gemm|conv.*kernel", re.I), FORWARD),
+    (
+        re.compile(r"^triton_tem|fprop|implicit|winograd|cutlass|xmma|gemm|conv.*kernel", re.I),
+        FORWARD,
+    ),
 )
 
 

@@ -77,13 +77,14 @@ def trial(point: Point, rival: Rival) -> tuple[Step | None, dict[str, Any]]:
     if cuda:
         capacity.release()
         before = torch.cuda.memory_allocated(point.device)
-        torch.cuda.reset_peak_memory_stats(point.device)
     try:
         if not capacity.fits(attempt):
             facts = {"out_of_memory": True, "largest_batch": _largest_batch(point, rival)}
     except RuntimeError as error:  # most often a compiler's
         facts["failed"] = str(error).strip().splitlines()[0][:200]
-    if made and cuda:
+    if made and cuda:  # of a step like all others: a first one tunes, and takes more
+        torch.cuda.reset_peak_memory_stats(point.device)
+        made[0]()
         peak = torch.cuda.max_memory_allocated(point.device) - before
         facts["peak_mb"] = round(peak / 1e6, 1)
     return (made[0] if made else None), facts
@@ -135,6 +136,11 @@ def measure(
                 row |= _counted(point, rivals[name])
         rows[name] = row
     return rows
+
+
+def has_failed(row: dict[str, Any]) -> bool:
+    """Whether a rival should have been timed and was not; too large a batch is no failure."""
+    return "failed" in row or "does_not_train" in row
 
 
 def trouble(row: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import resnet34
 
-from benchmarks import capacity, loop, rivals, rounds, steps, train_step
+from benchmarks import capacity, loop, measure, rivals, rounds, steps, train_step
 from benchmarks.families import FAMILIES
 from benchmarks.twin import FloatReActNetA, FloatUnit
 from tests.commands import write_tree
@@ -233,3 +233,32 @@ def test_the_device_does_two_things_in_turn():
     assert loop.bottleneck({"loader": 3.0, "student": 2.0, "teacher": 0.9}) == "loader"
     assert loop.bottleneck({"loader": 2.8, "student": 2.0, "teacher": 0.9}) == "student"
     assert loop.bottleneck({"loader": 2.8, "student": 1.0, "teacher": 1.9}) == "teacher"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_kernels_and_memory_are_measured(gpu, tmp_path):
+    path = tmp_path / "result.json"
+    words = "ours+bf16,ours-unfused+bf16,obvious+bf16+channels_last+compile,twin"
+    sizes = ["--batch", "8", "--size", "64", "--rounds", "2", "--steps", "2"]
+    assert train_step.main([*sizes, "--rivals", words, "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["driver"]
+    for name, row in result["points"][0]["rows"].items():
+        assert row["peak_mb"] > 100, name
+        assert {"convolution forward", "optimizer"} <= set(row["time_ms"]), name
+        assert sum(row["time_ms"].values()) < 1.5e3 * row["median_seconds"], name
+        assert 0 < row["share_of_floor"] < 1, name
+    assert result["points"][0]["rows"]["ours+bf16"]["time_ms"]["pack"] > 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_largest_batch_that_fits_is_found(gpu):
+    torch.cuda.set_per_process_memory_fraction(4e9 / torch.cuda.mem_get_info()[1])
+    try:
+        point = measure.Point("reactnet_a", 2, 1024, 224, 1.0, gpu)
+        step, facts = measure.trial(point, rivals.parse("obvious"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert step is None
+    assert facts["out_of_memory"]
+    assert facts["largest_batch"] in (8, 16)  # 185 MB an image, 4 GB
