@@ -40,7 +40,7 @@ _KERNELS = (
     (re.compile(r"^triton_(?!tem)"), ELEMENTWISE),
     (re.compile(r"wgrad|dgrad|bgrad|_grad_kernel"), GRADIENTS),
     (
-        re.compile(r"^triton_tem|fprop|implicit|winograd|cutlass|xmma|gemm|conv.*kernel", re.I),
+        re.compile(r"^triton_tem|fprop|implicit|winograd|cutlass|xmma|gemm|conv", re.I),
         FORWARD,
     ),
 )

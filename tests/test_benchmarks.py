@@ -1,15 +1,17 @@
 """What is timed against what, how, and the whole command at a tiny size."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
+from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torchvision.models import resnet34
 
-from benchmarks import capacity, loop, measure, rivals, rounds, steps, train_step
-from benchmarks.families import FAMILIES
+from benchmarks import capacity, loop, measure, profiled, rivals, rounds, steps, train_step
+from benchmarks.families import ELEMENTWISE, FAMILIES, FORWARD, GRADIENTS
 from benchmarks.twin import FloatReActNetA, FloatUnit
 from tests.commands import write_tree
 from tests.helpers import gradient
@@ -213,6 +215,41 @@ def test_rivals_take_turns():
     assert "".join(order) == "aaaabbbb" * 2  # once to warm up, then three
     assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
     assert rounds.summary([1.0, 2.0, 4.0])["spread"] == 1.5
+
+
+def test_a_rival_that_runs_out_of_memory_in_its_turn_leaves_the_others_theirs():
+    turns = iter([1, 1, 2**50])  # the last of its first turn
+    calls = {"a": lambda: torch.empty(next(turns)), "b": lambda: None}
+    assert set(rounds.interleaved(calls, 2, 2, CPU)) == {"b"}
+
+
+def event(name, *, device=DeviceType.CPU, us=0, kernels=(), parent=None, annotation=False):
+    """What the profiler reports of an operator, or of a kernel."""
+    return SimpleNamespace(
+        name=name,
+        device_type=device,
+        time_range=SimpleNamespace(elapsed_us=lambda: us),
+        kernels=[SimpleNamespace(name=kernel, duration=us) for kernel in kernels],
+        cpu_parent=parent,
+        input_shapes=[],
+        is_user_annotation=annotation,
+    )
+
+
+def test_kernels_count_once_under_what_launched_them():
+    outer = event("tritonbnn::conv_packed")
+    step = event("Optimizer.step#Adam.step", us=50, kernels=["Optimizer.step#Adam.step"])
+    events = [
+        outer,
+        step,
+        event("aten::add", us=3, kernels=["vectorized_elementwise"], parent=outer),
+        event("vectorized_elementwise", device=DeviceType.CUDA, us=3),
+        event("vectorized_elementwise", device=DeviceType.CUDA, us=4),  # nobody's
+        event("Optimizer.step#Adam.step", device=DeviceType.CUDA, us=50, annotation=True),
+        event("sm90_xmma_wgrad_implicit_gemm", device=DeviceType.CUDA, us=7),
+    ]
+    times = {family: us for family, us in profiled._kernel_times(events).items() if us}
+    assert times == {FORWARD: 3, ELEMENTWISE: 4, GRADIENTS: 7}
 
 
 def test_the_whole_loop_names_its_bottleneck(tmp_path, capsys):

@@ -64,13 +64,12 @@ def test_a_changed_source_or_table_makes_a_part_stale(tmp_path, monkeypatch):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
     monkeypatch.setattr(suite, "ROOT", tmp_path)
-    tuned, untuned = Part("a", ("b",)), Part("a", ("b",), tuned=False)
-    before = suite.fingerprint(tuned), suite.fingerprint(untuned)
+    before = [suite.fingerprint(tuned=tuned) for tuned in (True, False)]
     (tmp_path / "tritonbnn/kernels/configs/c.json").write_text("2")
-    assert suite.fingerprint(tuned) != before[0]
-    assert suite.fingerprint(untuned) == before[1]
+    assert suite.fingerprint(tuned=True) != before[0]
+    assert suite.fingerprint(tuned=False) == before[1]
     (tmp_path / "benchmarks/b.py").write_text("2")
-    assert suite.fingerprint(untuned) != before[1]
+    assert suite.fingerprint(tuned=False) != before[1]
 
 
 def test_a_failing_part_stops_no_other_and_is_named(tmp_path, capfd):
