@@ -62,7 +62,7 @@ def test_bytes_of_a_widening_and_of_a_pooling_unit():
     x, z, a = 16 * 32 * 2, 16 * 64 * 2, 16 * 64 * 2
     signs_x, signs_z = 16 * 32 // 8, 16 * 64 // 8
     epilogues = 2 * a + x + z + signs_z + (2 * z + a + x) + (2 * z + a)
-    assert total(wide, "bytes", ELEMENTWISE) == epilogues + (x + z) + 4 * x
+    assert total(wide, "bytes", ELEMENTWISE) == epilogues + 3 * x + z
     pool = list(roofline.unit_launches(Geometry(1, 4, 4, 32, 32, 3, 2, 1), "bf16", 2, "keep"))
     packed = 32 * 9 * 4
     assert total(pool, "bytes", FORWARD) == signs_x + packed + 4 * 32 * 2
@@ -99,7 +99,7 @@ def test_the_count_agrees_with_what_the_operators_are_given(word, step):
     assert counted[PACK] == pytest.approx(total(launches, "bytes", PACK), rel=0.05)
     # what is left to torch takes several passes where one would do
     least = total(launches, "bytes", ELEMENTWISE)
-    assert least < counted[ELEMENTWISE] < 1.3 * least
+    assert least < counted[ELEMENTWISE] < 1.4 * least
 
 
 def test_traffic_is_operands_read_and_results_written():
