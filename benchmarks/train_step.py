@@ -11,15 +11,16 @@ loop is measured: loader, teacher and student.
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
 from torch._dynamo import config as dynamo_config
-from tqdm import tqdm
 
 from benchmarks import ceilings, loop, roofline
 from benchmarks.machine import header
@@ -77,13 +78,9 @@ def main(argv: list[str]) -> int:
         raise cli.UserError(f"--width must be above 0, not {args.width}")
     head = header(command("train_step", argv), device)
     with as_trainers_run():
-        if args.data is not None or args.teacher is not None:
-            result = loop.measure_loop(args, device)
-            print(loop.describe(result))
-        else:
-            result = compare(args, device, rivals)
-    if path:
-        write_result(path, head | result)
+        for result in measured(args, device, rivals):
+            if path:
+                write_result(path, head | result)
     return int(any(ours_failed(point, rivals) for point in result.get("points", ())))
 
 
@@ -103,41 +100,52 @@ def ours_failed(point: dict, rivals: dict[str, Rival]) -> bool:
     return any(has_failed(row) for name, row in rows if rivals[name].network in OWN)
 
 
-def compare(args: argparse.Namespace, device: torch.device, rivals: dict[str, Rival]) -> dict:
+def measured(
+    args: argparse.Namespace, device: torch.device, rivals: dict[str, Rival]
+) -> Iterator[dict]:
+    """What the flags ask for: a result, and again whenever it has grown."""
+    if args.data is not None or args.teacher is not None:
+        result = loop.measure_loop(args, device)
+        print(loop.describe(result))
+        yield result
+    else:
+        yield from compare(args, device, rivals)
+
+
+def compare(
+    args: argparse.Namespace, device: torch.device, rivals: dict[str, Rival]
+) -> Iterator[dict]:
     """Rivals at every batch size and resolution; tables are printed as they come."""
     roofs = ceilings.measure(device) if args.floor else None
     if roofs:
         print(roofs)
     count = args.steps or TURN_STEPS[device.type]
     points = []
-    places = list(product(args.batch, args.size))
-    with tqdm(total=len(places), unit="point", disable=None) as bar:
-        for batch, size in places:
-            point = Point(args.model, args.step, batch, size, args.width, device)
-            rows = measure(
-                point,
-                rivals,
-                turns=args.rounds,
-                count=count,
-                details=not args.no_details,
-                say=bar.set_postfix_str,
-            )
-            points.append({"batch": batch, "size": size, "rows": rows})
-            if roofs:
-                floors = roofline.report(args.model, batch, size, args.width, args.step, roofs)
-                add_shares(rows, rivals, floors)
-                points[-1]["floors"] = floors
-            bar.write("\n".join(table(points[-1])))
-            bar.update()
-    return {
-        "model": args.model,
-        "step": args.step,
-        "width": args.width,
-        "rounds": args.rounds,
-        "steps_of_a_turn": count,
-        **({"ceilings": asdict(roofs)} if roofs else {}),
-        "points": points,
-    }
+    for batch, size in product(args.batch, args.size):
+        point = Point(args.model, args.step, batch, size, args.width, device)
+        progress = partial(say, f"batch {batch}, {size} x {size}")
+        turns = {"turns": args.rounds, "count": count}
+        rows = measure(point, rivals, **turns, details=not args.no_details, say=progress)
+        points.append({"batch": batch, "size": size, "rows": rows})
+        if roofs:
+            floors = roofline.report(args.model, batch, size, args.width, args.step, roofs)
+            add_shares(rows, rivals, floors)
+            points[-1]["floors"] = floors
+        print("\n".join(table(points[-1])), flush=True)
+        yield {
+            "model": args.model,
+            "step": args.step,
+            "width": args.width,
+            "rounds": args.rounds,
+            "steps_of_a_turn": count,
+            **({"ceilings": asdict(roofs)} if roofs else {}),
+            "points": points,
+        }
+
+
+def say(where: str, what: str) -> None:
+    """A line on progress, for whoever waits."""
+    print(f"{where}: {what}", file=sys.stderr, flush=True)
 
 
 def add_shares(rows: dict[str, dict], rivals: dict[str, Rival], floors: dict[str, dict]) -> None:
