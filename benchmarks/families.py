@@ -18,15 +18,11 @@ FAMILIES = (PACK, FORWARD, GRADIENTS, ELEMENTWISE, ENDS, OPTIMIZER)
 
 _IMAGE_CHANNELS = (1, 3)
 
-_OURS = {
-    "pack_signs": PACK,
-    "pack_weight": PACK,
-    "unpack_signs": PACK,
-    "conv_packed": FORWARD,
-    "conv_real": FORWARD,
-    "conv_input_grad": GRADIENTS,
-    "conv_weight_grad": GRADIENTS,
-}
+_OURS = (
+    (re.compile(r"^(un)?pack_"), PACK),
+    (re.compile(r"^conv_.*_grad$"), GRADIENTS),
+    (re.compile(r"^conv_"), FORWARD),
+)
 """Launchers by name; the others are elementwise."""
 
 _CONVOLUTIONS = {"conv2d": (1, FORWARD), "convolution": (1, FORWARD)}
@@ -37,8 +33,12 @@ _HEAD = ("linear", "addmm", "mm", "log_softmax", "nll_loss", "cross_entropy")
 _OPTIMIZER = re.compile(r"Optimizer\.(step|zero_grad)#|_fused_adam|multi_tensor|FusedAdam")
 
 _KERNELS = (
+    (re.compile(r"^triton_(?!tem)"), ELEMENTWISE),
     (re.compile(r"wgrad|dgrad|bgrad|_grad_kernel"), GRADIENTS),
-    (re.compile(r"fprop|implicit|winograd|cutlass|xmma|gemm|conv.*kernel", re.I), FORWARD),
+    (
+        re.compile(r"^triton_tem|fprop|implicit|winograd|cutlass|xmma|gemm|conv", re.I),
+        FORWARD,
+    ),
 )
 
 
@@ -53,7 +53,7 @@ def operator_family(name: str, shapes: Sequence[Sequence[int]]) -> str | None:
         return OPTIMIZER
     space, _, bare = name.partition("::")
     if space == "tritonbnn":
-        return _OURS.get(bare, ELEMENTWISE)
+        return _first(_OURS, bare)
     if space != "aten":
         return None
     bare = bare.lstrip("_")
@@ -68,4 +68,8 @@ def kernel_family(name: str) -> str:
     """The family of a GPU kernel of which no operator is known."""
     if _OPTIMIZER.search(name):
         return OPTIMIZER
-    return next((family for pattern, family in _KERNELS if pattern.search(name)), ELEMENTWISE)
+    return _first(_KERNELS, name)
+
+
+def _first(patterns: Sequence[tuple[re.Pattern, str]], name: str) -> str:
+    return next((family for pattern, family in patterns if pattern.search(name)), ELEMENTWISE)

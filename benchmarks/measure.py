@@ -77,25 +77,29 @@ def trial(point: Point, rival: Rival) -> tuple[Step | None, dict[str, Any]]:
     if cuda:
         capacity.release()
         before = torch.cuda.memory_allocated(point.device)
-        torch.cuda.reset_peak_memory_stats(point.device)
     try:
         if not capacity.fits(attempt):
-            facts = {"out_of_memory": True, "largest_batch": _largest_batch(point, rival)}
+            facts = _out_of_memory(point, rival)
     except RuntimeError as error:  # most often a compiler's
         facts["failed"] = str(error).strip().splitlines()[0][:200]
-    if made and cuda:
+    if made and cuda:  # of a step like all others: a first one tunes, and takes more
+        torch.cuda.reset_peak_memory_stats(point.device)
+        made[0]()
         peak = torch.cuda.max_memory_allocated(point.device) - before
         facts["peak_mb"] = round(peak / 1e6, 1)
     return (made[0] if made else None), facts
 
 
-def _largest_batch(point: Point, rival: Rival) -> int:
+def _out_of_memory(point: Point, rival: Rival) -> dict[str, Any]:
     def attempt(batch: int) -> None:
         step = point.step_of(rival, batch)
         step()
         step()  # the optimizer's state is there from the first one on
 
-    return capacity.largest_fitting(attempt, point.batch)
+    return {
+        "out_of_memory": True,
+        "largest_batch": capacity.largest_fitting(attempt, point.batch),
+    }
 
 
 def measure(
@@ -125,16 +129,25 @@ def measure(
             steps[name] = step
     say(f"timing {turns} rounds of {count} steps")
     times = rounds.interleaved(steps, turns, count, point.device)
-    for name, step in steps.items():
+    for name, rival in rivals.items():
+        if name not in times:  # beside what the others keep
+            if steps.pop(name, None):
+                rows[name] = _out_of_memory(point, rival)
+            continue
         row = rows[name] | rounds.summary(times[name])
         row["images_per_second"] = round(point.batch / row["median_seconds"], 2)
         if details:
             say(f"{name}: a profile")
-            row |= {"time_ms": _rounded(profiled.time_by_family(step, point.device))}
-            if rivals[name].mode is None:
-                row |= _counted(point, rivals[name])
+            row["time_ms"] = _rounded(profiled.time_by_family(steps[name], point.device))
+            if rival.mode is None:
+                row |= _counted(point, rival)
         rows[name] = row
     return rows
+
+
+def has_failed(row: dict[str, Any]) -> bool:
+    """Whether a rival should have been timed and was not; too large a batch is no failure."""
+    return "failed" in row or "does_not_train" in row
 
 
 def trouble(row: dict[str, Any]) -> str:

@@ -43,11 +43,13 @@ def throughput(device: Device) -> Figure | None:
     """Images a second of every rival in both steps, and the floor where it was told."""
     by_step = {step: device.rows(step) for step in STEP_COLOURS}
     rivals = list(dict.fromkeys(name for rows in by_step.values() for name in rows))
-    if not rivals:
+    if not any("images_per_second" in row for rows in by_step.values() for row in rows.values()):
         return None
     axes = _bars(rivals)
     for offset, (step, rows) in zip((-0.2, 0.2), by_step.items(), strict=True):
         timed = {name: row for name, row in rows.items() if "images_per_second" in row}
+        if not timed:
+            continue
         places = [rivals.index(name) + offset for name in timed]
         speeds = [row["images_per_second"] for row in timed.values()]
         spreads = [row["images_per_second"] * row["spread"] / 2 for row in timed.values()]

@@ -1,9 +1,11 @@
 """Time of a training step by family, from torch's profiler."""
 
 from collections import Counter
-from typing import Any
+from collections.abc import Iterable
 
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.families import ELEMENTWISE, kernel_family, operator_family
@@ -28,17 +30,37 @@ def time_by_family(step: Step, device: torch.device) -> dict[str, float]:
         with profile(activities=activities, record_shapes=True, acc_events=True) as record:
             step()
             wait(device)
+    events = record.events()
+    us = _kernel_times(events) if device.type == "cuda" else _operator_times(events)
+    return {family: value / 1e3 for family, value in us.items()}
+
+
+def _operator_times(events: Iterable[FunctionEvent]) -> Counter[str]:
     total: Counter[str] = Counter()
-    for event in record.events():
-        if device.type == "cuda":
-            for kernel in event.kernels:
-                total[_family(event) or kernel_family(kernel.name)] += kernel.duration
-        elif event.self_cpu_time_total:
+    for event in events:
+        if event.self_cpu_time_total:
             total[_family(event) or ELEMENTWISE] += event.self_cpu_time_total
-    return {family: us / 1e3 for family, us in total.items()}
+    return total
 
 
-def _family(event: Any) -> str | None:
+def _kernel_times(events: Iterable[FunctionEvent]) -> Counter[str]:
+    """By the operators that launched them; kernels that none is known of, by their names."""
+    rest: Counter[str] = Counter()
+    for event in events:  # annotations are drawn on the device's timeline, but are no kernels
+        if event.device_type == DeviceType.CUDA and not event.is_user_annotation:
+            rest[event.name] += event.time_range.elapsed_us()
+    total: Counter[str] = Counter()
+    for event in events:
+        for kernel in event.kernels:
+            if kernel.name in rest:
+                total[_family(event) or kernel_family(kernel.name)] += kernel.duration
+                rest[kernel.name] -= kernel.duration
+    for name, us in rest.items():
+        total[kernel_family(name)] += max(us, 0)
+    return total
+
+
+def _family(event: FunctionEvent | None) -> str | None:
     """That of the outermost operator around an event that has one: a launcher is one, whatever
     it calls."""
     family = None

@@ -95,9 +95,7 @@ def unit_launches(layer: Geometry, dtype: str, step: int, plan: str) -> Iterator
     yield Launch(ELEMENTWISE, z + a + z)  # norm: reads du and a, writes dy
     yield Launch(GRADIENTS, z + signs + taps * layer.channels * PARAMETER_BYTES, products, dtype)
     yield Launch(GRADIENTS, z + weight + x, products, dtype)
-    if layer.out_channels != layer.channels or layer.stride != 1:
-        yield Launch(ELEMENTWISE, z + x)  # the shortcut's transpose, in one pass
-    yield Launch(ELEMENTWISE, 4 * x)  # sign: reads gradient, stream and shortcut's part, writes dx
+    yield Launch(ELEMENTWISE, x + x + z + x)  # sign: reads gradient, stream and du, writes dx
 
 
 def network_launches(

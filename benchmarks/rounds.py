@@ -2,10 +2,13 @@
 
 import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
 import torch
+
+from benchmarks import capacity
 
 Call = Callable[[], Any]
 
@@ -29,7 +32,7 @@ def seconds(call: Call, count: int, device: torch.device) -> float:
 def interleaved(
     calls: dict[str, Call], rounds: int, count: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each call in each round.
+    """Seconds of each call in each round; a call that runs out of memory is left out.
 
     Args:
         calls: by name. Each runs once untimed at the start of its turn: caches and the allocator
@@ -39,10 +42,15 @@ def interleaved(
         device: where they run.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
+
+    def take_turn(name: str) -> None:
+        calls[name]()
+        times[name].append(seconds(calls[name], count, device))
+
     for _ in range(rounds):
-        for name, call in calls.items():
-            call()
-            times[name].append(seconds(call, count, device))
+        for name in calls:
+            if name in times and not capacity.fits(partial(take_turn, name)):
+                del times[name]
     return times
 
 

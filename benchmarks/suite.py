@@ -38,10 +38,10 @@ GRACE_SECONDS = 60
 """Between asking a part to stop and ending it: a training run saves first."""
 
 
-def fingerprint(part: Part) -> str:
-    """A hash of the code that a part's result depends on, and of the tables if it uses them."""
+def fingerprint(*, tuned: bool) -> str:
+    """A hash of the code that a result depends on, and of the tuning tables if it does."""
     files = [*ROOT.glob("tritonbnn/**/*.py"), *ROOT.glob("benchmarks/*.py")]
-    if part.tuned:
+    if tuned:
         files += ROOT.glob("tritonbnn/kernels/configs/*.json")
     digest = hashlib.sha256()
     for path in sorted(files):
@@ -63,21 +63,18 @@ class Suite:
         self.state: dict[str, Any] = read_result(ROOT / folder / STATE) or {}
 
     def is_done(self, part: Part) -> bool:
-        """Whether the part ended well with the same code and command, and its result is there."""
-        before = self.state.get(part.name, {})
-        known = {
-            "exit_code": 0,
-            "fingerprint": fingerprint(part),
-            "command": _said(part),
-        }
+        """Whether the part ended well with the same code, and its result is there."""
+        if part.always:
+            return False
         there = part.result is None or (ROOT / self.folder / part.result).exists()
-        return there and known.items() <= before.items()
+        ended_well = {"exit_code": 0, "fingerprint": fingerprint(tuned=part.tuned)}
+        return there and ended_well.items() <= self.state.get(part.name, {}).items()
 
     def run(self, part: Part) -> str:
         """Run a part, in several turns if it may; DONE, or why not."""
         if part.program and not shutil.which(part.program[0]):
             return f"left out: {part.program[0]} is not installed"
-        began = time.monotonic()
+        began, code_of_now = time.monotonic(), fingerprint(tuned=part.tuned)
         for turn in range(part.turns):
             print(f"  turn {turn + 1} of at most {part.turns}" if turn else "", flush=True)
             code = self._turn(part)
@@ -88,8 +85,8 @@ class Suite:
             "exit_code": code,
             "seconds": seconds,
             "commit": commit(),
-            "fingerprint": fingerprint(part),
-            "command": _said(part),
+            "fingerprint": code_of_now,
+            "command": shlex.join(part.command),
         }
         write_result(ROOT / self.folder / STATE, self.state)
         if code is None:
@@ -128,10 +125,6 @@ class Suite:
         return ROOT / self.folder / "log" / f"{part.name}.log"
 
 
-def _said(part: Part) -> str:
-    return shlex.join(part.command)
-
-
 def _copy(source: Any, log: Any) -> None:
     """Pass on what a part prints, to the terminal and to its log."""
     while chunk := source.read1(4096):
@@ -166,7 +159,9 @@ def main(argv: list[str]) -> int:
     device = torch.device(args.device)
     name = folder_name(device) if there else "GPU"
     folder = args.out or Path("benchmarks", "results", f"tiny-{name}" if args.tiny else name)
-    runs = Path("runs", "suite", folder.name)
+    # a run of other code is not gone on with, nor read
+    run = fingerprint(tuned=True) + (time.strftime("-%Y%m%d-%H%M%S") if args.fresh else "")
+    runs = Path("runs", "suite", folder.name, run)
     everything = parts(
         folder, runs, cuda=device.type == "cuda", tiny=args.tiny, fashion=args.fashion
     )

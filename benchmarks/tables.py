@@ -114,7 +114,7 @@ def steps_table(device: Device) -> list[str]:
                 speed(one),
                 speed(two),
                 slower,
-                number(two, "saved_mb_per_image"),
+                number(two or one, "saved_mb_per_image"),
             ]
             if not device.is_cpu:
                 cells += [number(two, "peak_mb", 1e-3), number(two, "share_of_floor", 100, " %")]

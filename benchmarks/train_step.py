@@ -11,26 +11,29 @@ loop is measured: loader, teacher and student.
 """
 
 import argparse
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
+from torch._dynamo import config as dynamo_config
 
 from benchmarks import ceilings, loop, roofline
 from benchmarks.machine import header
-from benchmarks.measure import Point, measure, trouble
+from benchmarks.measure import Point, has_failed, measure, trouble
 from benchmarks.output import command, writable, write_result
-from benchmarks.rivals import DEFAULTS, NETWORKS, OPTIONS, OWN, chosen
+from benchmarks.rivals import DEFAULTS, NETWORKS, OPTIONS, OWN, Rival, chosen
 from tritonbnn import cli
 from tritonbnn.kernels.commands import positive
 from tritonbnn.models.registry import MODELS
 from tritonbnn.train.device import choose_device
 
 ROUNDS = 5
+MANY = 1000
 TURN_STEPS = {"cuda": 20, "cpu": 1}
 """Steps of a turn: enough that a GPU's turn is long beside the clock's grain."""
 
@@ -73,56 +76,79 @@ def main(argv: list[str]) -> int:
     rivals = chosen(args.rivals, device, args.model)
     if args.width <= 0:
         raise cli.UserError(f"--width must be above 0, not {args.width}")
-    torch.backends.cudnn.benchmark = True  # shapes are fixed: what every trainer turns on
     head = header(command("train_step", argv), device)
+    with as_trainers_run():
+        for result in measured(args, device, rivals):
+            if path:
+                write_result(path, head | result)
+    return int(any(ours_failed(point, rivals) for point in result.get("points", ())))
+
+
+@contextmanager
+def as_trainers_run() -> Iterator[None]:
+    """cuDNN searches for its fastest algorithms and uses TF32, and any number of shapes compile."""
+    with (
+        torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True),
+        dynamo_config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY),
+    ):
+        yield
+
+
+def ours_failed(point: dict, rivals: dict[str, Rival]) -> bool:
+    """Whether one of our own networks could not be timed."""
+    rows = point["rows"].items()
+    return any(has_failed(row) for name, row in rows if rivals[name].network in OWN)
+
+
+def measured(
+    args: argparse.Namespace, device: torch.device, rivals: dict[str, Rival]
+) -> Iterator[dict]:
+    """What the flags ask for: a result, and again whenever it has grown."""
     if args.data is not None or args.teacher is not None:
         result = loop.measure_loop(args, device)
         print(loop.describe(result))
+        yield result
     else:
-        result = compare(args, device, rivals)
-    if path:
-        write_result(path, head | result)
-    return 0
+        yield from compare(args, device, rivals)
 
 
-def compare(args: argparse.Namespace, device: torch.device, rivals: dict[str, Any]) -> dict:
+def compare(
+    args: argparse.Namespace, device: torch.device, rivals: dict[str, Rival]
+) -> Iterator[dict]:
     """Rivals at every batch size and resolution; tables are printed as they come."""
     roofs = ceilings.measure(device) if args.floor else None
     if roofs:
         print(roofs)
     count = args.steps or TURN_STEPS[device.type]
     points = []
-    places = list(product(args.batch, args.size))
-    with tqdm(total=len(places), unit="point", disable=None) as bar:
-        for batch, size in places:
-            point = Point(args.model, args.step, batch, size, args.width, device)
-            rows = measure(
-                point,
-                rivals,
-                turns=args.rounds,
-                count=count,
-                details=not args.no_details,
-                say=bar.set_postfix_str,
-            )
-            points.append({"batch": batch, "size": size, "rows": rows})
-            if roofs:
-                floors = roofline.report(args.model, batch, size, args.width, args.step, roofs)
-                add_shares(rows, rivals, floors)
-                points[-1]["floors"] = floors
-            bar.write("\n".join(table(points[-1])))
-            bar.update()
-    return {
-        "model": args.model,
-        "step": args.step,
-        "width": args.width,
-        "rounds": args.rounds,
-        "steps_of_a_turn": count,
-        **({"ceilings": asdict(roofs)} if roofs else {}),
-        "points": points,
-    }
+    for batch, size in product(args.batch, args.size):
+        point = Point(args.model, args.step, batch, size, args.width, device)
+        progress = partial(say, f"batch {batch}, {size} x {size}")
+        turns = {"turns": args.rounds, "count": count}
+        rows = measure(point, rivals, **turns, details=not args.no_details, say=progress)
+        points.append({"batch": batch, "size": size, "rows": rows})
+        if roofs:
+            floors = roofline.report(args.model, batch, size, args.width, args.step, roofs)
+            add_shares(rows, rivals, floors)
+            points[-1]["floors"] = floors
+        print("\n".join(table(points[-1])), flush=True)
+        yield {
+            "model": args.model,
+            "step": args.step,
+            "width": args.width,
+            "rounds": args.rounds,
+            "steps_of_a_turn": count,
+            **({"ceilings": asdict(roofs)} if roofs else {}),
+            "points": points,
+        }
 
 
-def add_shares(rows: dict[str, dict], rivals: dict[str, Any], floors: dict[str, dict]) -> None:
+def say(where: str, what: str) -> None:
+    """A line on progress, for whoever waits."""
+    print(f"{where}: {what}", file=sys.stderr, flush=True)
+
+
+def add_shares(rows: dict[str, dict], rivals: dict[str, Rival], floors: dict[str, dict]) -> None:
     """Relate each time to the floor of our design in the same dtype, under its faster plan."""
     for name, row in rows.items():
         if "median_seconds" in row:

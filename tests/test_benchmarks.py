@@ -1,0 +1,301 @@
+"""What is timed against what, how, and the whole command at a tiny size."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+from torch.nn import functional as F
+from torchvision.models import resnet34
+
+from benchmarks import capacity, loop, measure, profiled, rivals, rounds, steps, train_step
+from benchmarks.families import ELEMENTWISE, FAMILIES, FORWARD, GRADIENTS
+from benchmarks.twin import FloatReActNetA, FloatUnit
+from tests.commands import write_tree
+from tests.helpers import gradient
+from tritonbnn import cli
+from tritonbnn.kernels.workload import model_layers
+
+CPU = torch.device("cpu")
+TINY = ["--size", "32", "--width", "0.25", "--rounds", "2", "--device", "cpu"]
+
+
+def test_a_rival_is_a_network_and_how_it_is_run():
+    rival = rivals.parse("obvious+bf16+channels_last+max-autotune")
+    assert (rival.network, rival.bf16, rival.mode) == (
+        "obvious",
+        True,
+        "max-autotune-no-cudagraphs",
+    )
+    assert rival.memory_format == torch.channels_last
+    plain = rivals.parse("obvious")
+    assert (plain.bf16, plain.mode, plain.memory_format) == (False, None, torch.contiguous_format)
+    assert rivals.parse("ours").memory_format == torch.channels_last
+    step1 = rivals.parse("ours-unfused").build("reactnet_18", 1, 0.25, 10)
+    assert {unit.fused for unit in step1.modules() if hasattr(unit, "fused")} == {False}
+
+
+def test_other_models_have_rivals_of_our_own_only():
+    assert set(rivals.chosen(None, CPU, "reactnet_18")) == {"ours", "ours-unfused"}
+    assert set(rivals.chosen(None, CPU, "reactnet_a")) == set(rivals.DEFAULTS["cpu"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rivals", "theirs"], "unknown rival 'theirs': 'theirs' is none of ours"),
+        (["--rivals", "ours+fp8"], "unknown rival 'ours.fp8': 'fp8' is none of bf16"),
+        (["--rivals", "obvious+compile+max-autotune"], "compiles twice"),
+        (["--rivals", "ours,ours"], "names one twice"),
+        (["--model", "reactnet_18", "--rivals", "twin"], "there is no twin of reactnet_18"),
+        (["--batches", "2,0"], "must be at least 1, not 0"),
+        (["--width", "0"], "--width must be above 0"),
+        (["--teacher", "resnet34"], "--teacher needs images"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--data", "nowhere", "--batches", "2,4"], "the loop takes one --batch"),
+        (["--json", "/dev/null/x.json"], "/dev/null"),
+    ],
+)
+def test_a_user_error_is_one_line(arguments, message):
+    with pytest.raises(cli.UserError, match=message) as caught:
+        train_step.main([*TINY, *arguments])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there():
+    with pytest.raises(cli.UserError, match="torch finds no CUDA device"):
+        train_step.main(["--device", "cuda"])
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    """Of the command, on three rivals."""
+    path = tmp_path_factory.mktemp("train_step") / "new" / "result.json"
+    words = "ours+bf16,obvious+channels_last,twin"
+    flags = ["--batch", "2", "--rivals", words, "--floor", "--json", str(path)]
+    assert train_step.main([*TINY, *flags]) == 0
+    return json.loads(path.read_text())
+
+
+def test_a_sweep_is_a_row_of_points(tmp_path):
+    path = tmp_path / "sweep.json"
+    sweep = ["--batches", "2,3", "--sizes", "32,64", "--no-details", "--rivals", "twin"]
+    assert train_step.main([*TINY, *sweep, "--json", str(path)]) == 0
+    points = json.loads(path.read_text())["points"]
+    assert [(p["batch"], p["size"]) for p in points] == [(2, 32), (2, 64), (3, 32), (3, 64)]
+    for point in points:
+        expected = {"seconds", "median_seconds", "spread", "images_per_second"}
+        assert set(point["rows"]["twin"]) == expected
+
+
+def test_a_row_says_what_was_measured(result):
+    assert result["command"].endswith("--rivals ours+bf16,obvious+channels_last,twin --floor")
+    for point in result["points"]:
+        assert set(point["rows"]) == {"ours+bf16", "obvious+channels_last", "twin"}
+        for row in point["rows"].values():
+            middle = sum(row["seconds"]) / 2  # of two rounds
+            assert row["median_seconds"] == pytest.approx(middle, abs=2e-6)
+            assert row["spread"] == pytest.approx(
+                (max(row["seconds"]) - min(row["seconds"])) / middle, abs=1e-3
+            )
+            assert row["images_per_second"] == pytest.approx(point["batch"] / middle, rel=1e-2)
+            assert set(row["time_ms"]) <= set(FAMILIES)
+            assert set(row["moved_mb"]) == set(row["time_ms"])
+
+
+def test_shares_are_of_the_floor_in_the_same_dtype(result):
+    for point in result["points"]:
+        for name, dtype in (("ours+bf16", "bf16"), ("twin", "fp32")):
+            row = point["rows"][name]
+            fastest = max(
+                floor["images_per_second"]
+                for plan, floor in point["floors"].items()
+                if dtype in plan
+            )
+            assert row["share_of_floor"] == pytest.approx(
+                row["images_per_second"] / fastest, rel=1e-2
+            )
+
+
+def test_only_binary_networks_pack(result):
+    rows = result["points"][0]["rows"]
+    assert [name for name, row in rows.items() if "pack" in row["time_ms"]] == ["ours+bf16"]
+    ours, obvious = rows["ours+bf16"], rows["obvious+channels_last"]
+    assert ours["saved_mb_per_image"] < obvious["saved_mb_per_image"] / 4
+    assert sum(ours["moved_mb"].values()) < sum(obvious["moved_mb"].values()) / 2
+
+
+def test_the_twin_convolves_what_reactnet_a_convolves():
+    found = []
+
+    def note(conv, inputs, output):
+        _, channels, height, _ = inputs[0].shape
+        found.append((height, channels, conv.out_channels, *conv.kernel_size[:1], *conv.stride[:1]))
+
+    with torch.device("meta"):
+        network = FloatReActNetA(num_classes=10, width=0.5)
+        for module in network.blocks.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(note)
+        assert network(torch.empty(2, 3, 64, 64)).shape == (2, 10)
+    layers = model_layers("reactnet_a", 2, 64, 0.5)
+    expected = [
+        (layer.height, layer.channels, layer.out_channels, layer.kernel_size, layer.stride)
+        for layer in layers.elements()
+    ]
+    assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.parametrize(("out", "stride"), [(8, 1), (16, 1), (8, 2)])
+def test_a_float_unit_is_its_formula(out, stride):
+    unit = FloatUnit(8, out, 3, stride).eval()
+    for parameter in unit.parameters():
+        parameter.data = gradient(*parameter.shape, seed=parameter.numel())
+    x = gradient(2, 8, 6, 6)
+    conv, norm = unit.conv
+    first, prelu, last = unit.rprelu
+    y = F.conv2d(x, conv.weight, stride=stride, padding=1) / (1 + norm.eps) ** 0.5
+    y = y * norm.weight.view(-1, 1, 1) + norm.bias.view(-1, 1, 1)
+    y += (
+        x.unflatten(2, (-1, stride)).unflatten(4, (-1, stride)).mean((3, 5)).tile(1, out // 8, 1, 1)
+    )
+    y += first.bias
+    expected = torch.where(y > 0, y, y * prelu.weight.view(-1, 1, 1)) + last.bias
+    torch.testing.assert_close(unit(x), expected)
+
+
+class Constant(nn.Module):
+    """A network whose loss is the same whatever it learns."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.logits = nn.Parameter(torch.full((steps.CLASSES,), value))
+
+    def forward(self, images):
+        return (self.logits + 0 * images.flatten(1)[:, :1]) * 0
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"), [(1.0, "the loss does not fall"), (torch.inf, "the loss is not finite")]
+)
+def test_what_does_not_train_is_not_timed(value, reason):
+    images, labels = torch.zeros(2, 3, 4, 4), torch.tensor([0, 1])
+    assert reason in steps.does_not_train(steps.training_step(Constant(value), images, labels))
+
+
+def test_a_step_changes_the_weights_by_the_gradient_of_this_batch_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, steps.CLASSES))
+    images, labels = torch.randn(4, 3, 2, 2), torch.tensor([1, 2, 3, 4])
+    step = steps.training_step(model, images, labels)
+    assert step() > step() > step()
+    with torch.no_grad():
+        before = F.cross_entropy(model(images), labels)
+    assert step() == pytest.approx(before.item(), rel=1e-6)
+
+
+def test_out_of_memory_is_met_with_half_the_batch():
+    def attempt(batch):
+        return torch.empty(2**50 if batch > 3 else batch)  # a petabyte
+
+    assert not capacity.fits(lambda: attempt(4))
+    assert capacity.largest_fitting(attempt, 17) == 2
+    assert capacity.largest_fitting(lambda batch: torch.empty(2**50), 17) == 0
+    with pytest.raises(RuntimeError, match="another"):
+        capacity.fits(lambda: nn.Module().load_state_dict({"another": torch.zeros(1)}))
+
+
+def test_rivals_take_turns():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = rounds.interleaved(calls, 2, 3, CPU)
+    assert "".join(order) == "aaaabbbb" * 2  # once to warm up, then three
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
+    assert rounds.summary([1.0, 2.0, 4.0])["spread"] == 1.5
+
+
+def test_a_rival_that_runs_out_of_memory_in_its_turn_leaves_the_others_theirs():
+    turns = iter([1, 1, 2**50])  # the last of its first turn
+    calls = {"a": lambda: torch.empty(next(turns)), "b": lambda: None}
+    assert set(rounds.interleaved(calls, 2, 2, CPU)) == {"b"}
+
+
+def event(name, *, device=DeviceType.CPU, us=0, kernels=(), parent=None, annotation=False):
+    """What the profiler reports of an operator, or of a kernel."""
+    return SimpleNamespace(
+        name=name,
+        device_type=device,
+        time_range=SimpleNamespace(elapsed_us=lambda: us),
+        kernels=[SimpleNamespace(name=kernel, duration=us) for kernel in kernels],
+        cpu_parent=parent,
+        input_shapes=[],
+        is_user_annotation=annotation,
+    )
+
+
+def test_kernels_count_once_under_what_launched_them():
+    outer = event("tritonbnn::conv_packed")
+    step = event("Optimizer.step#Adam.step", us=50, kernels=["Optimizer.step#Adam.step"])
+    events = [
+        outer,
+        step,
+        event("aten::add", us=3, kernels=["vectorized_elementwise"], parent=outer),
+        event("vectorized_elementwise", device=DeviceType.CUDA, us=3),
+        event("vectorized_elementwise", device=DeviceType.CUDA, us=4),  # nobody's
+        event("Optimizer.step#Adam.step", device=DeviceType.CUDA, us=50, annotation=True),
+        event("sm90_xmma_wgrad_implicit_gemm", device=DeviceType.CUDA, us=7),
+    ]
+    times = {family: us for family, us in profiled._kernel_times(events).items() if us}
+    assert times == {FORWARD: 3, ELEMENTWISE: 4, GRADIENTS: 7}
+
+
+def test_the_whole_loop_names_its_bottleneck(tmp_path, capsys):
+    write_tree(tmp_path / "images", train=5, val=1)
+    torch.save(resnet34(num_classes=2).state_dict(), tmp_path / "teacher.pth")
+    path = tmp_path / "loop.json"
+    data = ["--data", str(tmp_path / "images"), "--teacher", str(tmp_path / "teacher.pth")]
+    flags = ["--batch", "4", "--loop-steps", "2", "--workers", "0", "--json", str(path)]
+    assert train_step.main([*TINY, *data, *flags]) == 0
+    result = json.loads(path.read_text())
+    speeds = result["images_per_second"]
+    assert set(speeds) == {"loader", "teacher", "student", "whole"}
+    assert result["bottleneck"] in speeds
+    assert f"the bottleneck is the {result['bottleneck']}" in capsys.readouterr().out
+
+
+def test_the_device_does_two_things_in_turn():
+    assert loop.bottleneck({"loader": 3.0, "student": 2.0, "teacher": 0.9}) == "loader"
+    assert loop.bottleneck({"loader": 2.8, "student": 2.0, "teacher": 0.9}) == "student"
+    assert loop.bottleneck({"loader": 2.8, "student": 1.0, "teacher": 1.9}) == "teacher"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_kernels_and_memory_are_measured(gpu, tmp_path):
+    path = tmp_path / "result.json"
+    words = "ours+bf16,ours-unfused+bf16,obvious+bf16+channels_last+compile,twin"
+    sizes = ["--batch", "8", "--size", "64", "--rounds", "2", "--steps", "2"]
+    assert train_step.main([*sizes, "--rivals", words, "--json", str(path)]) == 0
+    result = json.loads(path.read_text())
+    assert result["driver"]
+    for name, row in result["points"][0]["rows"].items():
+        assert row["peak_mb"] > 100, name
+        assert {"convolution forward", "optimizer"} <= set(row["time_ms"]), name
+        assert sum(row["time_ms"].values()) < 1.5e3 * row["median_seconds"], name
+        assert 0 < row["share_of_floor"] < 1, name
+    assert result["points"][0]["rows"]["ours+bf16"]["time_ms"]["pack"] > 0
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_largest_batch_that_fits_is_found(gpu):
+    torch.cuda.set_per_process_memory_fraction(4e9 / torch.cuda.mem_get_info()[1])
+    try:
+        point = measure.Point("reactnet_a", 2, 1024, 224, 1.0, gpu)
+        step, facts = measure.trial(point, rivals.parse("obvious"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert step is None
+    assert facts["out_of_memory"]
+    assert facts["largest_batch"] in (8, 16)  # 185 MB an image, 4 GB

@@ -1,0 +1,144 @@
+"""The README's figures are those of the files, and the pictures are the same every time."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report, tables
+from benchmarks.machine import ROOT
+from tritonbnn import cli
+
+HEAD = {"device": "A GPU", "command": "python -m benchmarks.train_step", "step": 2}
+
+
+def row(speed, **more):
+    return {
+        "seconds": [8 / speed],
+        "median_seconds": 8 / speed,
+        "spread": 0.04,
+        "images_per_second": speed,
+        "time_ms": {"pack": 1.0, "convolution forward": 2.5},
+        **more,
+    }
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A README and the results of one GPU."""
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    folder = tmp_path / "results" / "a-gpu"
+    folder.mkdir(parents=True)
+    rows = {
+        "ours+bf16": row(8000.0, peak_mb=1500.0, saved_mb_per_image=12.0, share_of_floor=0.7),
+        "obvious": {"out_of_memory": True, "largest_batch": 4},
+        "twin": row(2000.0, peak_mb=3000.0),
+    }
+    floors = {"bf16 keep": {"images_per_second": 11000.0}}
+    point = {"batch": 8, "size": 224, "rows": rows, "floors": floors}
+    write(folder / "train_step_2.json", {**HEAD, "points": [point]})
+    double = {**point, "batch": 16, "rows": {**rows, "twin": {"failed": "no compiler"}}}
+    write(folder / "batch_sweep.json", {**HEAD, "points": [point, double]})
+    step = {"lowest": 92.0, "highest": 93.0, "mean": 92.5, "training_minutes": {"0": 3, "1": 5}}
+    command = "python -m benchmarks.seeds fashion --seeds 2"
+    write(folder / "fashion.json", {**HEAD, "command": command, "step1": step, "step2": step})
+    return tmp_path
+
+
+def write(path: Path, result: dict) -> None:
+    path.write_text(json.dumps(result))
+
+
+def run(place, *flags):
+    where = ["--results", str(place / "results"), "--readme", str(place / "README.md")]
+    return report.main([*where, *flags])
+
+
+def test_figures_come_from_the_files_and_the_rest_is_said_to_be_missing(place):
+    assert run(place) == 0
+    readme = (place / "README.md").read_text()
+    assert readme.startswith(f"before\n{report.BEGIN}\n\n### A GPU\n")
+    assert readme.endswith(f"{report.END}\nafter\n")
+    lines = readme.splitlines()
+    assert "| ours, bf16 | not measured yet | 8,000 ± 2% |  | 12 | 1.5 | 70 % |" in lines
+    assert "| obvious | not measured yet | out of memory; batch 4 fits |  |  |  |  |" in lines
+    assert "| twin | not measured yet | 2,000 ± 2% | 4.00 x |  | 3 |  |" in lines
+    assert "| 16 | 8,000 ± 2% | out of memory; batch 4 fits | failed: no compiler |" in lines
+    run_row = "| `fashion --seeds 2` | 92.50 % (92.00 to 93.00) | 92.50 % (92.00 to 93.00) | 8 |"
+    assert run_row in lines
+    assert "| fashion bf16 | not measured yet | not measured yet |  |" in lines
+    assert "| img/s by size |" in lines
+    assert lines[lines.index("| img/s by size |") + 2] == "| not measured yet |"
+
+
+def test_without_any_gpu_that_is_said(tmp_path):
+    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}")
+    (tmp_path / "results" / "tiny-cpu").mkdir(parents=True)
+    assert run(tmp_path) == 0
+    assert "### GPU\n\nNot measured yet: `make gpu`" in (tmp_path / "README.md").read_text()
+
+
+def test_check_tells_a_readme_that_differs(place, capsys):
+    assert run(place, "--check") == 1
+    assert "run python -m benchmarks.report" in capsys.readouterr().err
+    assert "old" in (place / "README.md").read_text()
+    assert run(place) == 0
+    assert run(place, "--check") == 0
+    path = place / "results" / "a-gpu" / "train_step_2.json"
+    path.write_text(path.read_text().replace("8000.0", "8001.0"))
+    assert run(place, "--check") == 1
+
+
+def test_pictures_are_the_same_every_time(place):
+    folder = place / "results" / "a-gpu"
+    run(place)
+    first = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".json"}
+    names = {
+        f"{name}.{kind}" for name in ("families", "memory", "throughput") for kind in ("svg", "png")
+    }
+    assert set(first) == names
+    for name in first:
+        (folder / name).unlink()
+    run(place)
+    assert {name: (folder / name).read_bytes() for name in names} == first
+    assert b"<dc:date>" not in first["memory.svg"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"train_step_2.json cannot be read"),
+        ("[]", r"train_step_2.json is not a result"),
+        ('{"points": []}', r"train_step_2.json is not as expected \(IndexError"),
+        ('{"points": [{"rows": {"ours": {}}, "batch": 1}]}', r"train_step_2.json is not as"),
+    ],
+)
+def test_a_damaged_file_is_named_and_nothing_is_written(place, text, message):
+    (place / "results" / "a-gpu" / "train_step_2.json").write_text(text)
+    before = (place / "README.md").read_text()
+    with pytest.raises(cli.UserError, match=message) as caught:
+        run(place)
+    assert "\n" not in str(caught.value)
+    assert (place / "README.md").read_text() == before
+
+
+def test_a_readme_without_a_place_for_results(place):
+    (place / "README.md").write_text("nothing")
+    with pytest.raises(cli.UserError, match="the README needs the lines"):
+        run(place)
+    (place / "README.md").unlink()
+    with pytest.raises(cli.UserError, match="cannot read"):
+        run(place)
+
+
+def test_the_readme_shows_what_is_in_the_files():
+    assert report.main(["--check"]) == 0
+    readme = (ROOT / "README.md").read_text()
+    shown = 0
+    for device in report.devices(ROOT / "benchmarks" / "results"):
+        for name in tables.STEP_FILES.values():
+            for point in (device.get(name) or {"points": []})["points"]:
+                for each in point["rows"].values():
+                    assert f"{each['images_per_second']:,.4g} ±" in readme
+                    shown += 1
+    assert shown
