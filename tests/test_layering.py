@@ -26,6 +26,7 @@ ALLOWED = {
     "data": set(),
     "train": {"analysis", "models", "nn", "data", *BASE},
     "evaluate": {"train", "models", "nn", *BASE},
+    "study": {"train", *BASE},
     "predict": {"train", "models", "nn", *BASE},
     "report": {"train", "analysis", *BASE},
     "analyze": {"report", "train", *BASE},

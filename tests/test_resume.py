@@ -140,7 +140,10 @@ def test_stop_signal_saves_and_ends(
 
 @pytest.mark.parametrize(
     "options",
-    ["--precision bf16", "--precision fp16 --channels-last", "--accumulation 3 --workers 2"],
+    [
+        *("--precision bf16", "--precision fp16 --channels-last", "--accumulation 3 --workers 2"),
+        *("--analysis full --analysis-interval 1", "--optimizer sgd --analysis off"),
+    ],
 )
 def test_resume_with_other_options(place: Path, tmp_path: Path, options: str):
     argv = [*options.split(), "--model", "reactnet_18"]

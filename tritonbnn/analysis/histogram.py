@@ -5,7 +5,7 @@ from torch import Tensor
 
 LIMIT, BINS = 1.5, 300
 
-EDGES = torch.linspace(-LIMIT, LIMIT, BINS + 1, dtype=torch.float64).float()
+EDGES = torch.arange(-BINS // 2, BINS // 2 + 1) / (BINS / (2 * LIMIT))
 """(BINS + 1,) float32. Zero is an edge, so that no bin holds both signs."""
 
 

@@ -1,0 +1,154 @@
+"""What ``--analysis light`` adds to a training step, as a share of it, in one run.
+
+    python -m benchmarks.analysis_overhead --recipe digits --images 1437
+
+A round trains one interval of steps, and then takes one look and one epoch's record, each timed by
+itself: as the difference of two step times, one percent would drown in the machine's noise. Steps,
+looks and records alternate, so that a change in its load hits all three. On a GPU each is waited
+for, which a run does not do: the share is an upper bound there.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks.machine import header
+from benchmarks.train_step import seconds
+from tritonbnn import cli
+from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
+from tritonbnn.models import build_model
+from tritonbnn.train.arguments import parse
+from tritonbnn.train.config import Config
+from tritonbnn.train.data import MicroBatch, train_steps
+from tritonbnn.train.engine import Compute, label_objective, train_one_epoch
+from tritonbnn.train.meters import FirstBad, TrainMeter
+from tritonbnn.train.optim import build_optimizer
+from tritonbnn.train.state import State
+
+CLASSES = 10
+
+
+class Rig:
+    """A network in training on random images, and a recorder of its own beside it."""
+
+    def __init__(self, config: Config, device: torch.device) -> None:
+        torch.manual_seed(0)
+        self.compute = Compute(device, config.precision, config.channels_last)
+        channels = 1 if config.dataset in ("digits", "fashion") else 3
+        model = build_model(
+            config.model,
+            num_classes=CLASSES,
+            width=config.width,
+            in_channels=channels,
+            small_images=config.small_images,
+        )
+        self.compute.place(model)
+        optimizer = build_optimizer("adam", model, config.step2.lr, 0.0)
+        size = (config.image_size, config.image_size)
+        images = torch.randn(config.batch_size, channels, *size)
+        labels = torch.randint(CLASSES, (config.batch_size,))
+        batch = MicroBatch(images, labels, len(images), len(images), last=True)
+        self.batches = [batch] * config.analysis_interval
+        self.state = State(
+            step=2,
+            model=model,
+            optimizer=optimizer,
+            scaler=self.compute.scaler(),
+            meter=TrainMeter(device),
+            analysis=Recorder(model, optimizer),
+        )
+        probe = Probe(torch.randn(PROBE_IMAGES, channels, *size, device=device))
+        self.recorder = Recorder(model, optimizer, level="light", probe=probe)
+        self.recorder.begin_step()
+
+    def train(self) -> None:
+        """One interval of optimiser steps, none of them looked at."""
+        train_one_epoch(
+            self.state,
+            self.state.model,
+            self.batches,
+            label_objective(0.0),
+            self.compute,
+            FirstBad(self.compute.device),
+            world_size=1,
+            after_step=lambda: None,
+        )
+
+    def backward(self) -> None:
+        """Gradients to look at."""
+        images, labels = self.compute.to_device(self.batches[0].images, self.batches[0].labels)
+        with self.compute.autocast():
+            logits = self.state.model(images)
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+
+    def timed(self, call: Callable[[], object]) -> float:
+        """Seconds of a call, the device's work for it included."""
+
+        def waited() -> None:
+            call()
+            if self.compute.device.type == "cuda":
+                torch.cuda.synchronize()
+
+        return seconds(waited)
+
+    def round(self) -> dict[str, float]:
+        """Seconds of a step, a look and a record."""
+        step = self.timed(self.train) / len(self.batches)
+        self.backward()
+        look = self.timed(self.recorder.before_update)
+        self.state.optimizer.step()
+        look += self.timed(self.recorder.after_update)
+        self.state.optimizer.zero_grad()
+        record = self.timed(lambda: self.recorder.record(1)) + self.timed(self.recorder.begin_epoch)
+        return {"step": step, "look": look, "record": record}
+
+
+def measure(config: Config, images: int, rounds: int, device: torch.device) -> dict:
+    """Medians, and what they come to as a share of a step."""
+    rig = Rig(config, device)
+    rig.round()
+    times = [rig.round() for _ in range(rounds)]
+    middle = {name: median(each[name] for each in times) for name in times[0]}
+    steps = train_steps(images, config.batch_size)
+    looks = -(-steps // config.analysis_interval)
+    added = (looks * middle["look"] + middle["record"]) / steps
+    return {
+        "network": f"{config.model}, width {config.width:g}, {config.image_size}x"
+        f"{config.image_size}, batch {config.batch_size}",
+        "interval": config.analysis_interval,
+        "steps_per_epoch": steps,
+        "rounds": rounds,
+        "median_seconds": {name: round(value, 5) for name, value in middle.items()},
+        "share_of_step": round(added / middle["step"], 5),
+    }
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.Parser(
+        prog="python -m benchmarks.analysis_overhead",
+        description=__doc__.split("\n")[0],
+        epilog="Any other flag goes to python -m tritonbnn.train.",
+    )
+    parser.add_argument("--recipe", default="digits", help="gives network, images and batch")
+    parser.add_argument("--images", type=int, default=1437, help="in an epoch, with its one record")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="write the result here")
+    args, flags = parser.parse_known_args(argv)
+    config = parse([args.recipe, *flags]).config
+    result = measure(config, args.images, args.rounds, torch.device(args.device))
+    command = "python -m benchmarks.analysis_overhead " + " ".join(sys.argv[1:])
+    result = header(command) | result
+    print(json.dumps(result, indent=2))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

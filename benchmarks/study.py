@@ -1,0 +1,36 @@
+"""The paper's comparisons, as ``python -m tritonbnn.study`` makes them, with what they ran on.
+
+python -m benchmarks.study optimizers decay steps --epochs 6 --out runs/study --json study.json
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from benchmarks.machine import header
+from tritonbnn import cli
+from tritonbnn.study.__main__ import main as study
+
+
+def main(argv: list[str]) -> int:
+    parser = cli.Parser(
+        prog="python -m benchmarks.study",
+        description=__doc__.split("\n")[0],
+        epilog="Any other flag goes to python -m tritonbnn.study.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--json", type=Path, required=True, help="write the result here")
+    args, flags = parser.parse_known_args(argv)
+    code = study([*flags, "--out", str(args.out)])
+    report = args.out / "study.json"
+    if code or not report.exists():
+        return code
+    command = "python -m benchmarks.study " + " ".join(sys.argv[1:])
+    result = header(command) | json.loads(report.read_text())
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

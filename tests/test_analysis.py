@@ -1,0 +1,360 @@
+"""What a run says about its binary weights, against plain numpy."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers import activation, gradient
+from tritonbnn.analysis import EDGES, Probe, Recorder, SignLayout, histogram
+from tritonbnn.nn import BinaryConv2d, BinaryLinear, BinaryUnit
+
+SHAPES = [(5, 3, 3, 3), (40, 33, 1, 1), (7,), (33, 70)]  # of 135, 1320, 7 and 2310 elements
+
+
+def signs(weight):
+    """+1 and -1, with sign(0) = +1."""
+    return np.where(weight >= 0, 1, -1)
+
+
+def flips(before, after):
+    """The paper's sum of abs(sign - sign) / 2, layer by layer."""
+    return [np.abs(signs(a) - signs(b)).sum() / 2 for a, b in zip(before, after, strict=True)]
+
+
+def test_differences_are_counted_layer_by_layer(launchers, device):
+    """Zeros of both signs, sizes that fill no row, weights that are not contiguous."""
+    before = [activation(*shape, seed=i) for i, shape in enumerate(SHAPES)]
+    after = [activation(*shape, seed=9 + i) for i, shape in enumerate(SHAPES)]
+    before[0] = before[0].to(memory_format=torch.channels_last)
+    layout = SignLayout([w.to(device) for w in before])
+    a, b = (layout.signs([w.to(device) for w in weights]) for weights in (before, after))
+    assert a.shape == (1 + 2 + 1 + 3, 32)
+    expected = flips([w.numpy() for w in before], [w.numpy() for w in after])
+    assert 0 < expected[2] < 7
+    assert layout.differing(a, b).tolist() == expected
+    assert layout.differing(a, a).tolist() == [0] * 4
+
+
+def test_what_reaches_a_threshold_is_counted(launchers, device):
+    tensors = [gradient(*shape, seed=i) for i, shape in enumerate(SHAPES)]
+    edge = 0.375
+    tensors[2][:4] = torch.tensor([edge, -edge, np.nextafter(np.float32(edge), 0), 0.0])
+    layout = SignLayout([t.to(device) for t in tensors])
+    bits = layout.reaching([t.to(device) for t in tensors], edge)
+    expected = [int((np.abs(t.numpy()) >= edge).sum()) for t in tensors]
+    assert layout.count(bits).tolist() == expected
+    assert layout.count(layout.empty()).tolist() == [0] * 4
+
+
+def test_one_sign_in_a_million(launchers, device):
+    weight = torch.ones(1 << 20, device=device)
+    layout = SignLayout([weight])
+    before = layout.signs([weight])
+    weight[777_777] = -1e-30
+    assert layout.differing(before, layout.signs([weight])).tolist() == [1]
+
+
+class Scripted:
+    """Two layers, their optimiser, and everything that numpy needs to tell the same.
+
+    A quarter of the weights gets no gradient in the first epoch, and of these one half in none.
+    """
+
+    def __init__(self, name="adam", **options):
+        torch.manual_seed(0)
+        self.model = nn.Sequential(BinaryConv2d(5, 8, 3, padding=1), BinaryLinear(9, 7))
+        for weight in self.model.parameters():
+            weight.data[0] = 0.0
+            weight.data *= 0.01
+        kinds = {"adam": torch.optim.Adam, "sgd": torch.optim.SGD}
+        self.optimizer = kinds[name](self.model.parameters(), lr=0.003)
+        self.recorder = Recorder(self.model, self.optimizer, **options)
+        self.history = [self.weights()]
+        self.gradients, self.records, self.batch = [], [], 0
+
+    def weights(self):
+        return [w.detach().numpy().copy() for w in self.model.parameters()]
+
+    def update(self):
+        for index, weight in enumerate(self.model.parameters()):
+            weight.grad = gradient(*weight.shape, seed=10 * len(self.history) + index) * 1e-3
+            dead = 4 if not self.records else 8
+            weight.grad.view(-1)[: weight.numel() // dead] = 1e-13
+        self.gradients.append([w.grad.numpy().copy() for w in self.model.parameters()])
+        due = self.recorder.due(self.batch)
+        if due:
+            self.recorder.before_update()
+        self.optimizer.step()
+        if due:
+            self.recorder.after_update()
+        self.batch += 1
+        self.history.append(self.weights())
+
+    def epoch(self, updates):
+        for _ in range(updates):
+            self.update()
+        self.records.append(self.recorder.record(len(self.records) + 1))
+        self.recorder.begin_epoch()
+        self.batch = 0
+
+
+SIZES = [8 * 5 * 9, 63]
+
+
+def of_layers(record, key):
+    return [layer[key] for layer in record["layers"].values()]
+
+
+def test_flip_flop_is_the_mean_over_the_looks():
+    run = Scripted(level="light", interval=2)
+    run.epoch(5)  # looks at the updates 0, 2 and 4
+    counts = np.array([flips(run.history[t], run.history[t + 1]) for t in (0, 2, 4)])
+    assert counts.sum() > 0
+    [record] = run.records
+    assert record["flip_flop"] == counts.sum() / sum(SIZES) / 3
+    assert of_layers(record, "flip_flop") == [
+        c / n / 3 for c, n in zip(counts.sum(0), SIZES, strict=True)
+    ]
+    assert list(record["layers"]) == ["0.weight", "1.weight"]
+
+
+def test_c2i_is_against_the_weights_that_the_step_started_from():
+    run = Scripted(level="light", interval=3)
+    for weight in run.model.parameters():
+        weight.data.neg_()  # as loading others does: those of the constructor do not count
+    run.recorder.begin_step()
+    run.history = [run.weights()]
+    run.epoch(4)
+    run.epoch(4)
+    changed = flips(run.history[0], run.history[-1])
+    record = run.records[-1]
+    agreement = 1 - sum(changed) / sum(SIZES)
+    assert 0 < agreement < 1
+    assert record["c2i_full"] == agreement
+    assert record["c2i_half"] == pytest.approx(1 - sum(changed) / (sum(SIZES) / 2), abs=1e-15)
+    assert of_layers(record, "c2i_full") == [1 - c / n for c, n in zip(changed, SIZES, strict=True)]
+
+
+def moved(run, first, looks):
+    """Which weights move in an epoch: a gradient at a look, or a sign unlike the one before it."""
+    result = []
+    for layer in range(2):
+        seen = np.zeros(run.history[0][layer].shape, bool)
+        last = signs(run.history[first][layer])
+        for look in looks:
+            before, after = (signs(run.history[first + look + t][layer]) for t in (0, 1))
+            seen |= np.abs(run.gradients[first + look][layer]) >= 1e-12
+            seen |= (before != last) | (after != before)
+            last = after
+        result.append(seen)
+    return result
+
+
+def test_dead_weights_and_their_revival():
+    run = Scripted(level="light", interval=2)
+    run.epoch(5)
+    run.epoch(4)
+    one, two = moved(run, 0, (0, 2, 4)), moved(run, 5, (0, 2))
+    first, second = run.records
+    dead = [int((~seen).sum()) for seen in one]
+    assert 0 < dead[0] < SIZES[0] / 3
+    assert first["dead"] == 1 - (sum(SIZES) - sum(dead)) / sum(SIZES)
+    assert "revived" not in first
+    revived = [int((~a & b).sum()) for a, b in zip(one, two, strict=True)]
+    assert revived[0] > 0
+    assert of_layers(second, "revived") == [r / n for r, n in zip(revived, SIZES, strict=True)]
+    assert second["revived"] == sum(revived) / sum(SIZES)
+
+
+def test_means_are_those_of_numpy():
+    run = Scripted(level="light", interval=2)
+    run.epoch(5)
+    [record] = run.records
+    beta1, beta2, eps, lr = 0.9, 0.999, 1e-8, 0.003
+    for layer, (name, values) in enumerate(record["layers"].items()):
+        m = v = np.zeros(run.history[0][layer].shape)
+        steps = []
+        for t, gradients in enumerate(run.gradients, start=1):
+            g = gradients[layer].astype(float)
+            m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g**2
+            m_hat, v_hat = m / (1 - beta1**t), v / (1 - beta2**t)
+            steps.append(np.abs(lr * m_hat / (np.sqrt(v_hat) + eps)).mean())
+        looks = [np.abs(run.gradients[t][layer].astype(float)).mean() for t in (0, 2, 4)]
+        assert values["gradient"] == pytest.approx(np.mean(looks), rel=1e-6), name
+        assert values["adam_step"] == pytest.approx(np.mean(steps[::2]), rel=1e-5), name
+        last = np.abs(run.history[-1][layer].astype(float)).mean()
+        assert values["weight"] == pytest.approx(last, rel=1e-6), name
+
+
+def test_sgd_has_no_step_of_adam():
+    run = Scripted("sgd", level="light")
+    run.epoch(2)
+    assert of_layers(run.records[0], "gradient")
+    assert all("adam_step" not in layer for layer in run.records[0]["layers"].values())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_counts_in_no_mean(bad):
+    run = Scripted("sgd", level="light", interval=1)
+    run.update()
+    good = np.abs(run.gradients[0][1].astype(float)).mean()
+    for weight in run.model.parameters():
+        weight.grad = torch.full_like(weight, bad)
+    run.recorder.before_update()
+    run.recorder.after_update()
+    record = run.recorder.record(1)
+    assert of_layers(record, "gradient")[1] == pytest.approx(good, rel=1e-6)
+
+    other = Scripted("sgd", level="light")
+    for weight in other.model.parameters():
+        weight.grad = torch.full_like(weight, bad)
+    other.recorder.before_update()
+    other.recorder.after_update()
+    assert all("gradient" not in layer for layer in other.recorder.record(1)["layers"].values())
+
+
+def test_an_epoch_without_a_look_says_less():
+    run = Scripted(level="light", interval=10)
+    run.batch = 1
+    run.epoch(3)
+    assert run.records[0].keys() == {"c2i_full", "c2i_half", "layers"}
+    run.epoch(3)
+    assert "revived" not in run.records[1]
+    assert "dead" in run.records[1]
+
+
+def test_off_measures_nothing_but_the_epoch_s_flips():
+    run = Scripted()
+    run.epoch(4)
+    assert run.records == [None]
+    run.update()
+    expected = flips(run.history[-2], run.history[-1])
+    assert run.recorder.flipped() == sum(expected) / sum(SIZES) > 0
+
+
+def test_a_network_without_binary_weights():
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    probe = Probe(torch.randn(4, 3))
+    recorder = Recorder(model, optimizer, level="full", interval=1, probe=probe)
+    recorder.begin_step()
+    model.weight.grad = torch.ones_like(model.weight)
+    recorder.before_update()
+    optimizer.step()
+    recorder.after_update()
+    assert recorder.flipped() == 0
+    assert recorder.record(1) == {"layers": {}}
+    assert recorder.rows() == {}
+
+
+def test_a_layer_without_a_gradient_is_dead():
+    run = Scripted(level="light")
+    run.recorder.before_update()
+    run.recorder.after_update()
+    assert run.recorder.record(1)["dead"] == 1
+
+
+def test_saturation_is_counted_per_channel():
+    """Of two units: the first sees the images, the second what the first makes of them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(BinaryUnit(8, 8, 3, 2), BinaryUnit(8, 16, 1)).train()
+    for unit in model:
+        unit.shift_in.data.copy_(torch.linspace(-1, 1, 8))
+        unit.bn.running_var.fill_(30.0)
+    model[0].shift_in.data[3] = 0.0
+    images = activation(4, 8, 6, 6) * 2
+    images[:, 3, :, :2] = torch.tensor([1.0, -1.0])  # exactly 1 is not saturated
+    images[:, 7] = 5.0
+    found = Probe(images).measure(model)
+    assert model.training
+    assert not model[0]._forward_pre_hooks
+    model.eval()
+    with torch.no_grad():
+        inputs = {"0.weight": images, "1.weight": model[0](images)}
+    assert found.keys() == inputs.keys()
+    counts, total = 0, 0
+    for (name, x), unit in zip(inputs.items(), model, strict=True):
+        large = np.abs(x.numpy() + unit.shift_in.detach().numpy()[:, None, None]) > 1
+        assert found[name].counts.tolist() == large.sum((0, 2, 3)).tolist()
+        np.testing.assert_array_equal(found[name].shares, large.mean((0, 2, 3)))
+        assert found[name].share == large.mean()
+        assert found[name].saturated_channels == (large.mean((0, 2, 3)) > 0.99).mean()
+        counts, total = counts + large.sum(), total + large.size
+    assert found["0.weight"].saturated_channels >= 1 / 8
+    optimizer = torch.optim.SGD(model.parameters())
+    recorder = Recorder(model, optimizer, level="light", probe=Probe(images))
+    record = recorder.record(1)
+    assert record["saturation"] == counts / total
+    assert record["layers"]["1.weight"]["saturation"] == found["1.weight"].share
+
+
+def test_saturation_of_features_is_along_the_last_dimension():
+    x = activation(3, 5, 7) * 2
+    found = Probe(x).measure(nn.Sequential(BinaryLinear(7, 4)))
+    assert found["0.weight"].counts.tolist() == (np.abs(x.numpy()) > 1).sum((0, 1)).tolist()
+    assert found["0.weight"].total == 15
+
+
+def test_histogram_is_that_of_numpy():
+    weight = torch.cat((gradient(5000) * 0.6, EDGES, torch.tensor([-0.0, 0.0, 9.0, -9.0])))
+    assert (weight.abs() > 1.5).sum() > 20
+    edges = EDGES.numpy()
+    counts, _ = np.histogram(np.clip(weight.numpy(), edges[0], edges[-1]), edges)
+    assert histogram(weight.view(-1, 5)).tolist() == counts.tolist()
+    middle = len(counts) // 2
+    assert edges[middle] == 0
+    assert histogram(torch.tensor([-0.0, 0.0]))[middle] == 2
+    assert np.array_equal(edges, -edges[::-1])
+
+
+def test_full_keeps_a_row_for_the_start_and_each_epoch():
+    torch.manual_seed(0)
+    model = nn.Sequential(BinaryUnit(8, 8, 3), BinaryUnit(8, 16, 1))
+    optimizer = torch.optim.SGD(model.parameters())
+    probe = Probe(torch.randn(2, 8, 4, 4))
+    recorder = Recorder(model, optimizer, level="full", probe=probe)
+    recorder.begin_step()
+    expected = []
+    for epoch in range(3):
+        if epoch:
+            recorder.record(epoch)
+            recorder.begin_epoch()
+        rows = {f"histogram.{n}.weight": histogram(model[n].weight) for n in (0, 1)}
+        rows |= {f"saturation.{n}": s.shares.float() for n, s in probe.measure(model).items()}
+        expected.append(rows)
+        for parameter in model.parameters():
+            parameter.data *= 1.5
+    rows = recorder.rows()
+    assert torch.equal(rows.pop("histogram.edges"), EDGES)
+    assert rows.keys() == expected[0].keys()
+    for name, tensor in rows.items():
+        assert torch.equal(tensor, torch.stack([row[name] for row in expected])), name
+    assert {t.dtype for t in rows.values()} == {torch.int64, torch.float32}
+
+    later = Recorder(model, optimizer, level="full", probe=probe)
+    later.record(2)
+    gap = later.rows()
+    assert gap["histogram.0.weight"].sum(1).tolist() == [0, 0, model[0].weight.numel()]
+    assert gap["saturation.0.weight"].isnan().all(1).tolist() == [True, True, False]
+
+
+def test_what_was_saved_goes_on_bit_for_bit():
+    """Cut off within an epoch, between looks, a recorder tells what an uninterrupted one tells."""
+    whole, cut = Scripted(level="full", interval=2), Scripted(level="full", interval=2)
+    for run in (whole, cut):
+        run.recorder.begin_step()
+        run.epoch(3)
+        for _ in range(4):
+            run.update()
+    saved = {name: tensor.clone() for name, tensor in cut.recorder.tensors().items()}
+    cut.recorder = Recorder(cut.model, cut.optimizer, level="full", interval=2)
+    cut.recorder.restore(saved)
+    for run in (whole, cut):
+        run.epoch(3)
+        run.epoch(2)
+    assert whole.records == cut.records
+    assert "revived" in whole.records[1]
+    ours, theirs = whole.recorder.tensors(), cut.recorder.tensors()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)

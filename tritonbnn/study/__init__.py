@@ -1,0 +1,1 @@
+"""AdamBNN's comparisons (2106.11309) as small grids of runs."""
