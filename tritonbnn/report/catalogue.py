@@ -42,7 +42,7 @@ CATALOGUE: list[tuple[str, str, str, Draw]] = [
         "curves",
         "Learning curves",
         "Validation (solid) should follow training (dashed) to the end of each step; the learning"
-        " rate falls to zero in the last epoch, where nothing moves any more.",
+        " rate falls to zero in the last epoch, where no weight moves.",
         lambda runs, _: lines.curves(runs),
     ),
     (
@@ -113,9 +113,9 @@ CATALOGUE: list[tuple[str, str, str, Draw]] = [
         "landscape",
         "Loss landscape",
         "The loss around the best weights (+), along two random directions; 1 on an axis moves each"
-        " filter by its own length. BatchNorm takes the statistics of the fixed batch of validation"
-        " images. A wide dark basin is forgiving; step 2's is rougher, as every sign that flips is"
-        " a jump.",
+        " filter by its own length. BatchNorm takes the statistics of the batch, a fixed one of"
+        " training images. A wide dark basin is forgiving; every sign that flips makes a jump: of"
+        " activations in both steps, of weights in step 2.",
         lambda runs, measured: maps.landscapes(runs, [m.landscapes for m in measured]),
     ),
     (
