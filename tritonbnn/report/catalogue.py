@@ -91,7 +91,7 @@ CATALOGUE: list[tuple[str, str, str, Draw]] = [
         "revived",
         "Revived weights by layer",
         f"{_LAYERS} The share of weights that were dead in the epoch before and are no more. Where"
-        " many are dead and none comes back, the optimiser's steps are too small to wake them.",
+        " many are dead and none comes back, nothing wakes them.",
         _by_layer("revived", "share of the layer's weights", (0, 0.01)),
     ),
     (

@@ -71,7 +71,7 @@ def page(
 _CSS = """
 body { margin: 2em auto; max-width: 70em; padding: 0 1em; font: 16px/1.5 sans-serif; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 }
-th, td { border-bottom: 1px solid #ccc; padding: .25em .8em; text-align: left }
+th, td { border-bottom: 1px solid #ccc; padding: .25em .8em; text-align: left; white-space: nowrap }
 .number { text-align: right; font-variant-numeric: tabular-nums }
 .wide { overflow-x: auto }
 figure { margin: 0 } figcaption { max-width: 50em }
