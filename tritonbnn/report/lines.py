@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -33,11 +32,11 @@ _NARROW = 0.01  # the least a histogram reaches to both sides of 0
 
 @dataclass(frozen=True)
 class Row:
-    """A row of panels: its label, a key for each line style or None, and its scale."""
+    """A row of panels: its label, a key or None for each line style, and whether it is log."""
 
     label: str
     keys: tuple[str | None, ...]
-    scale: Literal["linear", "log"] = "linear"
+    log: bool = False
 
 
 def curves(runs: Sequence[RunRecord]) -> Figure:
@@ -56,7 +55,7 @@ def curves(runs: Sequence[RunRecord]) -> Figure:
 def quantities(runs: Sequence[RunRecord]) -> Figure | None:
     """What is measured of the whole network, by epoch."""
     rows = [
-        Row("flip-flop ratio,\nflips per weight and step", ("flip_flop",), "log"),
+        Row("flip-flop ratio,\nflips per weight and step", ("flip_flop",), log=True),
         Row("C2I: share of signs\nas at the step's start", ("c2i_full",)),
         Row("saturation: share of\nactivations, |x| > 1", ("saturation",)),
         Row("dead weights,\nshare of all", ("dead",)),
@@ -94,7 +93,8 @@ def _lines(runs: Sequence[RunRecord], rows: Sequence[Row], styles: Sequence[Dash
         count_epochs(axes[-1])
     for axis, row in zip(grid[:, 0], rows, strict=True):
         axis.set_ylabel(row.label)
-        axis.set_yscale(row.scale)
+        if row.log:
+            axis.set_yscale("log", nonpositive="mask")
     figure.align_ylabels(grid[:, 0])
     return figure
 

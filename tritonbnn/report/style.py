@@ -28,7 +28,7 @@ DPI = 160
 WIDTH, PANEL = 10.5, 3.0  # inches: of a picture, and of a panel beside others in it
 WEIGHTS = {1: "real", 2: "1-bit"}
 _LONGEST = 32  # characters of a run's name
-_LETTERS, _HANDLE = 11, 8  # of the legend: characters an inch, and the line's width in characters
+_LETTERS, _HANDLE = 13, 8  # of the legend: characters an inch, and the line's width in characters
 Dash = Literal["-", "--"]
 
 
