@@ -16,7 +16,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 TRAIN, EVALUATE, PREDICT = "tritonbnn.train.__main__", "tritonbnn.evaluate", "tritonbnn.predict"
-STUDY, ANALYZE = "tritonbnn.study.__main__", "tritonbnn.analyze"
+ANALYZE, STUDY = "tritonbnn.analyze", "tritonbnn.study.__main__"
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 PRELOADED = (TRAIN, EVALUATE, PREDICT, STUDY, "torch.utils.tensorboard")
 

@@ -85,7 +85,11 @@ def test_numbers_that_are_none_are_left_out_and_named(tmp_path):
     for line in lines:
         line["train_loss"] = math.nan
     lines[2]["analysis"]["layers"][LAYERS[0]]["weight"] = math.inf
-    lines[3]["analysis"]["layers"][LAYERS[1]] = {"weight": "heavy", "dead": None, "revived": True}
+    lines[3]["analysis"]["layers"][LAYERS[1]] = {
+        "weight": "heavy",
+        "dead": 10**400,
+        "revived": True,
+    }
     lines[4]["analysis"] = []
     write_lines(tmp_path / "run", lines)
     run = only(tmp_path / "run")
@@ -101,6 +105,8 @@ def test_numbers_that_are_none_are_left_out_and_named(tmp_path):
     assert np.isnan(weights[0, 2])
     assert np.isnan(weights[1, 3])
     assert np.isnan(weights[:, 4]).all()
+    for key in ("dead", "revived"):
+        assert np.isnan(step.by_layer(key)[1, 3])
     assert np.isfinite(weights[2, :4]).all()
 
 

@@ -42,7 +42,7 @@ CATALOGUE: list[tuple[str, str, str, Draw]] = [
         "curves",
         "Learning curves",
         "Validation (solid) should follow training (dashed) to the end of each step; the learning"
-        " rate falls to zero in the last epoch, where nothing moves any more.",
+        " rate falls to zero in the last epoch, where no weight moves.",
         lambda runs, _: lines.curves(runs),
     ),
     (
@@ -91,7 +91,7 @@ CATALOGUE: list[tuple[str, str, str, Draw]] = [
         "revived",
         "Revived weights by layer",
         f"{_LAYERS} The share of weights that were dead in the epoch before and are no more. Where"
-        " many are dead and none comes back, the optimiser's steps are too small to wake them.",
+        " many are dead and none comes back, nothing wakes them.",
         _by_layer("revived", "share of the layer's weights", (0, 0.01)),
     ),
     (
@@ -113,9 +113,9 @@ CATALOGUE: list[tuple[str, str, str, Draw]] = [
         "landscape",
         "Loss landscape",
         "The loss around the best weights (+), along two random directions; 1 on an axis moves each"
-        " filter by its own length. BatchNorm takes the statistics of the fixed batch of validation"
-        " images. A wide dark basin is forgiving; step 2's is rougher, as every sign that flips is"
-        " a jump.",
+        " filter by its own length. BatchNorm takes the statistics of the batch, a fixed one of"
+        " training images. A wide dark basin is forgiving; every sign that flips makes a jump: of"
+        " activations in both steps, of weights in step 2.",
         lambda runs, measured: maps.landscapes(runs, [m.landscapes for m in measured]),
     ),
     (

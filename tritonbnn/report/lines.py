@@ -1,6 +1,7 @@
 """Values by epoch as lines, and weights as histograms; None where nothing was measured."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import matplotlib as mpl
 import numpy as np
@@ -29,12 +30,21 @@ from tritonbnn.report.style import (
 _NARROW = 0.01  # the least a histogram reaches to both sides of 0
 
 
+@dataclass(frozen=True)
+class Row:
+    """A row of panels: its label, a key or None for each line style, and whether it is log."""
+
+    label: str
+    keys: tuple[str | None, ...]
+    log: bool = False
+
+
 def curves(runs: Sequence[RunRecord]) -> Figure:
     """Loss, top-1 and learning rate of each step; training is dashed, validation solid."""
     rows = [
-        ("loss, nats per image", ("train_loss", "val_loss")),
-        ("top-1, % of images", ("train_top1", "val_top1")),
-        ("learning rate", (None, "lr")),
+        Row("loss, nats per image", ("train_loss", "val_loss")),
+        Row("top-1, % of images", ("train_top1", "val_top1")),
+        Row("learning rate", (None, "lr")),
     ]
     styles: list[tuple[Dash, str]] = [("--", "training"), ("-", "validation")]
     figure = _lines(runs, rows, [line for line, _ in styles])
@@ -45,47 +55,46 @@ def curves(runs: Sequence[RunRecord]) -> Figure:
 def quantities(runs: Sequence[RunRecord]) -> Figure | None:
     """What is measured of the whole network, by epoch."""
     rows = [
-        ("flip-flop ratio,\nflips per weight and step", ("flip_flop",)),
-        ("C2I: share of signs\nas at the step's start", ("c2i_full",)),
-        ("saturation: share of\nactivations, |x| > 1", ("saturation",)),
-        ("dead weights,\nshare of all", ("dead",)),
-        ("revived weights,\nshare of all", ("revived",)),
+        Row("flip-flop ratio,\nflips per weight and step", ("flip_flop",), log=True),
+        Row("C2I: share of signs\nas at the step's start", ("c2i_full",)),
+        Row("saturation: share of\nactivations, |x| > 1", ("saturation",)),
+        Row("dead weights,\nshare of all", ("dead",)),
+        Row("revived weights,\nshare of all", ("revived",)),
     ]
-    rows = [row for row in rows if _has(runs, row[1][0])]
+    rows = [row for row in rows if _has(runs, row.keys)]
     if not rows:
         return None
     figure = _lines(runs, rows, ["-"])
     for axis in figure.axes:
-        axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))  # no share is below 0
+        if axis.get_yscale() == "linear":
+            axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))  # no share is below 0
     legend(figure, runs, [])
     return figure
 
 
-def _has(runs: Sequence[RunRecord], key: str) -> bool:
+def _has(runs: Sequence[RunRecord], keys: Sequence[str | None]) -> bool:
     steps = [step for run in runs for step in run.steps.values()]
-    return any(np.isfinite(step.series(key)).any() for step in steps)
+    return any(np.isfinite(step.series(key)).any() for step in steps for key in keys if key)
 
 
-def _lines(
-    runs: Sequence[RunRecord],
-    rows: Sequence[tuple[str, tuple[str | None, ...]]],
-    styles: Sequence[str],
-) -> Figure:
+def _lines(runs: Sequence[RunRecord], rows: Sequence[Row], styles: Sequence[Dash]) -> Figure:
     """A row a quantity, a column a step, a colour a run; the axes of a row are the same."""
     steps = sorted({number for run in runs for number in run.steps})
     figure = Figure(figsize=(WIDTH if len(steps) > 1 else 0.6 * WIDTH, 0.6 + 1.9 * len(rows)))
     grid = figure.subplots(len(rows), len(steps), squeeze=False, sharex="col", sharey="row")
     for axes, number in zip(grid.T, steps, strict=True):
-        axes[0].set_title(f"step {number}: {WEIGHTS[number]}")
-        for axis, (_, keys) in zip(axes, rows, strict=True):
+        axes[0].set_title(f"step {number}: {WEIGHTS[number]} weights")
+        for axis, row in zip(axes, rows, strict=True):
             for index, run in enumerate(runs):
                 if number in run.steps:
-                    for key, line in zip(keys, styles, strict=True):
+                    for key, line in zip(row.keys, styles, strict=True):
                         if key:
                             _line(axis, run.steps[number].series(key), index, line)
         count_epochs(axes[-1])
-    for axis, (label, _) in zip(grid[:, 0], rows, strict=True):
-        axis.set_ylabel(label)
+    for axis, row in zip(grid[:, 0], rows, strict=True):
+        axis.set_ylabel(row.label)
+        if row.log:
+            axis.set_yscale("log", nonpositive="mask")
     figure.align_ylabels(grid[:, 0])
     return figure
 

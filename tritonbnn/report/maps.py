@@ -141,7 +141,7 @@ def landscapes(runs: Sequence[RunRecord], measured: Sequence[Landscapes]) -> Fig
     grid = figure.subplots(len(runs), len(steps), squeeze=False)
     for (row, column), axis in np.ndenumerate(grid):
         number = steps[column]
-        axis.set_title(f"{name_of(runs[row].label)}: step {number}, {WEIGHTS[number]}")
+        axis.set_title(f"{name_of(runs[row].label)}: step {number}, {WEIGHTS[number]} weights")
         axis.set_aspect("equal")
         axis.grid(visible=False)
         if found := measured[row].get(number):
@@ -183,8 +183,8 @@ def confusions(runs: Sequence[RunRecord], matrices: Sequence[Confused | None]) -
     shown = [(r, m) for r, m in zip(runs, matrices, strict=True) if m and m.is_small]
     if not shown:
         return None
-    side = max(PANEL, 1 + 0.3 * max(len(matrix.classes) for _, matrix in shown))
-    figure = Figure(figsize=((side + 0.3) * len(shown) + 0.9, side))
+    side = max(PANEL, 0.7 + 0.23 * max(len(matrix.classes) for _, matrix in shown))
+    figure = Figure(figsize=((side + 0.2) * len(shown) + 0.9, side + 0.2))
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axis, (run, matrix) in zip(panels, shown, strict=True):
         axis.set_title(f"{name_of(run.label)}, step {matrix.step}")

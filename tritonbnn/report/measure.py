@@ -87,7 +87,7 @@ def _best(run: RunRecord, step: int) -> Path:
 def _landscape(run: RunRecord, step: int, wanted: Wanted) -> Landscape:
     model, checkpoint = load_network(_best(run, step))
     source = open_data(checkpoint, wanted.data_dir)
-    batch = fixed_batch(source.val, wanted.images)
+    batch = fixed_batch(EvalSet(source.train.images, source.val.transform), wanted.images)
     wanted.compute.place(model)
     bar = Bar(f"{run.label} step {step} landscape", wanted.points**2, 0, show=True)
     try:

@@ -71,8 +71,8 @@ def page(
 _CSS = """
 body { margin: 2em auto; max-width: 70em; padding: 0 1em; font: 16px/1.5 sans-serif; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 }
-th, td { border-bottom: 1px solid #ccc; padding: .25em .8em; text-align: left }
-td.number { text-align: right; font-variant-numeric: tabular-nums }
+th, td { border-bottom: 1px solid #ccc; padding: .25em .8em; text-align: left; white-space: nowrap }
+.number { text-align: right; font-variant-numeric: tabular-nums }
 .wide { overflow-x: auto }
 figure { margin: 0 } figcaption { max-width: 50em }
 h2 { margin-top: 2em }
@@ -95,9 +95,9 @@ _PAGE = """<!DOCTYPE html>
 
 
 def _table(runs: Sequence[RunRecord]) -> str:
-    head = "".join(f"<th>{escape(text)}</th>" for text in _HEADS)
+    head = _row(_HEADS, "th")
     body = "\n".join(_row(_cells(run, step)) for run in runs for step in run.steps.values())
-    return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
+    return f'<div class="wide"><table>\n{head}\n{body}\n</table></div>'
 
 
 def _cells(run: RunRecord, step: StepRecord) -> list[str]:
@@ -107,16 +107,16 @@ def _cells(run: RunRecord, step: StepRecord) -> list[str]:
     numbers = [run.setting(key, step.number) for key in ("width", "seed", "lr", "weight_decay")]
     scores = [_two_digits(np.fmax.reduce(top1)), _two_digits(top1[-1]), f"{np.nansum(seconds):.0f}"]
     row = [run.label, *known, step.number, WEIGHTS[step.number], *numbers, step.epochs, *scores]
-    return [str(value) for value in row]
+    return [f"{value:g}" if isinstance(value, float) else str(value) for value in row]
 
 
 def _two_digits(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f}"
 
 
-def _row(cells: Sequence[str]) -> str:
+def _row(cells: Sequence[str], tag: str = "td") -> str:
     kinds = [' class="number"' if index >= _NUMBERS else "" for index in range(len(cells))]
-    inner = "".join(f"<td{k}>{escape(c)}</td>" for k, c in zip(kinds, cells, strict=True))
+    inner = "".join(f"<{tag}{k}>{escape(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True))
     return f"<tr>{inner}</tr>"
 
 

@@ -214,7 +214,7 @@ def _not_finite(lines: list[Line]) -> dict[str, list[str]]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or (type(value) is int and abs(value) < 2**63)
 
 
 def _by_numbers(name: str) -> list[tuple[int, str]]:

@@ -25,9 +25,10 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "os^Dv"
 MAP = "cividis"
 DPI = 160
-WIDTH, PANEL = 10.5, 3.4  # inches: of a picture, and the least of a panel in it
-WEIGHTS = {1: "real weights", 2: "1-bit weights"}
+WIDTH, PANEL = 10.5, 3.0  # inches: of a picture, and of a panel beside others in it
+WEIGHTS = {1: "real", 2: "1-bit"}
 _LONGEST = 32  # characters of a run's name
+_LETTERS, _HANDLE = 13, 8  # of the legend: characters an inch, and the line's width in characters
 Dash = Literal["-", "--"]
 
 
@@ -40,6 +41,7 @@ def style() -> Iterator[None]:
         mpl.rc("axes", titlesize=9, grid=True, axisbelow=True)
         mpl.rc("grid", color="#dddddd")
         mpl.rc("legend", frameon=False)
+        mpl.rc("image", interpolation="nearest")
         mpl.rc("figure.constrained_layout", use=True)
         yield
 
@@ -80,12 +82,9 @@ def legend(figure: Figure, runs: Sequence[RunRecord], styles: Sequence[tuple[Das
     handles = [Line2D([], [], **look(i, 1)) for i in range(len(runs))]
     labels = [name_of(run.label) for run in runs]
     handles += [Line2D([], [], color="#555555", linestyle=line) for line, _ in styles]
-    figure.legend(
-        handles,
-        labels + [name for _, name in styles],
-        loc="outside upper center",
-        ncols=min(len(handles), 4),
-    )
+    labels += [name for _, name in styles]
+    columns = int(figure.get_figwidth() * _LETTERS / (max(map(len, labels)) + _HANDLE))
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(handles), columns))
 
 
 def short(layer: str) -> str:
