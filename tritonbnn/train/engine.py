@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from tritonbnn.train.data import MicroBatch
+from tritonbnn.train.device import check_compiler
 from tritonbnn.train.distributed import World
 from tritonbnn.train.meters import Evaluation, FirstBad, evaluation_sums
 from tritonbnn.train.state import State
@@ -51,6 +52,7 @@ class Compute:
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compiled:
+            check_compiler(self.device)
             # In place, so that names stay bare. Batches come in two sizes: the last is smaller.
             model.compile(dynamic=False)
 
