@@ -171,3 +171,114 @@ def test_hooks_of_a_unit_run_in_a_chain():
             unit.register_forward_hook(lambda unit, args, output: seen.append(unit))
     model(torch.randn(2, 3, 32, 32))
     assert len(seen) == 26
+
+
+FUSED = pytest.mark.parametrize("fused", [True, False], ids=["fused", "composed"])
+
+
+def test_evaluation_before_any_training_uses_the_initial_averages():
+    torch.manual_seed(0)
+    units = [BinaryUnit(33, 33, 3, fused=fused).double().eval() for fused in (True, False)]
+    units[1].load_state_dict(units[0].state_dict())
+    x = torch.randn(1, 33, 1, 1, dtype=torch.float64)  # one value per channel is enough here
+    assert torch.allclose(units[0](x), units[1](x), rtol=1e-12)
+    assert units[0].bn.num_batches_tracked == 0
+
+
+def test_without_running_averages_evaluation_uses_the_batch():
+    torch.manual_seed(0)
+    unit = BinaryUnit(8, 8, 3)
+    unit.bn = nn.BatchNorm2d(8, track_running_stats=False)
+    x = torch.randn(2, 8, 4, 3)
+    assert torch.equal(unit.eval()(x), unit.train()(x))
+
+
+@FUSED
+def test_one_value_per_channel_is_torchs_error(fused):
+    unit = BinaryUnit(8, 8, 3, fused=fused)
+    before = unit.bn.running_mean.clone()
+    with pytest.raises(ValueError, match=r"Expected more than 1 value per channel when training"):
+        unit(torch.randn(1, 8, 1, 1))
+    assert torch.equal(unit.bn.running_mean, before)
+
+
+@FUSED
+@pytest.mark.parametrize("size", [(5, 4), (4, 5)])
+def test_an_odd_size_at_stride_2_is_named(fused, size):
+    unit = BinaryUnit(8, 8, 3, stride=2, fused=fused)
+    with pytest.raises(ValueError, match=rf"even height and width, not \({size[0]}, {size[1]}\)"):
+        unit(torch.randn(2, 8, *size))
+
+
+@FUSED
+def test_a_shortcut_that_cannot_be_added_is_named(fused):
+    unit = BinaryUnit(8, 16, 3, stride=2, fused=fused)
+    with pytest.raises(ValueError, match=r"shortcut must have shape \(2, 16, 2, 2\)"):
+        unit(torch.randn(2, 8, 4, 4), torch.randn(2, 8, 2, 2))
+
+
+@FUSED
+def test_channels_without_a_shortcut_are_refused(fused):
+    with pytest.raises(ValueError, match=r"lead from 8 to 24 channels|shape \(2, 24, 4, 4\)"):
+        BinaryUnit(8, 24, 3, fused=fused)(torch.randn(2, 8, 4, 4))
+
+
+def test_requires_grad_may_change_between_steps(launchers, device):
+    """Each step's gradients are those of a unit that was never frozen, for what is not frozen."""
+    torch.manual_seed(0)
+    unit, twin = (BinaryUnit(8, 8, 3).to(device) for _ in range(2))
+    twin.load_state_dict(unit.state_dict())
+    x = torch.randn(2, 8, 3, 3, device=device)
+    names = [name for name, _ in unit.named_parameters()]
+    for frozen in (set(), set(names) - {"bn.bias"}, {"weight"}, set(names), set()):
+        for name, parameter in unit.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        unit.zero_grad()
+        twin.zero_grad()
+        z, full = unit(x), twin(x)
+        assert z.requires_grad is (frozen != set(names))
+        full.square().sum().backward()
+        if z.requires_grad:
+            z.square().sum().backward()
+        for name, parameter in unit.named_parameters():
+            expected = None if name in frozen else twin.get_parameter(name).grad
+            assert (parameter.grad is None) is (expected is None)
+            assert expected is None or torch.equal(parameter.grad, expected)
+
+
+def test_a_unit_moves_between_dtypes():
+    """float32, float64, bf16 and back: each step is that of the composition in the same dtype."""
+    torch.manual_seed(0)
+    units = [BinaryUnit(33, 33, 3, fused=fused) for fused in (True, False)]
+    units[1].load_state_dict(units[0].state_dict())
+    x = torch.randn(2, 33, 4, 3)
+    for dtype, rtol in ((torch.float32, 1e-5), (torch.float64, 1e-12), (torch.bfloat16, 0.03)):
+        outputs = []
+        for unit in units:
+            unit.to(dtype).zero_grad()
+            z = unit(x.to(dtype))
+            z.float().square().sum().backward()
+            outputs.append(z)
+        assert outputs[0].dtype == dtype
+        assert (outputs[0] - outputs[1]).norm() <= rtol * outputs[1].norm()
+        for (name, a), b in zip(units[0].named_parameters(), units[1].parameters(), strict=True):
+            assert a.grad.dtype == dtype
+            assert (a.grad - b.grad).norm() <= 2 * rtol * b.grad.norm(), (dtype, name)
+    assert units[0].float()(x).dtype == torch.float32
+
+
+def test_a_unit_moves_between_devices(gpu):
+    torch.manual_seed(0)
+    unit = BinaryUnit(33, 33, 3)
+    x = torch.randn(2, 33, 4, 3)
+    unit.eval()
+    there = unit.to(gpu)(x.to(gpu))
+    with pytest.raises(ValueError, match="all tensors must be on one device"):
+        unit(x)
+    back = unit.cpu()(x)
+    assert (there.cpu() - back).norm() <= 1e-5 * back.norm()
+
+
+def test_tensors_on_two_devices_are_named():
+    with pytest.raises(ValueError, match="one device, not x on meta, weight on cpu"):
+        BinaryUnit(8, 8, 3)(torch.randn(2, 8, 4, 4, device="meta"))

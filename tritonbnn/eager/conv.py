@@ -1,7 +1,5 @@
 """Binary convolution and its gradients in torch: signs are expanded, then torch convolves."""
 
-from functools import reduce
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,6 +8,9 @@ from tritonbnn.checks import conv_output_size
 from tritonbnn.eager.common import accumulator, chunks
 from tritonbnn.eager.pack import unpack_signs
 from tritonbnn.layout import channels_last, empty_channels_last
+
+FILTERS = 128
+"""Filters whose gradient is computed at a time: torch holds it three times while it makes it."""
 
 
 def conv_packed(
@@ -139,15 +140,15 @@ def conv_weight_grad(
     """
     acc = accumulator(grad.dtype)
     shape = (grad.shape[1], channels, kernel_size, kernel_size)
-    like = empty_channels_last(shape, acc, grad.device)
+    total = empty_channels_last(shape, acc, grad.device).zero_()
     mask = [False, True, False]
-    grads = (
-        _convolution_backward(
-            grad[part].to(acc), unpack_signs(x[part], channels, acc), like, stride, padding, mask
-        )[1]
-        for part in chunks(len(x), channels * x.shape[1] * x.shape[2])
-    )
-    return channels_last(reduce(Tensor.add_, grads))
+    for part in chunks(len(x), channels * x.shape[1] * x.shape[2]):
+        signs, g = unpack_signs(x[part], channels, acc), grad[part].to(acc)
+        for share, filters in zip(
+            g.split(FILTERS, dim=1), total.split(FILTERS, dim=0), strict=True
+        ):
+            filters += _convolution_backward(share, signs, filters, stride, padding, mask)[1]
+    return total
 
 
 def _convolution_backward(

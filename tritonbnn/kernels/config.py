@@ -170,7 +170,9 @@ def default_tile(key: ProblemKey, formulation: str) -> TileConfig:
         if key.op == "unit_activation_backward":
             elements = 1024
         block_n = min(128, power_of_two(key.channels))
-        return TileConfig(elements // block_n, block_n, 1, 4, 1)
+        # With half the threads, the compiler spills a value or two of some shapes on sm_90.
+        num_warps = 8 if key.op.startswith("unit") else 4
+        return TileConfig(elements // block_n, block_n, 1, num_warps, 1)
     if formulation == "popcount":
         return TileConfig(64, min(64, power_of_two(key.out_channels)), 32, 8, 2)
     inner, columns = key.channels, key.out_channels

@@ -126,12 +126,13 @@ class _BinaryUnit(torch.autograd.Function):
         dy = library.unit_norm_backward(du, a, *coefficients)
         del a
         needs_x, needs_weight, _, _, needs_shift_in = ctx.needs_input_grad[:5]
-        dx = dweight = dshift_in = None
-        if needs_weight:
-            dweight = _weight_grad(dy, signs, weight, options)
+        dx = dweight = dshift_in = dsigns = None
         if needs_x or needs_shift_in:
             dsigns = _signs_grad(dy, x, weight, packed, alpha, options)
-            del dy
+        if needs_weight:  # after the expanded weight is gone, which may be as large
+            dweight = _weight_grad(dy, signs, weight, options)
+        del dy
+        if dsigns is not None:
             skipped = du if residual is None else None
             dx, dshift_in = library.sign_backward(
                 dsigns, x, shift_in, skipped, shortcut=options.shortcut
