@@ -19,6 +19,7 @@ from tritonbnn import cli
 from tritonbnn.kernels import aot, config, shipped
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.commands import add_problem_arguments, named_problems, positive
+from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.shipped import check_target
 from tritonbnn.kernels.timing import measured_on, time_callable
 from tritonbnn.kernels.truth import error_of
@@ -113,8 +114,12 @@ def tune_all(
     todo = {problem.key.bucketed(): problem for problem in problems}
     todo = {key: problem for key, problem in todo.items() if key not in entries}
     for key, problem in tqdm(todo.items(), unit="problem", disable=None):
-        choices = candidates(problem.key, capability)[:limit]
-        entries[key] = tune(problem, choices, device, runs).as_json()
+        choices = [
+            choice
+            for choice in candidates(problem.key, capability)
+            if choice.formulation != "mma" or has_one_bit_core(device)
+        ]
+        entries[key] = tune(problem, choices[:limit], device, runs).as_json()
         write_table(path, head, entries)
     return len(todo)
 
@@ -161,17 +166,11 @@ def main(argv: list[str]) -> int:
     gpu = torch.cuda.get_device_name(device)
     if arguments.gpu not in ("auto", gpu):
         raise cli.UserError(f"this GPU is {gpu!r}, not {arguments.gpu!r}")
-    major, minor = torch.cuda.get_device_capability(device)
     path = arguments.output or config.table_path(gpu)
-    limits = {"capability": _nearest_target(10 * major + minor), "limit": arguments.limit}
+    limits = {"capability": aot.nearest_capability(device), "limit": arguments.limit}
     tuned = tune_all(problems, path, gpu, device, **limits)
     print(f"tuned {tuned} of {len(problems)} problems: {path}")
     return 0
-
-
-def _nearest_target(capability: int) -> int:
-    """The largest known capability that is not above this one: its shared memory is there too."""
-    return max((known for known in aot.SHARED_MEMORY_LIMIT if known <= capability), default=80)
 
 
 def _parser() -> cli.Parser:
