@@ -87,6 +87,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args(argv)
     path = writable(args.json)
+    if args.batch < 2 or args.size < 32 or args.size % 32:
+        raise cli.UserError("BatchNorm needs --batch 2 or more, the network --size in 32s")
+    if args.threads < 1 or args.processes < 1:
+        raise cli.UserError("--threads and --processes must be at least 1")
     torch.set_num_threads(args.threads)  # for the header
     result = measure(args.batch, args.size, args.threads, args.processes)
     for malloc, row in (("", result), (" with malloc's defaults", result["with_default_malloc"])):

@@ -5,6 +5,7 @@ An interpreted kernel cannot be compiled, and these tests run beside interpreted
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -19,6 +20,9 @@ from tritonbnn.kernels.workload import OPS, Problem
 pytestmark = pytest.mark.xdist_group("aot")  # one worker compiles, once
 
 TARGETS = ("sm_80", "sm_90")
+
+OPERAND_KERNELS = {"_unpack_kernel", "_fragments_kernel", "_base_kernel", "_patch_kernel"}
+"""What only prepares the operands of a product."""
 
 
 def run_shipped(*arguments):
@@ -41,9 +45,10 @@ def rows(tmp_path_factory):
 
 
 def test_every_kernel_is_compiled_for_every_target(rows):
-    kernels = {
+    kernels = OPERAND_KERNELS | {
         "_conv_dot_kernel",
         "_conv_input_grad_kernel",
+        "_conv_mma_kernel",
         "_conv_popcount_kernel",
         "_conv_weight_grad_kernel",
         "_difference_kernel",
@@ -56,7 +61,6 @@ def test_every_kernel_is_compiled_for_every_target(rows):
         "_unit_activation_backward_kernel",
         "_unit_forward_kernel",
         "_unit_norm_backward_kernel",
-        "_unpack_kernel",
     }
     for target in TARGETS:
         assert {row["kernel"] for row in rows if row["target"] == target} == kernels
@@ -74,7 +78,7 @@ def test_no_kernel_breaks_a_limit(rows):
 @pytest.mark.parametrize(
     ("op", "units"),
     [
-        ("conv_packed", {"IMMA", "IGMMA"}),
+        ("conv_packed", {"IMMA", "IGMMA", "BMMA"}),
         ("conv_real", {"HMMA", "HGMMA"}),
         ("conv_input_grad", {"HMMA", "HGMMA"}),
         ("conv_weight_grad", {"HMMA", "HGMMA"}),
@@ -84,7 +88,7 @@ def test_products_run_on_tensor_cores(rows, op, units):
     products = [
         row
         for row in rows
-        if row["op"] == op and row["kernel"] not in ("_unpack_kernel", "_conv_popcount_kernel")
+        if row["op"] == op and row["kernel"] not in {*OPERAND_KERNELS, "_conv_popcount_kernel"}
     ]
     assert products
     for row in products:
@@ -96,6 +100,62 @@ def test_the_popcount_idiom_becomes_one_instruction(rows):
     popcounts = [row for row in rows if row["kernel"] == "_conv_popcount_kernel"]
     assert popcounts
     assert all(row["popcounts"] > 0 and not row["tensor_core"] for row in popcounts)
+
+
+def test_the_one_bit_core_is_fed_by_wide_loads(rows):
+    products = [row for row in rows if row["kernel"] == "_conv_mma_kernel"]
+    assert len(products) == len(TARGETS) * len(shipped.REPRESENTATIVE)
+    for row in products:
+        busy, loads = row["tensor_core"], row["wide_loads"]
+        assert set(busy) == {"BMMA"}
+        assert row["shared_bytes"] == row["shuffles"] == 0  # every lane keeps what it has
+        # A chunk of 4 x 4 tiles is 32 instructions, 8 loads of the weight and 4 of the image.
+        if "32>32" not in row["layer"]:
+            assert loads >= busy["BMMA"] * 12 // 32
+            assert row["loop"]["BMMA"] / sum(row["loop"].values()) > 0.07
+
+
+def run_python(code):
+    """What a program prints where kernels are not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_peak_is_measured_on_registers():
+    code = """
+import torch
+from tritonbnn.kernels import aot, mma_peak
+(launch,) = aot.record(lambda: mma_peak.run_steps(2, 4096, torch.device("meta")))
+for capability in (80, 90):
+    print(aot.compile_launch(launch, capability).tensor_core_share)
+"""
+    assert all(float(line) > 0.8 for line in run_python(code).splitlines())
+
+
+def test_the_one_bit_core_reads_registers_in_the_order_of_memory():
+    """The 4 words of a load are the weight's fragment; those of the image, two instructions'."""
+    code = """
+import torch
+from tritonbnn.kernels import aot, config, shipped
+from tritonbnn.kernels.geometry import Geometry
+problem = shipped.Problem("conv_packed", Geometry(4, 7, 7, 1024, 64, 1, 1, 0), torch.float32)
+launch = shipped.launches_of(problem, config.default(problem.key, "mma"))[-1]
+print(aot.compile_kernel(launch, 80).asm["ptx"])
+"""
+    ptx = run_python(code)
+    quads = [tuple(re.findall(r"%r\d+", line)) for line in re.findall("v4.b32 {.*?}", ptx)]
+    products = re.findall(r"and.popc\s+{(.*)}, {(.*)}, {(.*)}, {(.*)};", ptx)
+    assert len(products) == 32
+    for number, (result, weight, image, sums) in enumerate(products):
+        assert result == sums
+        assert tuple(weight.split(",")) in quads
+        half = slice(2 * (number % 2), 2 * (number % 2) + 2)
+        assert tuple(image.split(",")) in [quad[half] for quad in quads]
 
 
 def test_float32_products_stay_off_the_tensor_core(tmp_path):
@@ -131,11 +191,13 @@ def is_tensor(value):
 
 
 def test_limits_are_reported():
-    made = aot.Resources("_conv_dot_kernel", 255, 8, 230 * 1024, Counter({"FFMA": 1}), Counter())
+    made = aot.Resources("_conv_mma_kernel", 255, 8, 230 * 1024, Counter({"FFMA": 1}), Counter())
     tile = config.TileConfig(16, 16, 32, 4, 1)
-    row = shipped.Row("sm_90", "conv_real", "", "bf16", tile, made)
+    row = shipped.Row("sm_90", "conv_packed", "", "bf16", tile, made)
     assert row.problems == [
         "spills 8 bytes",
         "takes 235520 of 232448 bytes of shared memory",
         "has no tensor-core instruction",
+        "is not on the one-bit tensor core",
+        "has no load of 16 bytes",
     ]

@@ -35,9 +35,11 @@ ALLOWED = {
 TOOLS = {
     "autotune",
     "bench",
+    "bench_matmul",
     "candidates",
     "commands",
     "formulas",
+    "mma_peak",
     "shipped",
     "aot",
     "workload",

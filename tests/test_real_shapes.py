@@ -46,7 +46,7 @@ def test_formulations_agree_exactly(gpu, layer):
     for formulation in config.FORMULATIONS["conv_packed"]:
         with config.using(config.default(problem.key, formulation)):
             results.append(problem.run(inputs)[0])
-    assert torch.equal(*results)
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 def test_addresses_beyond_int32_when_reading(gpu):

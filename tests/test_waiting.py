@@ -11,13 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import HAS_GPU
 from tests.helpers import KERNEL_DEVICE
+from tritonbnn.analysis import Recorder
 from tritonbnn.kernels.launch import recording
 from tritonbnn.models import build_model
 from tritonbnn.train.data import MicroBatch
 from tritonbnn.train.engine import Compute, label_objective, teacher_objective, train_one_epoch
 from tritonbnn.train.meters import FirstBad, TrainMeter
-from tritonbnn.train.optim import build_adam
-from tritonbnn.train.signs import SignTracker
+from tritonbnn.train.optim import build_optimizer
 from tritonbnn.train.state import State
 
 READING = {
@@ -56,13 +56,14 @@ def epoch(precision, binary_weights, taught, after_step=lambda: None):
         teacher = nn.Sequential(nn.Conv2d(3, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         compute.place(teacher)
         objective = teacher_objective(teacher, compute)
+    optimizer = build_optimizer("adam", model, 1e-3, 1e-5)
     state = State(
         step=1 + binary_weights,
         model=model,
-        optimizer=build_adam(model, 1e-3, 1e-5),
+        optimizer=optimizer,
         scaler=compute.scaler(),
         meter=TrainMeter(KERNEL_DEVICE),
-        signs=SignTracker(model),
+        analysis=Recorder(model, optimizer, level="light", interval=1),
     )
     images, labels = torch.randn(2, 3, 16, 16), torch.tensor([3, 5])
     parts = [(2, True), (4, False), (4, True)]

@@ -25,7 +25,7 @@ SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
 
 _INSTRUCTION = re.compile(r"\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)[. ;]")
 
-TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|IMMA|IGMMA)\b")
+TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|IMMA|IGMMA|BMMA|BGMMA)\b")
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -56,6 +56,11 @@ class Resources:
         return {name: n for name, n in sorted(self.instructions.items()) if TENSOR_CORE.match(name)}
 
     @property
+    def wide_loads(self) -> int:
+        """Loads of 16 bytes from global memory to registers."""
+        return self.instructions["LDG.128"]
+
+    @property
     def tensor_core_share(self) -> float:
         """The share of tensor-core instructions in the inner loop."""
         return _tensor_core_count(self.loop) / max(self.loop.total(), 1)
@@ -69,6 +74,13 @@ def parse_target(text: str) -> int:
     return known[text]
 
 
+def nearest_capability(device: torch.device) -> int:
+    """The largest known capability that is not above a GPU's: its shared memory is there too."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    known = [each for each in SHARED_MEMORY_LIMIT if each <= 10 * major + minor]
+    return max(known, default=min(SHARED_MEMORY_LIMIT))
+
+
 def record(call: Callable[[], Any]) -> list[Launch]:
     """The launches that a call on ``meta`` tensors would make."""
     with recording() as launches:
@@ -77,7 +89,13 @@ def record(call: Callable[[], Any]) -> list[Launch]:
 
 
 def compile_launch(launch: Launch, capability: int) -> Resources:
-    """Compile a launch as its arguments specialise it, for a compute capability."""
+    """Compile a launch and read what it takes."""
+    compiled = compile_kernel(launch, capability)
+    return _read_cubin(launch.kernel.__name__, compiled.asm["cubin"], compiled.metadata.shared)
+
+
+def compile_kernel(launch: Launch, capability: int) -> Any:
+    """Triton's compiled kernel of a launch, as its arguments specialise it."""
     if interpreted(launch.kernel):
         raise RuntimeError("an interpreted kernel cannot be compiled: unset TRITON_INTERPRET")
     constants, signature, attributes = {}, {}, {}
@@ -93,10 +111,18 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
             signature[parameter.name] = "i32"
             if value % 16 == 0:
                 attributes[(index,)] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(launch.kernel, signature, constants, attributes)
+    source = _source_type(launch.kernel)(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return _read_cubin(launch.kernel.__name__, compiled.asm["cubin"], compiled.metadata.shared)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _source_type(kernel: Any) -> type:
+    """What the compiler takes a kernel's language for."""
+    if not kernel.is_gluon():
+        return triton.compiler.ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    return GluonASTSource
 
 
 def _read_cubin(kernel: str, cubin: bytes, shared_bytes: int) -> Resources:
@@ -113,7 +139,10 @@ def _read_cubin(kernel: str, cubin: bytes, shared_bytes: int) -> Resources:
 
 
 def _parse(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
-    """The instructions of a disassembly by name, and its loops as [start, end) among them."""
+    """The instructions of a disassembly by name, and its loops as [start, end) among them.
+
+    Names have no modifiers, but that loads of 16 bytes are ``LDG.128``.
+    """
     names: list[str] = []
     labels: dict[str, int] = {}
     loops = []
@@ -121,7 +150,8 @@ def _parse(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = len(names)
         elif found := _INSTRUCTION.match(line):
-            names.append(found[1])
+            wide = found[1] == "LDG" and ".128" in line
+            names.append("LDG.128" if wide else found[1])
             jump = re.search(r"`\((\.L\w+)\)", line) if found[1] == "BRA" else None
             if jump and jump[1] in labels:
                 loops.append((labels[jump[1]], len(names)))

@@ -19,6 +19,7 @@ from tritonbnn import cli
 from tritonbnn.kernels import aot, config, shipped
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.commands import add_problem_arguments, named_problems, positive
+from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.shipped import check_target
 from tritonbnn.kernels.timing import measured_on, time_callable
 from tritonbnn.kernels.truth import error_of
@@ -129,9 +130,13 @@ def tune_all(
     todo = {key: problem for key, problem in todo.items() if key not in entries}
     ordered = sorted(todo.items(), key=lambda item: item[1].op == PLAN)
     for key, problem in tqdm(ordered, unit="problem", disable=None):
-        choices = candidates(problem.key, capability)[:limit]
+        choices = [
+            choice
+            for choice in candidates(problem.key, capability)
+            if choice.formulation != "mma" or has_one_bit_core(device)
+        ]
         table = dict(config.parse_entry(entry) for entry in entries.values())
-        entries[key] = tune(problem, choices, device, runs, table).as_json()
+        entries[key] = tune(problem, choices[:limit], device, runs, table).as_json()
         write_table(path, head, entries)
     return len(todo)
 
@@ -178,17 +183,11 @@ def main(argv: list[str]) -> int:
     gpu = torch.cuda.get_device_name(device)
     if arguments.gpu not in ("auto", gpu):
         raise cli.UserError(f"this GPU is {gpu!r}, not {arguments.gpu!r}")
-    major, minor = torch.cuda.get_device_capability(device)
     path = arguments.output or config.table_path(gpu)
-    limits = {"capability": _nearest_target(10 * major + minor), "limit": arguments.limit}
+    limits = {"capability": aot.nearest_capability(device), "limit": arguments.limit}
     tuned = tune_all(problems, path, gpu, device, **limits)
     print(f"tuned {tuned} of {len(problems)} problems: {path}")
     return 0
-
-
-def _nearest_target(capability: int) -> int:
-    """The largest known capability that is not above this one: its shared memory is there too."""
-    return max((known for known in aot.SHARED_MEMORY_LIMIT if known <= capability), default=80)
 
 
 def _parser() -> cli.Parser:

@@ -6,6 +6,7 @@ and operations set. Without a GPU it runs at small sizes under TRITON_INTERPRET=
 """
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from tritonbnn.kernels.commands import add_problem_arguments, named_problems, po
 from tritonbnn.kernels.formulas import plain_formulas
 from tritonbnn.kernels.launch import interpreted
 from tritonbnn.kernels.library import convolution, convolution_backward
+from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.shipped import describe
 from tritonbnn.kernels.timing import copy_bandwidth, matmul_rate, measured_on, time_callable
 from tritonbnn.kernels.truth import error_of
@@ -86,7 +88,7 @@ def measure(
     Args:
         problem: what to run.
         device: where.
-        roofs: ``copy_bytes_per_s`` and ``matmul_ops_per_s``.
+        roofs: as :func:`measured_roofs` measures them.
         runs: timed runs of each contender.
         compiled: whether torch.compile contends.
     """
@@ -104,6 +106,7 @@ def measure(
     floor = 1e6 * max(
         problem.bytes_moved / roofs["copy_bytes_per_s"],
         problem.operations / roofs["matmul_ops_per_s"],
+        problem.bit_operations / roofs.get("one_bit_ops_per_s", math.inf),
     )
     best = min(other.p50 for other in others.values())
     return {
@@ -112,10 +115,27 @@ def measure(
         **{f"{name}_us": asdict(timing) for name, timing in others.items()},
         "bytes": problem.bytes_moved,
         "operations": problem.operations,
+        "bit_operations": problem.bit_operations,
         "floor_us": floor,
         "share_of_floor": floor / ours.p50,
         "times_faster_than_best": best / ours.p50,
     }
+
+
+def measured_roofs(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """What the device reaches at best, per second: bytes copied, operations of products.
+
+    Of products of signs only where there is a one-bit tensor core.
+    """
+    roofs = {
+        "copy_bytes_per_s": copy_bandwidth(device),
+        "matmul_ops_per_s": matmul_rate(device, dtype),
+    }
+    if has_one_bit_core(device):
+        from tritonbnn.kernels.mma_peak import one_bit_rate  # it needs Gluon
+
+        roofs["one_bit_ops_per_s"] = one_bit_rate(device)
+    return roofs
 
 
 def commit() -> str:
@@ -135,10 +155,7 @@ def main(argv: list[str]) -> int:
             "no CUDA device; to try the command, set TRITON_INTERPRET=1 and a small --size"
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    roofs = {
-        "copy_bytes_per_s": copy_bandwidth(device),
-        "matmul_ops_per_s": matmul_rate(device, DTYPES[arguments.dtype]),
-    }
+    roofs = measured_roofs(device, DTYPES[arguments.dtype])
     command = f"python -m tritonbnn.kernels.bench {' '.join(argv)}"
     head = {**measured_on(device), "commit": commit(), "command": command, **roofs}
     head |= {"batch": arguments.batch, "dtype": arguments.dtype, "runs": arguments.runs}

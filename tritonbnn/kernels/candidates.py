@@ -5,6 +5,7 @@ from itertools import product
 
 from tritonbnn.kernels import aot, config
 from tritonbnn.kernels.config import Choice, ProblemKey, TileConfig, power_of_two
+from tritonbnn.kernels.mma_operands import block_tiles
 
 MAX_ACCUMULATORS = 128
 """Accumulators per thread: beyond, registers run out before the operands have any."""
@@ -34,6 +35,9 @@ def _tiles(key: ProblemKey, formulation: str) -> Iterator[TileConfig]:
     elif key.out_channels == 0:
         for elements, width, warps in product((1024, 2048, 4096, 8192), (32, 64, 128, 256), (4, 8)):
             yield TileConfig(elements // width, width, 1, warps, 1)
+    elif formulation == "mma":
+        for m, n, warps in product((64, 128, 256, 512), (16, 32, 64, 128), (4, 8)):
+            yield TileConfig(m, n, 1, warps, 1)
     elif formulation == "popcount":
         for m, n, warps in product((32, 64, 128), (32, 64), (4, 8)):
             yield TileConfig(m, n, 32, warps, 2)
@@ -78,6 +82,8 @@ def fits(key: ProblemKey, formulation: str, tile: TileConfig, capability: int) -
         return False
     if key.out_channels == 0 or formulation == "library" or key.op == "unit_plan":
         return True
+    if formulation == "mma":  # it keeps its operands in registers
+        return elements <= MAX_ACCUMULATORS * threads and min(block_tiles(tile).values()) > 0
     operands = (tile.block_m + tile.block_n) * tile.block_k * _OPERAND_BYTES[key.dtype]
     return (
         elements <= MAX_ACCUMULATORS * threads

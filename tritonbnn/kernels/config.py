@@ -31,7 +31,7 @@ FORMULATIONS = {
     "unit_forward": ("direct",),
     "unit_activation_backward": ("direct",),
     "unit_norm_backward": ("direct",),
-    "conv_packed": ("int8", "popcount"),
+    "conv_packed": ("int8", "popcount", "mma"),
     "conv_real": ("dot", "library"),
     "conv_input_grad": ("dot", "library"),
     "conv_weight_grad": ("dot", "library"),
@@ -173,6 +173,8 @@ def default_tile(key: ProblemKey, formulation: str) -> TileConfig:
         # With half the threads, the compiler spills a value or two of some shapes on sm_90.
         num_warps = 8 if key.op.startswith("unit") else 4
         return TileConfig(elements // block_n, block_n, 1, num_warps, 1)
+    if formulation == "mma":
+        return TileConfig(128, min(64, max(16, power_of_two(key.out_channels))), 1, 4, 1)
     if formulation == "popcount":
         return TileConfig(64, min(64, power_of_two(key.out_channels)), 32, 8, 2)
     inner, columns = key.channels, key.out_channels

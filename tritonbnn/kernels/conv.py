@@ -16,6 +16,7 @@ from tritonbnn.kernels import config
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
 from tritonbnn.kernels.library import convolution
+from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.pack import unpack_signs
 from tritonbnn.kernels.tiles import popcount, signs, tile_of, window
 from tritonbnn.layout import channels_last, flat_pixels, from_flat
@@ -172,7 +173,13 @@ def conv_packed(
     y = torch.empty((geometry.pixels, weight.shape[0]), dtype=dtype, device=x.device)
     if alpha is not None:
         alpha = alpha.to(torch.float32).contiguous()
-    if y.numel() and choice.formulation == "popcount":
+    if choice.formulation == "mma" and not has_one_bit_core(x.device):
+        choice = config.default(geometry.key("conv_packed", "int32"))
+    if y.numel() and choice.formulation == "mma":
+        from tritonbnn.kernels.mma import conv_mma  # it needs Gluon, which not every Triton has
+
+        conv_mma(x.contiguous(), weight.contiguous(), alpha, y, geometry, choice.tile)
+    elif y.numel() and choice.formulation == "popcount":
         _launch_popcount(x.contiguous(), weight.contiguous(), alpha, y, geometry, choice.tile)
     elif y.numel():
         expanded = flat_pixels(unpack_signs(weight, channels, torch.int8))

@@ -54,6 +54,10 @@ class Row:
             wrong.append(f"takes {self.resources.shared_bytes} of {limit} bytes of shared memory")
         if self._wants_tensor_core and not self.resources.tensor_core:
             wrong.append("has no tensor-core instruction")
+        if "mma" in self.resources.kernel and set(self.resources.tensor_core) != {"BMMA"}:
+            wrong.append("is not on the one-bit tensor core")
+        if "mma" in self.resources.kernel and not self.resources.wide_loads:
+            wrong.append("has no load of 16 bytes")
         return wrong
 
     @property
@@ -73,7 +77,10 @@ class Row:
             "shared_bytes": self.resources.shared_bytes,
             "tensor_core": self.resources.tensor_core,
             "instructions": sum(self.resources.instructions.values()),
+            "loop": dict(self.resources.loop),
+            "wide_loads": self.resources.wide_loads,
             "popcounts": self.resources.instructions["POPC"],
+            "shuffles": self.resources.instructions["SHFL"],
             "problems": self.problems,
         }
 
@@ -158,6 +165,9 @@ def check_target(target: str) -> None:
 def _line(row: Row) -> str:
     made = row.resources
     units = ", ".join(f"{n} {name}" for name, n in made.tensor_core.items()) or "-"
+    if made.tensor_core:
+        where = "in the loop" if made.loop != made.instructions else "in all"
+        units += f", {made.tensor_core_share:.0%} of {made.loop.total()} {where}"
     wrong = f"  WRONG: {'; '.join(row.problems)}" if row.problems else ""
     return (
         f"{row.target}  {row.layer:26} {row.dtype}  {row.op:17} {made.kernel:26} "

@@ -45,6 +45,8 @@ OPS = (
 PLAN = "unit_plan"
 """A whole unit, forward and backward: its choice is not how it runs but what it keeps."""
 
+REAL_PRODUCTS = ("conv_real", "conv_input_grad", "conv_weight_grad")
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 VECTORS = ("shift_in", "shift_mid", "slope", "shift_out", "mean", "scale", "offset")
@@ -226,8 +228,15 @@ class Problem:
     @property
     def operations(self) -> int:
         """Multiplications and additions of a real GEMM; 0 for what memory alone bounds."""
-        if self.op not in ("conv_real", "conv_input_grad", "conv_weight_grad"):
-            return 0
+        return self._product if self.op in REAL_PRODUCTS else 0
+
+    @property
+    def bit_operations(self) -> int:
+        """Those of a product of signs, which bound it where there is a one-bit tensor core."""
+        return self._product if self.op == "conv_packed" else 0
+
+    @property
+    def _product(self) -> int:
         layer = self.layer
         return 2 * layer.pixels * layer.out_channels * layer.kernel_size**2 * layer.channels
 

@@ -1,0 +1,221 @@
+"""Run a Gluon kernel's own Python in numpy, with the one-bit tensor core as PTX defines it.
+
+Triton's interpreter has no Gluon and no inline assembly. Tensors here are arrays; what a thread
+holds is read from the layouts, where a kernel makes a difference of it: at inline assembly.
+"""
+
+import operator
+import re
+from functools import partial
+from types import FunctionType, SimpleNamespace
+
+import numpy as np
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonJITFunction
+
+LANES = 32
+
+
+def mma_m16n8k256(a, b, c):
+    """D = C + popcount(A & B) over 256 bits, per-lane fragments in and out.
+
+    "Matrix Fragments for mma.m16n8k256" in the PTX ISA: for lane = 4 group + member, bit i of the
+    fragment of A lies in row group, + 8 if 32 <= i < 64 or 96 <= i, and in column
+    32 member + i % 32, + 128 if i >= 64; bit i of B lies in row 32 member + i % 32, + 128 if
+    i >= 32, and column group; element i of C and D lies in row group, + 8 if i >= 2, and column
+    2 member + i % 2.
+
+    Args:
+        a: (..., 32 lanes, 4) int32.
+        b: (..., 32 lanes, 2) int32.
+        c: (..., 32 lanes, 4) int32.
+    """
+    group, member = np.divmod(np.arange(LANES), 4)
+    matrix_a = np.zeros((*a.shape[:-2], 16, 8), np.uint32)
+    matrix_b = np.zeros((*b.shape[:-2], 8, 8), np.uint32)  # by column, words of K
+    for register in range(4):
+        rows = group + 8 * (register % 2)
+        matrix_a[..., rows, member + 4 * (register // 2)] = a[..., register].view(np.uint32)
+    for register in range(2):
+        matrix_b[..., group, member + 4 * register] = b[..., register].view(np.uint32)
+    common = matrix_a[..., :, None, :] & matrix_b[..., None, :, :]
+    product = np.bitwise_count(common).sum(-1, dtype=np.int32)
+    d = np.empty_like(c)
+    for register in range(4):
+        rows, columns = group + 8 * (register // 2), 2 * member + register % 2
+        d[..., register] = c[..., register] + product[..., rows, columns]
+    return d
+
+
+class Array:
+    """A tensor of a kernel: its values, and its layout where one was given."""
+
+    def __init__(self, data, layout=None):
+        self.data, self.layout = np.asarray(data), layout
+
+    @property
+    def shape(self):
+        return self.data.shape
+
+    def to(self, dtype):
+        return Array(self.data.astype(dtype), self.layout)
+
+    def reshape(self, shape):
+        return Array(self.data.reshape(shape))
+
+    def permute(self, *order):
+        return Array(self.data.transpose(order))
+
+    def __getitem__(self, index):
+        return Array(self.data[index])
+
+
+def _binary(function):
+    def method(self, other):
+        if isinstance(other, Pointer):
+            return NotImplemented
+        values = other.data if isinstance(other, Array) else other
+        if function in (operator.floordiv, operator.mod):
+            assert (self.data >= 0).all()  # below 0 the GPU rounds towards 0 and Python does not
+        return Array(function(self.data, values), self.layout)
+
+    return method
+
+
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and_", "or_", "lshift", "rshift"):
+    setattr(Array, f"__{_name.strip('_')}__", _binary(getattr(operator, _name)))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(Array, f"__{_name}__", _binary(getattr(operator, _name)))
+for _name in ("add", "mul"):
+    setattr(Array, f"__r{_name}__", _binary(getattr(operator, _name)))
+
+
+class Pointer:
+    """An address into a tensor's elements, or an array of them."""
+
+    def __init__(self, elements, offset=0):
+        self.elements, self.offset = elements, offset
+        self.dtype = SimpleNamespace(element_ty=elements.dtype)
+
+    def __add__(self, offset):
+        return Pointer(self.elements, offset + self.offset)
+
+    __radd__ = __add__
+
+    def addresses(self, mask):
+        """The flat addresses, and where they are meant; an address meant must exist."""
+        offset = self.offset.data
+        shape = offset.shape if mask is None else np.broadcast_shapes(offset.shape, mask.shape)
+        meant = np.broadcast_to(True if mask is None else mask.data, shape)
+        offset = np.broadcast_to(offset, shape)
+        inside = (offset >= 0) & (offset < self.elements.size)
+        assert inside[meant].all(), "an address lies outside of its tensor"
+        return np.where(meant, offset, 0), meant
+
+
+def load(pointer, mask=None, other=0):
+    offset, meant = pointer.addresses(mask)
+    return Array(np.where(meant, pointer.elements[offset], pointer.elements.dtype.type(other)))
+
+
+def store(pointer, value, mask=None):
+    offset, meant = pointer.addresses(mask)
+    places = offset[meant]
+    assert len(np.unique(places)) == len(places), "two threads write to one address"
+    pointer.elements[places] = np.broadcast_to(value.data, offset.shape)[meant]
+
+
+def places(layout):
+    """Which element each register of each lane of each warp holds: flat (warps, lanes, registers).
+
+    A linear layout is the exclusive or of the bases of an index's bits.
+    """
+    shape = layout.shape
+    held = []
+    for bases in (layout.warp_bases, layout.lane_bases, layout.reg_bases):
+        bits = np.arange(1 << len(bases))[:, None] >> np.arange(len(bases)) & 1
+        steps = np.array(bases, dtype=np.int64).reshape(len(bases), len(shape))
+        held.append(np.bitwise_xor.reduce(bits[:, :, None] * steps, axis=1))
+    warps, lanes, registers = held
+    index = warps[:, None, None] ^ lanes[None, :, None] ^ registers[None, None]
+    flat = np.ravel_multi_index(tuple(np.moveaxis(index, -1, 0)), shape)
+    assert np.array_equal(np.sort(flat, axis=None), np.arange(np.prod(shape)))
+    return flat
+
+
+def inline_asm_elementwise(num_warps, asm, constraints, args, dtype, is_pure, pack):
+    """The assembly's ``mma``, for every warp and every ``pack`` elements of a thread."""
+    layout = args[-1].layout
+    assert isinstance(layout, gl.DistributedLinearLayout)
+    flat = places(layout)
+    assert len(flat) == num_warps
+    operands = []
+    for arg in args:
+        values = np.broadcast_to(arg.data, layout.shape).reshape(-1)[flat]
+        values = values.reshape(*flat.shape[:2], -1, pack)  # warp, lane, group, element
+        operands += list(np.moveaxis(values, (3, 1), (0, 3)))  # element: warp, group, lane
+    kinds = constraints.value.split(",")
+    results = sum(kind.startswith("=") for kind in kinds)
+    assert len(kinds) == results + len(operands)
+    registers = dict(enumerate([None] * results + operands))
+    for number, kind in enumerate(kinds):
+        if kind.isdigit():
+            registers[int(kind)] = registers[number]
+    for line in asm.value.strip("{}\n").split(";"):
+        if not line.strip():
+            continue
+        assert "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc" in line
+        d, a, b, c = (
+            [int(n) for n in re.findall(r"\$(\d+)", group)] for group in re.findall("{(.*?)}", line)
+        )
+        a, b, c = (np.stack([registers[n] for n in group], axis=-1) for group in (a, b, c))
+        registers |= zip(d, np.moveaxis(mma_m16n8k256(a, b, c), -1, 0), strict=True)
+    result = np.stack([registers[n] for n in range(results)])  # element, warp, group, lane
+    values = np.empty(np.prod(layout.shape), dtype)
+    values[flat.reshape(-1)] = np.moveaxis(result, (0, 3), (3, 1)).reshape(-1)
+    return Array(values.reshape(layout.shape), layout)
+
+
+def _language(program, num_warps):
+    """Gluon's language as far as the kernels use it, for one program."""
+    return SimpleNamespace(
+        constexpr=gl.constexpr,
+        SliceLayout=gl.SliceLayout,
+        DistributedLinearLayout=gl.DistributedLinearLayout,
+        int32=np.int32,
+        int64=np.int64,
+        float32=np.float32,
+        static_range=range,
+        program_id=lambda axis: program,
+        arange=lambda start, end, layout: Array(np.arange(start, end, dtype=np.int32), layout),
+        full=lambda shape, value, dtype, layout: Array(np.full(shape, value, dtype), layout),
+        expand_dims=lambda x, axis: Array(np.expand_dims(x.data, axis)),
+        convert_layout=lambda x, layout: Array(x.data, layout),
+        minimum=lambda x, y: Array(np.minimum(x.data, y), x.layout),
+        load=load,
+        store=store,
+        inline_asm_elementwise=partial(inline_asm_elementwise, num_warps),
+    )
+
+
+def _plain(function, language, known):
+    """A jit function's Python, and that of those it calls, with another language for ``gl``."""
+    namespace = function.fn.__globals__
+    if id(namespace) not in known:
+        mine = known[id(namespace)] = {**namespace, "gl": language}
+        for name, value in namespace.items():
+            if isinstance(value, GluonJITFunction):
+                mine[name] = _plain(value, language, known)
+    fn = function.fn
+    return FunctionType(fn.__code__, known[id(namespace)], fn.__name__, fn.__defaults__)
+
+
+def run(kernel, programs, num_warps, arguments):
+    """Run every program of a kernel on CPU tensors, in place."""
+    arguments = {
+        name: Pointer(value.view(-1).numpy()) if isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+    for program in range(programs):
+        _plain(kernel, _language(program, num_warps), {})(**arguments)

@@ -1,0 +1,128 @@
+"""The forward convolution, and the packed product, on the one-bit tensor core.
+
+Prediction, nothing has been measured yet: a block of 128 pixels and 64 channels is 32 of the
+core's instructions a chunk in a loop of 86 (sm_90, 3x3, 256 channels), at 1/8 instruction a clock
+and scheduler a loop bound by the core. At batch 256 an H100 would be bound by the int16 result
+where C <= 128 and by the core where C >= 512; a product of 8192 cubed would take 145 us at its
+peak and 90 us of memory for the int32 result.
+"""
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from tritonbnn.kernels.config import TileConfig
+from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.launch import launch
+from tritonbnn.kernels.mma_operands import (
+    block_tiles,
+    weight_fragments,
+    window_bases,
+    window_ones,
+)
+from tritonbnn.kernels.mma_tile import output_layout, signed_sums
+
+
+@gluon.jit
+def _conv_mma_kernel(
+    x_ptr,
+    weight_ptr,
+    base_ptr,
+    patch_ptr,
+    alpha_ptr,
+    y_ptr,
+    pixels,
+    HEIGHT: gl.constexpr,
+    WIDTH: gl.constexpr,
+    OUT_HEIGHT: gl.constexpr,
+    OUT_WIDTH: gl.constexpr,
+    CHANNELS: gl.constexpr,
+    OUT_CHANNELS: gl.constexpr,
+    KERNEL_SIZE: gl.constexpr,
+    STRIDE: gl.constexpr,
+    PADDING: gl.constexpr,
+    WARPS_O: gl.constexpr,
+    TILES_O: gl.constexpr,
+    WARPS_P: gl.constexpr,
+    TILES_P: gl.constexpr,
+):
+    """y[p, o] = alpha[o] (base[border[p], o] - 2 ones[p] + 4 popcount(x & w)).
+
+    x (N H W, words) int32; weight, base and patch as :mod:`tritonbnn.kernels.mma_operands` makes
+    them; alpha (O,) float32 or None; y (N H' W', O) of any number dtype.
+    """
+    OUTPUT: gl.constexpr = output_layout(WARPS_O, TILES_O, WARPS_P, TILES_P)
+    BLOCK_P: gl.constexpr = WARPS_P * TILES_P * 8
+    BLOCK_O: gl.constexpr = WARPS_O * TILES_O * 16
+    blocks_o: gl.constexpr = (OUT_CHANNELS + BLOCK_O - 1) // BLOCK_O
+    pid_p = gl.program_id(0) // blocks_o
+    pid_o = gl.program_id(0) % blocks_o
+    y = signed_sums(
+        x_ptr,
+        weight_ptr,
+        base_ptr,
+        patch_ptr,
+        pixels,
+        pid_p,
+        pid_o,
+        HEIGHT,
+        WIDTH,
+        OUT_HEIGHT,
+        OUT_WIDTH,
+        CHANNELS,
+        OUT_CHANNELS,
+        KERNEL_SIZE,
+        STRIDE,
+        PADDING,
+        WARPS_O,
+        TILES_O,
+        WARPS_P,
+        TILES_P,
+    )
+    pixel = pid_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, OUTPUT))
+    out = pid_o * BLOCK_O + gl.arange(0, BLOCK_O, gl.SliceLayout(0, OUTPUT))
+    known = out < OUT_CHANNELS
+    mask = (pixel < pixels)[:, None] & known[None, :]
+    if alpha_ptr is not None:
+        alpha = gl.load(alpha_ptr + out, mask=known, other=0.0)
+        y = y.to(gl.float32) * alpha[None, :]
+    offset = pixel.to(gl.int64)[:, None] * OUT_CHANNELS + out[None, :]
+    gl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def conv_mma(
+    x: Tensor,
+    weight: Tensor,
+    alpha: Tensor | None,
+    y: Tensor,
+    geometry: Geometry,
+    tile: TileConfig,
+) -> None:
+    """Run the one-bit tensor core's kernel.
+
+    Args:
+        x: packed (N, H, W, words), contiguous.
+        weight: packed (O, kh, kw, words), contiguous.
+        alpha: (O,) float32, or None for 1.
+        y: (N H' W', O), the result.
+        geometry: of the convolution.
+        tile: ``block_m`` pixels by ``block_n`` channels, at least 16; the rest means nothing.
+    """
+    cut = block_tiles(tile)
+    blocks_o = triton.cdiv(geometry.out_channels, tile.block_n)
+    tiles = blocks_o * tile.block_n // 16
+    launch(
+        _conv_mma_kernel,
+        triton.cdiv(geometry.pixels, tile.block_m) * blocks_o,
+        tile,
+        x_ptr=x,
+        weight_ptr=weight_fragments(weight, geometry, cut["TILES_O"], tiles),
+        base_ptr=window_bases(weight, geometry),
+        patch_ptr=window_ones(x, geometry),
+        alpha_ptr=alpha,
+        y_ptr=y,
+        pixels=geometry.pixels,
+        **geometry.constants,
+        **cut,
+    )

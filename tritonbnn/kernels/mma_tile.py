@@ -1,0 +1,210 @@
+"""Sums of products of signs on the one-bit tensor core, in Gluon: what its kernels share.
+
+``mma.sync.m16n8k256 ... and.popc`` (PTX ISA, "Warp-level matrix instructions") counts the bits that
+are 1 in both operands. With 1 for +1 and 0 for -1, over the taps t inside the image,
+
+    y[p, o] = base[border(p), o] - 2 ones[p] + 4 popcount(x & w)
+    base[b, o] = sum over t of C - 2 popcount(w[o, t]),   ones[p] = sum over t of popcount(x[p + t])
+
+A word outside the image is 0, so it adds to neither sum. ``base``, ``ones`` and the weight in the
+order in which lanes read it come from :mod:`tritonbnn.kernels.mma_operands`.
+
+Output channels are the instruction's rows and pixels its columns, so that every lane's words of a
+pixel are one 16-byte load for two instructions. K is cut into chunks of 16 words, of which lane
+4 g + t holds words 4 t to 4 t + 3: any order of K will do, if both operands have it.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+# Per lane: accumulators (in place), four words of each instruction's weight, four words of x.
+_PRODUCT = gl.constexpr("""{
+mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc
+    {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$12,$13}, {$0,$1,$2,$3};
+mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc
+    {$0,$1,$2,$3}, {$8,$9,$10,$11}, {$14,$15}, {$0,$1,$2,$3};
+}""")
+_OPERANDS = gl.constexpr("=r,=r,=r,=r," + "r," * 12 + "0,1,2,3")
+
+
+@gluon.constexpr_function
+def _bits(size, axis, scale=1, rank=2):
+    """The bases of a linear layout for ``size`` steps of ``scale`` along an axis."""
+    steps = [scale << bit for bit in range(size.bit_length() - 1)]
+    return [[step if axis == i else 0 for i in range(rank)] for step in steps]
+
+
+@gluon.constexpr_function
+def fragment_layout(warps_o, tiles_o, warps_p, tiles_p):
+    """Accumulators by (channel warp, channel tile, pixel warp, pixel tile, lane, register)."""
+    return gl.DistributedLinearLayout(
+        _bits(4, 5, rank=6) + _bits(tiles_p, 3, rank=6) + _bits(tiles_o, 1, rank=6),
+        _bits(32, 4, rank=6),
+        _bits(warps_p, 2, rank=6) + _bits(warps_o, 0, rank=6),
+        [],
+        [warps_o, tiles_o, warps_p, tiles_p, 32, 4],
+    )
+
+
+@gluon.constexpr_function
+def output_layout(warps_o, tiles_o, warps_p, tiles_p):
+    """The same accumulators as pixels x channels; a thread has 2 tiles_o channels side by side."""
+    channels, pixels = 2 * tiles_o, 8 * tiles_p
+    return gl.DistributedLinearLayout(
+        _bits(channels, 1) + _bits(2, 0) + _bits(tiles_p, 0, 8),
+        _bits(4, 0, 2) + _bits(8, 1, channels),
+        _bits(warps_p, 0, pixels) + _bits(warps_o, 1, 8 * channels),
+        [],
+        [warps_p * pixels, warps_o * 8 * channels],
+    )
+
+
+@gluon.constexpr_function
+def _axis_layout(layout, axis):
+    """The layout of one axis of a tensor of rank 4."""
+    for other in (3, 2, 1, 0):
+        layout = layout if other == axis else gl.SliceLayout(other, layout)
+    return layout
+
+
+@gluon.jit
+def steps_along(size: gl.constexpr, axis: gl.constexpr, LAYOUT: gl.constexpr):
+    """0 to ``size`` - 1 along an axis of a tensor of rank 4."""
+    steps = gl.arange(0, size, _axis_layout(LAYOUT, axis))
+    for other in gl.static_range(4):
+        if other != axis:
+            steps = gl.expand_dims(steps, other)
+    return steps
+
+
+@gluon.jit
+def _taps_inside(row, column, HEIGHT: gl.constexpr, WIDTH: gl.constexpr):
+    """Which taps of a 3x3 window at (row, column) lie inside the image: a bit each."""
+    first, last = (column >= 0).to(gl.int32), (column + 2 < WIDTH).to(gl.int32)
+    line = first + 2 + last * 4
+    above, below = (row >= 0).to(gl.int32), (row + 2 < HEIGHT).to(gl.int32)
+    return line * (above + 8 + below * 64)
+
+
+@gluon.jit
+def _window_words(
+    x_ptr,
+    start,
+    inside,
+    position,
+    WIDTH: gl.constexpr,
+    WORDS: gl.constexpr,
+    KERNEL_SIZE: gl.constexpr,
+    PADDING: gl.constexpr,
+):
+    """The words of x at ``position`` among a window's; 0 outside the image.
+
+    Beyond K it is some word of the last tap: the weight is 0 there.
+    """
+    tap = gl.minimum(position // WORDS, KERNEL_SIZE * KERNEL_SIZE - 1)
+    word = tap // KERNEL_SIZE * (WIDTH * WORDS) + tap % KERNEL_SIZE * WORDS + position % WORDS
+    if PADDING == 0:
+        return gl.load(x_ptr + (start + word))
+    return gl.load(x_ptr + (start + word), mask=(inside >> tap) % 2 != 0, other=0)
+
+
+@gluon.jit
+def add_common_ones(w0, w1, x, acc):
+    """acc + popcount(x & w), of one chunk of K.
+
+    w0 and w1 (WARPS_O, TILES_O, 32, 4), x (WARPS_P, TILES_P, 32, 4) and acc (WARPS_O, TILES_O,
+    WARPS_P, TILES_P, 32, 4), int32, in :func:`fragment_layout` and its slices.
+    """
+    return gl.inline_asm_elementwise(
+        _PRODUCT,
+        _OPERANDS,
+        [w0[:, :, None, None], w1[:, :, None, None], x[None, None], acc],
+        gl.int32,
+        is_pure=True,
+        pack=4,
+    )
+
+
+@gluon.jit
+def as_matrix(acc, LAYOUT: gl.constexpr):
+    """Sums by warp, tile, lane and register as (pixels, channels); no lane gives any away.
+
+    Lane 4 g + t, register 2 h + c: channel 2 TILES_O g + 2 tile + h, pixel 8 tile + 2 t + c.
+    """
+    WARPS_O: gl.constexpr = acc.shape[0]
+    TILES_O: gl.constexpr = acc.shape[1]
+    WARPS_P: gl.constexpr = acc.shape[2]
+    TILES_P: gl.constexpr = acc.shape[3]
+    split = acc.reshape([WARPS_O, TILES_O, WARPS_P, TILES_P, 8, 4, 2, 2])
+    moved = split.permute(2, 3, 5, 7, 0, 4, 1, 6)
+    return gl.convert_layout(moved.reshape([WARPS_P * TILES_P * 8, WARPS_O * TILES_O * 16]), LAYOUT)
+
+
+@gluon.jit
+def signed_sums(
+    x_ptr,
+    weight_ptr,
+    base_ptr,
+    patch_ptr,
+    pixels,
+    pid_p,
+    pid_o,
+    HEIGHT: gl.constexpr,
+    WIDTH: gl.constexpr,
+    OUT_HEIGHT: gl.constexpr,
+    OUT_WIDTH: gl.constexpr,
+    CHANNELS: gl.constexpr,
+    OUT_CHANNELS: gl.constexpr,
+    KERNEL_SIZE: gl.constexpr,
+    STRIDE: gl.constexpr,
+    PADDING: gl.constexpr,
+    WARPS_O: gl.constexpr,
+    TILES_O: gl.constexpr,
+    WARPS_P: gl.constexpr,
+    TILES_P: gl.constexpr,
+):
+    """A block of the convolution, (pixels, channels) int32 in :func:`output_layout`.
+
+    x (N H W, words) int32; weight, base and patch as :mod:`tritonbnn.kernels.mma_operands` makes
+    them. Beyond the last pixel and the last channel it holds anything.
+    """
+    WORDS: gl.constexpr = (CHANNELS + 31) // 32
+    CHUNKS: gl.constexpr = (KERNEL_SIZE * KERNEL_SIZE * WORDS + 15) // 16
+    LAYOUT: gl.constexpr = fragment_layout(WARPS_O, TILES_O, WARPS_P, TILES_P)
+    X: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))
+    W: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))
+    OUTPUT: gl.constexpr = output_layout(WARPS_O, TILES_O, WARPS_P, TILES_P)
+    BLOCK_P: gl.constexpr = WARPS_P * TILES_P * 8
+    BLOCK_O: gl.constexpr = WARPS_O * TILES_O * 16
+
+    tile = steps_along(WARPS_P, 0, X) * TILES_P + steps_along(TILES_P, 1, X)
+    lane = steps_along(32, 2, X)
+    pixel = gl.minimum(pid_p * BLOCK_P + tile * 8 + lane // 4, pixels - 1)
+    row = pixel // OUT_WIDTH % OUT_HEIGHT * STRIDE - PADDING
+    column = pixel % OUT_WIDTH * STRIDE - PADDING
+    image = pixel // (OUT_WIDTH * OUT_HEIGHT)
+    start = ((image * HEIGHT + row) * WIDTH + column).to(gl.int64) * WORDS
+    inside = _taps_inside(row, column, HEIGHT, WIDTH)
+    position = lane % 4 * 4 + steps_along(4, 3, X)
+
+    tile = (pid_o * WARPS_O + steps_along(WARPS_O, 0, W)) * TILES_O + steps_along(TILES_O, 1, W)
+    fragment = tile * (CHUNKS * 256) + steps_along(32, 2, W) * 4 + steps_along(4, 3, W)
+
+    acc = gl.full([WARPS_O, TILES_O, WARPS_P, TILES_P, 32, 4], 0, gl.int32, LAYOUT)
+    for chunk in range(CHUNKS):
+        words = chunk * 16 + position
+        x = _window_words(x_ptr, start, inside, words, WIDTH, WORDS, KERNEL_SIZE, PADDING)
+        w0 = gl.load(weight_ptr + (chunk * 256 + fragment))
+        w1 = gl.load(weight_ptr + (chunk * 256 + 128 + fragment))
+        acc = add_common_ones(w0, w1, x, acc)
+
+    pixel = pid_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, OUTPUT))
+    out = pid_o * BLOCK_O + gl.arange(0, BLOCK_O, gl.SliceLayout(0, OUTPUT))
+    known = out < OUT_CHANNELS
+    patch = gl.load(patch_ptr + pixel, mask=pixel < pixels, other=0)[:, None]
+    if PADDING == 0:
+        base = gl.load(base_ptr + out, mask=known, other=0)[None, :]
+    else:
+        border = (patch & 15) * OUT_CHANNELS
+        base = gl.load(base_ptr + (border + out[None, :]), mask=known[None, :], other=0)
+    return base.to(gl.int32) - (patch >> 4) * 2 + as_matrix(acc, OUTPUT) * 4
