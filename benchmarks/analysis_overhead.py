@@ -10,14 +10,15 @@ for, which a run does not do: the share is an upper bound there.
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import torch
 
 from benchmarks.machine import header
-from benchmarks.train_step import seconds
 from tritonbnn import cli
 from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
 from tritonbnn.models import build_model
@@ -25,6 +26,7 @@ from tritonbnn.train.arguments import parse
 from tritonbnn.train.config import Config
 from tritonbnn.train.data import MicroBatch, train_steps
 from tritonbnn.train.engine import Compute, label_objective, train_one_epoch
+from tritonbnn.train.log import Board
 from tritonbnn.train.meters import FirstBad, TrainMeter
 from tritonbnn.train.optim import build_optimizer
 from tritonbnn.train.state import State
@@ -35,7 +37,7 @@ CLASSES = 10
 class Rig:
     """A network in training on random images, and a recorder of its own beside it."""
 
-    def __init__(self, config: Config, device: torch.device) -> None:
+    def __init__(self, config: Config, device: torch.device, folder: Path) -> None:
         torch.manual_seed(0)
         self.compute = Compute(device, config.precision, config.channels_last)
         channels = 1 if config.dataset in ("digits", "fashion") else 3
@@ -64,6 +66,7 @@ class Rig:
         probe = Probe(torch.randn(PROBE_IMAGES, channels, *size, device=device))
         self.recorder = Recorder(model, optimizer, level="light", probe=probe)
         self.recorder.begin_step()
+        self.board = Board(folder, 2, 0)
 
     def train(self) -> None:
         """One interval of optimiser steps, none of them looked at."""
@@ -85,15 +88,18 @@ class Rig:
             logits = self.state.model(images)
         torch.nn.functional.cross_entropy(logits, labels).backward()
 
+    def record(self) -> None:
+        """What an epoch ends with, the drawing included."""
+        self.board.add({"epoch": 1, "analysis": self.recorder.record(1)})
+        self.recorder.begin_epoch()
+
     def timed(self, call: Callable[[], object]) -> float:
         """Seconds of a call, the device's work for it included."""
-
-        def waited() -> None:
-            call()
-            if self.compute.device.type == "cuda":
-                torch.cuda.synchronize()
-
-        return seconds(waited)
+        start = time.perf_counter()
+        call()
+        if self.compute.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
     def round(self) -> dict[str, float]:
         """Seconds of a step, a look and a record."""
@@ -103,15 +109,17 @@ class Rig:
         self.state.optimizer.step()
         look += self.timed(self.recorder.after_update)
         self.state.optimizer.zero_grad()
-        record = self.timed(lambda: self.recorder.record(1)) + self.timed(self.recorder.begin_epoch)
+        record = self.timed(self.record)
         return {"step": step, "look": look, "record": record}
 
 
 def measure(config: Config, images: int, rounds: int, device: torch.device) -> dict:
     """Medians, and what they come to as a share of a step."""
-    rig = Rig(config, device)
-    rig.round()
-    times = [rig.round() for _ in range(rounds)]
+    with TemporaryDirectory() as folder:
+        rig = Rig(config, device, Path(folder))
+        rig.round()
+        times = [rig.round() for _ in range(rounds)]
+        rig.board.close()
     middle = {name: median(each[name] for each in times) for name in times[0]}
     steps = train_steps(images, config.batch_size)
     looks = -(-steps // config.analysis_interval)

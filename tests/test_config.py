@@ -56,6 +56,11 @@ def test_every_flag_of_the_contract_exists(tmp_path: Path):
     assert arguments.config.data_dir == str(Path.cwd() / "d")
 
 
+def test_scratch_is_no_path():
+    assert parse(["--init-from", "scratch"]).config.init_from == "scratch"
+    assert parse(["--init-from", "run"]).config.init_from == str(Path.cwd() / "run")
+
+
 @pytest.mark.parametrize(("recipe", "dataset"), [("digits", "folder"), ("fashion", "fashion")])
 def test_a_data_folder_is_an_image_tree_but_for_fashion(recipe: str, dataset: str):
     assert parse([recipe, "--data-dir", "images"]).config.dataset == dataset

@@ -64,3 +64,23 @@ def test_three_steps_of_adam_are_the_formula():
         optimizer.step()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-12, atol=1e-14)
+
+
+def test_three_steps_of_sgd_are_the_formula():
+    """Momentum 0.9, and the L2 term added to the gradient of the decayed group."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, bias=False), nn.BatchNorm2d(3)).double()
+    lr, decay = 0.01, 0.1
+    optimizer = build_optimizer("sgd", model, lr, decay)
+    assert "SGD: 1 tensors / 54 scalars at L2 0.1, 2 tensors" in describe_groups(optimizer)
+    expected = {name: p.detach().clone() for name, p in model.named_parameters()}
+    momenta = {name: torch.zeros_like(p) for name, p in expected.items()}
+    for _ in range(3):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            gradient = parameter.grad + (decay * expected[name] if name == "0.weight" else 0)
+            momenta[name] = 0.9 * momenta[name] + gradient
+            expected[name] = expected[name] - lr * momenta[name]
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-12, atol=1e-14)

@@ -104,7 +104,8 @@ def mean_magnitude(x: Tensor) -> Tensor:
 def _adam_step(state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
     """Mean abs(lr m_hat / (sqrt(v_hat) + eps)) of the update that has just been made."""
     beta1, beta2 = group["betas"]
-    first, second = 1 - beta1 ** state["step"], (1 - beta2 ** state["step"]).sqrt()
+    updates = state["step"].double()
+    first, second = 1 - beta1**updates, (1 - beta2**updates).sqrt()
     # both numerator and denominator are times the root of the second moment's correction
     denominator = state["exp_avg_sq"].sqrt().add_(group["eps"] * second)
     ratio = mean_magnitude(state["exp_avg"].div(denominator))
