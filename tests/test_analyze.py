@@ -99,6 +99,8 @@ def test_a_network_is_measured(trained):
 def test_what_cannot_be_measured_is_said(trained, tmp_path):
     shutil.copytree(trained / "run", tmp_path / "run")
     (tmp_path / "run" / "step1" / "best.safetensors").write_bytes(b"junk")
+    (tmp_path / "run" / "analysis").mkdir(exist_ok=True)
+    (tmp_path / "run" / "analysis" / "landscape.png").write_bytes(b"of an earlier page")
     flags = ("run", "--landscape", 3, "--data-dir", "gone")
     first = run(ANALYZE, *flags, cwd=tmp_path)
     (tmp_path / "run" / "step2" / "best.safetensors").unlink()
