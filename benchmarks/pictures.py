@@ -60,7 +60,7 @@ def throughput(device: Device) -> Figure | None:
             0.38,
             xerr=spreads,
             color=STEP_COLOURS[step],
-            label=f"step {step}: {weights} weights of ours and the obvious",
+            label=f"step {step}: {weights} weights",
         )
         for place, speed, spread in zip(places, speeds, spreads, strict=True):
             axes.annotate(
@@ -73,7 +73,7 @@ def throughput(device: Device) -> Figure | None:
         _floors(axes, device, step)
     axes.set_xlabel("images a second")
     axes.margins(x=0.12)
-    axes.figure.legend(loc="outside lower center", ncols=1, frameon=False)
+    axes.figure.legend(loc="outside lower center", ncols=2, frameon=False)
     return axes.figure  # type: ignore[return-value]
 
 
@@ -87,6 +87,7 @@ def _floors(axes: Axes, device: Device, step: int) -> None:
             axes.axvline(
                 max(plans),
                 linestyle=style,
+                zorder=0,
                 color=STEP_COLOURS[step],
                 label=f"floor of ours, step {step}, {dtype}",
             )
@@ -139,6 +140,6 @@ def families(device: Device) -> Figure | None:
 def _bars(rivals: list[str]) -> Axes:
     """Axes for horizontal bars, the first rival on top."""
     axes = Figure(figsize=(8, 1.6 + 0.55 * len(rivals))).subplots()
-    axes.set_yticks(range(len(rivals)), [label(name) for name in rivals])
+    axes.set_yticks(range(len(rivals)), [label(name).replace(", ", "\n", 1) for name in rivals])
     axes.invert_yaxis()
     return axes

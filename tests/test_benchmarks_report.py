@@ -139,6 +139,7 @@ def test_the_readme_shows_what_is_in_the_files():
         for name in tables.STEP_FILES.values():
             for point in (device.get(name) or {"points": []})["points"]:
                 for each in point["rows"].values():
-                    assert f"{each['images_per_second']:,.4g} ±" in readme
-                    shown += 1
+                    if "images_per_second" in each:
+                        assert f"{each['images_per_second']:,.4g} ±" in readme
+                        shown += 1
     assert shown
