@@ -16,6 +16,12 @@ UNITS = {"top1": 1.0, "flip_flop": 1e3, "c2i_half": 1.0}
 
 CAUTION = "A grid of this size says nothing about ImageNet."
 
+WINDOW = (
+    "All is of the step with 1-bit weights: top-1 and C2I of its last epoch, C2I against the"
+    " weights that it started from, and the FF ratio as the mean over its epochs but the last, in"
+    " which no weight moves. Its first epochs flip most, so a shorter step has the larger mean."
+)
+
 
 def measured(log: list[Line]) -> dict[str, float]:
     """What one run gives, all of it from the step with 1-bit weights.
@@ -87,7 +93,7 @@ def summary(studies: Iterable[str], results: Results, failed: dict[str, str]) ->
                 for claim in comparison.claims
             ],
         }
-    return {"caution": CAUTION, "comparisons": comparisons, "failed": failed}
+    return {"caution": CAUTION, "window": WINDOW, "comparisons": comparisons, "failed": failed}
 
 
 def _row(variant: Variant, results: Results, quantities: list[str]) -> dict[str, Any]:
@@ -109,7 +115,7 @@ def markdown(studies: Iterable[str], results: Results, failed: dict[str, str], s
         failed: why runs failed, by folder.
         scale: what was trained, and for how long.
     """
-    parts = [f"# Studies\n\n{scale} {CAUTION}\n"]
+    parts = [f"# Studies\n\n{scale} {CAUTION}\n\n{WINDOW}\n"]
     parts += [_section(STUDIES[name], results) for name in studies]
     if failed:
         parts.append("## Failed runs\n\n" + "\n".join(f"- {k}: {v}" for k, v in failed.items()))
