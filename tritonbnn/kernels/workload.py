@@ -33,9 +33,13 @@ STEP_OPS = (
 )
 """What a training step of one unit launches, in its order."""
 
+SCALED = "conv_scaled"
+"""conv_packed as binary_conv2d launches it: times alpha, in the stream's dtype."""
+
 OPS = (
     *STEP_OPS,
     "conv_real",
+    SCALED,
     "packed_difference",
     "sign_forward",
     "rprelu_forward",
@@ -95,8 +99,10 @@ class Problem:
     def key(self) -> config.ProblemKey:
         """The tuning table's name for it."""
         name = config.dtype_name(self.dtype)
+        if self.op in ("conv_packed", SCALED):
+            return self.layer.key("conv_packed", "int32")
         if self.op.startswith("conv"):
-            return self.layer.key(self.op, "int32" if self.op == "conv_packed" else name)
+            return self.layer.key(self.op, name)
         if self.on_convolution:
             stream = () if self.op == "channel_moments" else (self.dtype,)
             name = config.joint_dtype_name(self.output_dtype, *stream)
@@ -220,6 +226,7 @@ class Problem:
         outputs = layer.pixels * layer.out_channels
         return {
             "conv_packed": (pixels + taps) * word_bytes + _INTEGER_BYTES * outputs,
+            SCALED: (pixels + taps) * word_bytes + item * outputs,
             "conv_real": pixels * word_bytes + item * (taps * layer.channels + outputs),
             "conv_input_grad": item * (outputs + pixels * layer.channels) + taps * word_bytes,
             "conv_weight_grad": pixels * word_bytes + item * outputs + 4 * taps * layer.channels,
@@ -298,6 +305,9 @@ _RUN = {
     ),
     "conv_packed": lambda p, t: kernels.conv_packed(
         t["signs"], t["weight_signs"], None, dtype=torch.int16, **_window(p.layer)
+    ),
+    SCALED: lambda p, t: kernels.conv_packed(
+        t["signs"], t["weight_signs"], t["alpha"], dtype=p.dtype, **_window(p.layer)
     ),
     "conv_real": lambda p, t: kernels.conv_real(
         t["signs"], t["weight"], stride=p.layer.stride, padding=p.layer.padding, dtype=p.dtype
