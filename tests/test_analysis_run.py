@@ -100,6 +100,16 @@ def test_looking_changes_nothing(place: Path, full: Path):
         assert ours.tensors.keys() < theirs.tensors.keys()
 
 
+def test_looking_changes_nothing_where_gradients_are_scaled(place: Path):
+    for level in ("off", "light"):
+        flags = ("--precision", "fp16", "--analysis-interval", 1, "--step", 1)
+        train(place, f"fp16-{level}", "--analysis", level, *flags)
+    off, light = (read(place / f"fp16-{n}/step1/last.safetensors") for n in ("off", "light"))
+    assert all(torch.equal(t, light.tensors[n]) for n, t in off.tensors.items())
+    gradients = [r["layers"]["blocks.0.weight"]["gradient"] for r in records(place / "fp16-light")]
+    assert all(0 < value < 100 for value in gradients)  # the scale is 2^16
+
+
 def test_it_may_be_turned_on_later(place: Path, full: Path):
     """Signs were followed all the time; the window of the broken epoch has begun anew."""
     train(place, "later", "--analysis", "off", code=75, mishap="SIGTERM", at_step=3)
