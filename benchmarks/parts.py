@@ -99,6 +99,7 @@ def _tuning(cuda: bool, tiny: bool) -> Iterator[Part]:
     for group in (*((op,) for op in CONVOLUTIONS), *ELEMENTWISE):
         ops = tuple(word for op in group for word in ("--op", op))
         yield Part(f"autotune-{group[0]}", (*command, *ops), minutes=8, turns=4, tuned=False)
+    yield Part("autotune-rest", command, minutes=8, turns=4, tuned=False)
 
 
 def _layers(cuda: bool, tiny: bool) -> Iterator[Part]:
