@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tritonbnn import eager
+from tritonbnn.eager import common, conv
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -25,7 +26,9 @@ SENTINEL = -0x5EED
 @pytest.fixture(params=["eager", "kernels"])
 def launchers(request, monkeypatch, unwritten_memory):
     """The eager twins, then the kernels; the operators of ``tritonbnn.ops`` follow."""
-    if request.param == "eager":
+    if request.param == "eager":  # in several chunks, as at real sizes
+        monkeypatch.setattr(common, "CHUNK", 100)
+        monkeypatch.setattr(conv, "FILTERS", 7)
         return eager
     if not HAS_GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -175,7 +175,7 @@ def test_an_unknown_target_is_one_line():
 
 
 def test_recording_runs_nothing():
-    layer = Geometry(2, 5, 3, 33, 31, 3, 2, 1)
+    layer = Geometry(2, 6, 4, 33, 31, 3, 2, 1)
     kernels = Counter()
     for op in OPS:
         launches = shipped.launches_of(Problem(op, layer, torch.bfloat16))

@@ -14,10 +14,11 @@ from tritonbnn.kernels import aot, autotune, config, truth, workload
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.timing import Timing
-from tritonbnn.kernels.workload import OPS, Problem
+from tritonbnn.kernels.workload import OPS, PLAN, Problem
 
 LAYER = Geometry(2, 5, 3, 33, 31, 3, 1, 1)
 FORWARD = Problem("conv_packed", LAYER, torch.float32)
+UNIT = Problem(PLAN, Geometry(2, 3, 2, 33, 33, 1, 1, 0), torch.float32)
 
 
 @pytest.fixture(autouse=True)
@@ -53,11 +54,38 @@ def test_candidates_are_clipped_to_the_problem_and_to_shared_memory():
     assert set(tiles[80]) < set(tiles[90])
 
 
-@pytest.mark.parametrize("op", OPS)
+@pytest.fixture
+def kernels_everywhere(monkeypatch):
+    """A whole unit runs on kernels too."""
+    if KERNEL_DEVICE.type == "cpu":
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+OF_BOTH_STEPS = [(op, True) for op in (*OPS, PLAN)] + [
+    (op, False) for op in (*OPS, PLAN) if op.startswith(("unit", "channel"))
+]
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+@pytest.mark.parametrize(("op", "binary_weight"), OF_BOTH_STEPS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_default_passes_the_check(op, dtype):
+def test_a_launcher_looks_up_the_key_of_its_problem(monkeypatch, op, binary_weight, dtype):
+    """Else what was tuned for the problem would not be found."""
+    asked = set()
+    choose = config.choose
+    monkeypatch.setattr(config, "choose", lambda key, device: asked.add(key) or choose(key, device))
+    problem = Problem(op, Geometry(2, 6, 4, 33, 33, 3, 2, 1), dtype, binary_weight)
+    problem.run(problem.inputs(KERNEL_DEVICE))
+    assert problem.key in asked
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+@pytest.mark.parametrize(("op", "binary_weight"), OF_BOTH_STEPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_default_passes_the_check(op, binary_weight, dtype):
     torch.manual_seed(0)
-    problem = Problem(op, LAYER, dtype)
+    layer = UNIT.layer if op == PLAN else LAYER  # no shortcut leads from 33 to 31 channels
+    problem = Problem(op, layer, dtype, binary_weight)
     inputs = problem.inputs(KERNEL_DEVICE)
     results = problem.run(inputs)
     assert truth.error_of(problem, inputs, results) == ""
@@ -86,6 +114,53 @@ def test_the_fastest_right_candidate_wins(monkeypatch):
     monkeypatch.setattr(autotune, "time_callable", clock)
     entry = autotune.tune(FORWARD, [default, wrong, right], KERNEL_DEVICE)
     assert (entry.choice, entry.time_us, entry.default_us) == (right, 2.0, 3.0)
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_the_faster_plan_wins(monkeypatch):
+    """By a clock that counts convolutions: recompute takes one more than keep."""
+    count = [0]
+    convolve = workload.kernels.conv_packed
+
+    def counted(*args, **kwargs):
+        count[0] += 1
+        return convolve(*args, **kwargs)
+
+    def clock(call, device, runs):
+        count[0] = 0
+        call()
+        return Timing(*[sign * count[0]] * 3)
+
+    monkeypatch.setattr(workload.kernels, "conv_packed", counted)
+    monkeypatch.setattr(autotune, "time_callable", clock)
+    plans = candidates(UNIT.key, 90)
+    assert [plan.formulation for plan in plans] == ["keep", "recompute"]
+    for sign, best in ((1, "keep"), (-1, "recompute")):
+        entry = autotune.tune(UNIT, plans, KERNEL_DEVICE)
+        assert (entry.choice.formulation, entry.time_us * sign) == (best, 1 + (sign == -1))
+        assert entry.default_us == sign
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_a_plan_is_chosen_on_the_launchers_as_tuned(monkeypatch, tmp_path):
+    path = tmp_path / "gpu.json"
+    options = {"capability": 90, "limit": 2, "runs": 1}
+    forward = Problem("conv_packed", UNIT.layer, torch.float32)
+    monkeypatch.setattr(autotune, "time_callable", lambda call, *_, **__: Timing(1, 1, 1))
+    autotune.tune_all([forward], path, "test gpu", KERNEL_DEVICE, **options)
+    path.write_text(path.read_text().replace('"int8"', '"popcount"'))
+    ran = []
+    run = Problem.run
+
+    def noted(problem, inputs):
+        ran.append((problem.op, config.choose(forward.key, KERNEL_DEVICE).formulation))
+        return run(problem, inputs)
+
+    monkeypatch.setattr(Problem, "run", noted)
+    assert autotune.tune_all([UNIT], path, "test gpu", KERNEL_DEVICE, **options) == 1
+    assert set(ran) == {(PLAN, "popcount")}
+    plan = config.read_table(path, "test gpu")[UNIT.key.bucketed()]
+    assert plan.formulation in ("keep", "recompute")
 
 
 def test_a_table_is_written_read_and_gone_on_with(tmp_path):
@@ -134,6 +209,12 @@ def test_a_user_error_is_one_line(arguments, message):
     with pytest.raises(cli.UserError, match=message) as caught:
         autotune.main(arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_a_plan_is_no_kernel_to_rank(capsys):
+    arguments = ["--compile-only", "--op", "unit_plan", "--layer", "0"]
+    assert autotune.main(arguments) == 0
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.xdist_group("aot")

@@ -70,7 +70,7 @@ def test_bytes_and_operations_are_counted():
     bf16 = {op: Problem(op, layer, torch.bfloat16) for op in OPS}
     pixels, out_pixels = 2 * 16, 2 * 4
     assert bf16["pack_signs"].bytes_moved == pixels * (128 + 8)
-    assert bf16["sign_backward"].bytes_moved == pixels * 64 * 8
+    assert bf16["sign_backward"].bytes_moved == (3 * pixels + out_pixels) * 64 * 2
     assert bf16["rprelu_backward"].bytes_moved == out_pixels * 32 * 6
     assert bf16["conv_packed"].bytes_moved == pixels * 8 + 32 * 9 * 8 + out_pixels * 64
     assert bf16["unit_forward"].bytes_moved == out_pixels * (32 * (2 + 8 + 2) + 4)

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from tests.helpers import KERNEL_DEVICE, activation, assert_no_worse_than_eager, gradient, vectors
 from tritonbnn import kernels, reference
-from tritonbnn.kernels import binarize
+from tritonbnn.kernels import elementwise
 
 INPUTS = [
     pytest.param((2, 32, 7, 7), torch.float32, "channels_last", id="ordinary"),
@@ -59,6 +60,26 @@ def test_gradients(launchers, device, shape, dtype, layout, with_residual):
     assert_no_worse_than_eager(dshift, ordinary[1], truth[1])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("shortcut", "size"), [("pool", (33, 3, 2)), ("repeat", (66, 6, 4))])
+def test_a_shortcut_sends_its_gradient_back(launchers, device, shortcut, size, dtype):
+    x = activation(3, 33, 6, 4, dtype=dtype, layout="channels_last")
+    grad, residual = gradient(*x.shape, dtype=dtype, seed=5), gradient(3, *size, dtype=dtype)
+    (shift,) = vectors(1, 33)
+    moved = (t.to(device) for t in (grad, x, shift, residual))
+    dx, dshift = launchers.sign_backward(*moved, shortcut=shortcut)
+
+    def autograd(to):
+        leaf, s = x.to(to).requires_grad_(), shift.to(to).requires_grad_()
+        skip = F.avg_pool2d(leaf, 2) if shortcut == "pool" else torch.cat((leaf, leaf), dim=1)
+        outputs = (reference.binarize(leaf, s), skip)
+        return torch.autograd.grad(outputs, (leaf, s), (grad.to(to), residual.to(to)))
+
+    ordinary, truth = autograd(dtype), autograd(torch.float64)
+    assert_no_worse_than_eager(dx, ordinary[0], truth[0])
+    assert_no_worse_than_eager(dshift, ordinary[1], truth[1])
+
+
 def test_the_slope_at_its_corners(launchers, device):
     x = torch.tensor([[-1.5, -1.0, -0.5, -0.0, 0.0, 0.5, 1.0, 1.5]], device=device)
     dx, dshift = launchers.sign_backward(torch.ones_like(x), x)
@@ -67,7 +88,7 @@ def test_the_slope_at_its_corners(launchers, device):
 
 
 def test_programs_share_many_rows(monkeypatch):
-    monkeypatch.setattr(binarize, "MAX_PARTIALS", 2)
+    monkeypatch.setattr(elementwise, "MAX_PARTIALS", 2)
     x, grad = activation(300, 40), gradient(300, 40, seed=5)
     (shift,) = vectors(1, 40)
     dx, dshift = kernels.sign_backward(*(t.to(KERNEL_DEVICE) for t in (grad, x, shift)))
@@ -88,5 +109,7 @@ def test_bad_input_is_named():
     x = torch.zeros(2, 33, 5, 3)
     with pytest.raises(ValueError, match=r"one shape, not x \(2, 33, 5, 3\), grad \(2, 32, 5, 3\)"):
         kernels.sign_backward(x[:, :32], x)
+    with pytest.raises(ValueError, match=r"x must have shape \(2, 33, 10, 6\)"):
+        kernels.sign_backward(x, x, None, x, shortcut="pool")
     with pytest.raises(TypeError, match="x must be float32, bfloat16 or float16"):
         kernels.sign_forward(x.int())

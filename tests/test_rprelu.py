@@ -6,7 +6,7 @@ import torch
 from tests.helpers import KERNEL_DEVICE, activation, assert_no_worse_than_eager, gradient, vectors
 from tests.test_binarize import INPUTS
 from tritonbnn import kernels, reference
-from tritonbnn.kernels import rprelu
+from tritonbnn.kernels import elementwise
 
 
 def autograd(dtype, grad, *inputs):
@@ -42,7 +42,7 @@ def test_zero_takes_the_slope(launchers, device):
 
 
 def test_programs_share_many_rows(monkeypatch):
-    monkeypatch.setattr(rprelu, "MAX_PARTIALS", 2)
+    monkeypatch.setattr(elementwise, "MAX_PARTIALS", 2)
     x, grad = activation(300, 40), gradient(300, 40, seed=5)
     shift_in, slope, shift_out = vectors(3, 40)
     inputs = (t.to(KERNEL_DEVICE) for t in (grad, x, shift_in, slope))

@@ -68,6 +68,21 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {shape}, not {tuple(x.shape)}")
 
 
+def shortcut_input_shape(shape: tuple[int, ...], shortcut: str) -> tuple[int, ...]:
+    """The shape that a unit's shortcut starts from, given that of its output, (N, O, H', W').
+
+    Args:
+        shape: of the output; of any number of dimensions for "identity".
+        shortcut: "identity", "pool" (2x2 average) or "repeat" (the channels twice).
+    """
+    if shortcut == "identity":
+        return tuple(shape)
+    n, channels, height, width = shape
+    if shortcut == "repeat":
+        return n, channels // 2, height, width
+    return n, channels, 2 * height, 2 * width
+
+
 def check_packed(name: str, packed: Tensor, channels: int) -> None:
     """Raise unless ``packed`` is int32 with the words of ``channels`` signs innermost."""
     if packed.dtype != torch.int32:

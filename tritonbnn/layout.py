@@ -22,6 +22,12 @@ def empty_channels_last(
     return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
 
 
+def empty_pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor of ``x``'s shape, (N, C, H, W) or (M, C), channels innermost."""
+    memory = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=memory)
+
+
 def flat_pixels(x: Tensor) -> Tensor:
     """View (N, C, H, W) in channels_last memory, or (M, C), as (pixels, C); never copies."""
     if x.dim() == 2:

@@ -1,9 +1,10 @@
 """The binary activation in torch."""
 
+import torch
 from torch import Tensor
 
-from tritonbnn.eager.common import shifted
-from tritonbnn.layout import channels_last, flat_pixels, from_flat
+from tritonbnn.eager.common import accumulator, image_chunks, shifted
+from tritonbnn.layout import channels_last, empty_pixels, flat_pixels, from_flat
 
 
 def sign_forward(x: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -21,7 +22,12 @@ def sign_forward(x: Tensor, shift: Tensor | None = None) -> Tensor:
 
 
 def sign_backward(
-    grad: Tensor, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    shortcut: str = "identity",
 ) -> tuple[Tensor, Tensor]:
     """The clipped quadratic's pseudo-gradient (AdamBNN 1.2): slope max(0, 2 - 2 abs(x + shift)).
 
@@ -31,16 +37,35 @@ def sign_backward(
         grad: the gradient to the signs, of ``x``'s shape.
         x: (N, C, H, W) or (M, C), the input of the sign.
         shift: (C,), or None for no shift.
-        residual: of ``x``'s shape: a gradient that reaches ``x`` by another way, added in the
+        residual: the gradient to the output of a shortcut from ``x``, sent back to ``x`` in the
             same pass; or None.
+        shortcut: "identity" (the residual has ``x``'s shape), "pool" (half its height and width)
+            or "repeat" (twice its channels).
 
     Returns:
-        The gradient to ``x``, slope * grad + residual, in ``x``'s dtype; and the gradient to the
-        shift, sum of slope * grad, (C,) float32 (float64 for float64 ``x``).
+        The gradient to ``x``, slope * grad + shortcut^T(residual), in ``x``'s dtype; and the
+        gradient to the shift, sum of slope * grad, (C,) float32 (float64 for float64 ``x``).
     """
-    slope = shifted(x, shift).abs().mul_(-2).add_(2).clamp_(min=0)
-    dx = slope.mul_(flat_pixels(channels_last(grad)))
-    dshift = dx.sum(0)
-    if residual is not None:
-        dx = dx + flat_pixels(channels_last(residual))
-    return from_flat(dx.to(x.dtype), tuple(x.shape)), dshift
+    dx = empty_pixels(x, x.dtype)
+    dshift = torch.zeros(x.shape[1], dtype=accumulator(x.dtype), device=x.device)
+    for part in image_chunks(x):
+        ds = shifted(x[part], shift).abs().mul_(-2).add_(2).clamp_(min=0)
+        ds.mul_(flat_pixels(channels_last(grad[part])))
+        dshift += ds.sum(0)
+        if residual is not None:
+            _add_shortcut_grad(ds, channels_last(residual[part]), shortcut)
+        flat_pixels(dx[part]).copy_(ds)
+    return dx, dshift
+
+
+def _add_shortcut_grad(dx: Tensor, residual: Tensor, shortcut: str) -> None:
+    """Add the shortcut's transpose, applied to (N, O, H', W'), to (pixels, C)."""
+    if shortcut == "pool":
+        n, channels, height, width = residual.shape
+        blocks = dx.view(n, height, 2, width, 2, channels)
+        blocks.add_(residual.permute(0, 2, 3, 1)[:, :, None, :, None], alpha=0.25)
+    elif shortcut == "repeat":
+        first, second = flat_pixels(residual).chunk(2, dim=1)
+        dx.add_(first).add_(second)
+    else:
+        dx.add_(flat_pixels(residual))

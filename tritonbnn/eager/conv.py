@@ -4,9 +4,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonbnn.eager.common import accumulator
+from tritonbnn.checks import conv_output_size
+from tritonbnn.eager.common import accumulator, chunks
 from tritonbnn.eager.pack import unpack_signs
-from tritonbnn.layout import channels_last, empty_channels_last, flat_pixels
+from tritonbnn.layout import channels_last, empty_channels_last
+
+FILTERS = 128
+"""Filters whose gradient is computed at a time: torch holds it three times while it makes it."""
 
 
 def conv_packed(
@@ -33,12 +37,8 @@ def conv_packed(
     Returns:
         (N, O, H', W') in channels_last memory.
     """
-    acc = accumulator(dtype)
-    real = unpack_signs(weight, channels, acc)
-    y = _convolution(unpack_signs(x, channels, acc), real, stride, padding)
-    if alpha is not None:
-        flat_pixels(y).mul_(alpha)
-    return y.to(dtype)
+    real = unpack_signs(weight, channels, accumulator(dtype))
+    return _convolution(x, real, alpha, stride, padding, dtype)
 
 
 def conv_real(
@@ -56,15 +56,27 @@ def conv_real(
     Returns:
         (N, O, H', W') in channels_last memory.
     """
-    acc = accumulator(dtype)
-    signs = unpack_signs(x, weight.shape[1], acc)
-    return _convolution(signs, weight.to(dtype).to(acc), stride, padding).to(dtype)
+    real = weight.to(dtype).to(accumulator(dtype))
+    return _convolution(x, real, None, stride, padding, dtype)
 
 
-def _convolution(x: Tensor, weight: Tensor, stride: int, padding: int) -> Tensor:
-    """conv2d in the operands' own dtype: autocast would round the integers of the result."""
+def _convolution(
+    x: Tensor, weight: Tensor, alpha: Tensor | None, stride: int, padding: int, dtype: torch.dtype
+) -> Tensor:
+    """Packed signs by a weight in the accumulator's dtype, scaled, rounded once to ``dtype``."""
+    out_channels, channels, kernel_size, _ = weight.shape
+    images, height, width, _ = x.shape
+    size = conv_output_size(height, width, kernel_size, stride, padding)
+    y = empty_channels_last((images, out_channels, *size), dtype, x.device)
+    # autocast would round the integers of the result
     with torch.autocast(x.device.type, enabled=False):
-        return channels_last(F.conv2d(x, weight, stride=stride, padding=padding))
+        for part in chunks(images, channels * height * width):
+            signs = unpack_signs(x[part], channels, weight.dtype)
+            result = F.conv2d(signs, weight, stride=stride, padding=padding)
+            if alpha is not None:
+                result.mul_(alpha.view(-1, 1, 1))
+            y[part].copy_(result)
+    return y
 
 
 def conv_input_grad(
@@ -99,9 +111,13 @@ def conv_input_grad(
         real = weight.to(grad.dtype).to(acc)
     else:
         real = unpack_signs(weight, channels, acc) * alpha.view(-1, 1, 1, 1)
-    like = empty_channels_last((grad.shape[0], channels, height, width), acc, grad.device)
-    mask = [True, False, False]
-    return _convolution_backward(grad.to(acc), like, real, stride, padding, mask)[0].to(grad.dtype)
+    dx = empty_channels_last((len(grad), channels, height, width), grad.dtype, grad.device)
+    for part in chunks(len(grad), channels * height * width):
+        like = torch.empty_like(dx[part], dtype=acc)
+        mask = [True, False, False]
+        result = _convolution_backward(grad[part].to(acc), like, real, stride, padding, mask)
+        dx[part].copy_(result[0])
+    return dx
 
 
 def conv_weight_grad(
@@ -124,11 +140,15 @@ def conv_weight_grad(
     """
     acc = accumulator(grad.dtype)
     shape = (grad.shape[1], channels, kernel_size, kernel_size)
-    like = empty_channels_last(shape, acc, grad.device)
-    signs = unpack_signs(x, channels, acc)
+    total = empty_channels_last(shape, acc, grad.device).zero_()
     mask = [False, True, False]
-    weight_grad = _convolution_backward(grad.to(acc), signs, like, stride, padding, mask)[1]
-    return channels_last(weight_grad)
+    for part in chunks(len(x), channels * x.shape[1] * x.shape[2]):
+        signs, g = unpack_signs(x[part], channels, acc), grad[part].to(acc)
+        for share, filters in zip(
+            g.split(FILTERS, dim=1), total.split(FILTERS, dim=0), strict=True
+        ):
+            filters += _convolution_backward(share, signs, filters, stride, padding, mask)[1]
+    return total
 
 
 def _convolution_backward(

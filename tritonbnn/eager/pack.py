@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tritonbnn.bits import WORD_BITS, words
-from tritonbnn.eager.common import accumulator, shifted
+from tritonbnn.eager.common import accumulator, image_chunks, shifted
 from tritonbnn.layout import from_flat
 
 # Eight bytes of 0 or 1, read as one int64 and multiplied by this, leave byte i on bit 56 + i.
@@ -48,11 +48,11 @@ def pack_signs(x: Tensor, shift: Tensor | None = None) -> Tensor:
     Returns:
         int32, (N, H, W, words) or (M, words), contiguous.
     """
-    packed = _pack_rows(shifted(x, shift) >= 0)
-    if x.dim() == 2:
-        return packed
-    n, _, h, w = x.shape
-    return packed.view(n, h, w, packed.shape[1])
+    shape = (x.shape[0], *x.shape[2:], words(x.shape[1]))
+    packed = torch.empty(shape, dtype=torch.int32, device=x.device)
+    for part in image_chunks(x):
+        packed[part] = _pack_rows(shifted(x[part], shift) >= 0).view_as(packed[part])
+    return packed
 
 
 def unpack_signs(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:

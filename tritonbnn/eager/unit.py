@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonbnn.eager.common import accumulator
+from tritonbnn.eager.common import accumulator, image_chunks
 from tritonbnn.eager.pack import pack_signs
-from tritonbnn.layout import channels_last, flat_pixels, from_flat
+from tritonbnn.layout import channels_last, empty_pixels, flat_pixels
 
 
 def unit_plan(
@@ -23,6 +23,7 @@ def unit_plan(
     kernel_size: int,
     stride: int,
     dtype: torch.dtype,
+    binary_weight: bool,
     device: torch.device,
 ) -> str:
     """Whether a unit keeps its convolution's output for backward, or convolves again.
@@ -38,6 +39,7 @@ def unit_plan(
         kernel_size: 1 or 3.
         stride: 1 or 2.
         dtype: of the stream.
+        binary_weight: whether the convolution's output is integers, or real as in step 1.
         device: of the stream.
 
     Returns:
@@ -64,19 +66,25 @@ def channel_moments(a: Tensor) -> tuple[Tensor, Tensor]:
     if a.is_floating_point():
         variance, mean = torch.var_mean(flat.to(accumulator(a.dtype)), dim=0, correction=0)
         return mean.double(), variance.double()
-    count = flat.shape[0]
-    total = flat.sum(0, dtype=torch.int64)
-    wide = flat.to(torch.int32)  # 9216^2 < 2^31
-    squares = (wide * wide).sum(0, dtype=torch.int64)
+    count = len(flat)
+    total, squares = torch.zeros(2, a.shape[1], dtype=torch.int64, device=a.device)
+    for part in image_chunks(flat):
+        wide = flat[part].to(torch.int32)  # 9216^2 < 2^31
+        total += wide.sum(0, dtype=torch.int64)
+        squares += wide.mul_(wide).sum(0, dtype=torch.int64)
     # count * squares - total^2 may pass 2^63; float64 differs from it by rounding only.
     mean = total.double() / count
     return mean, (squares.double() / count - mean * mean).clamp_(min=0)
 
 
-def _shortcut(stream: Tensor, kind: str) -> Tensor:
+def _add_shortcut(t: Tensor, stream: Tensor, kind: str) -> Tensor:
+    """Add the shortcut of (N, C, H, W) to (pixels, O), in place."""
     if kind == "pool":
-        return F.avg_pool2d(stream, 2)
-    return torch.cat((stream, stream), dim=1) if kind == "repeat" else stream
+        stream = F.avg_pool2d(stream, 2)
+    flat = flat_pixels(channels_last(stream))
+    for half in t.chunk(2, dim=1) if kind == "repeat" else (t,):
+        half.add_(flat)
+    return t
 
 
 def _pre_activation(
@@ -92,7 +100,7 @@ def _pre_activation(
     acc = accumulator(stream.dtype)
     constant = offset - mean * scale if shift_mid is None else offset - mean * scale + shift_mid
     t = torch.addcmul(constant.to(acc), flat_pixels(channels_last(a)).to(acc), scale.to(acc))
-    return t.add_(flat_pixels(channels_last(_shortcut(stream, shortcut))))
+    return _add_shortcut(t, stream, shortcut)
 
 
 def unit_forward(
@@ -129,10 +137,12 @@ def unit_forward(
         z, (N, O, H', W') in ``stream``'s dtype and channels_last memory; and its packed signs,
         int32 (N, H', W', words), or with no words if they are not wanted.
     """
-    t = _pre_activation(a, stream, mean, scale, offset, shift_mid, shortcut)
-    if slope is not None and shift_out is not None:
-        t = F.prelu(t, slope.to(t.dtype)).add_(shift_out)
-    z = from_flat(t.to(stream.dtype), tuple(a.shape))
+    z = empty_pixels(a, stream.dtype)
+    for part in image_chunks(a):
+        t = _pre_activation(a[part], stream[part], mean, scale, offset, shift_mid, shortcut)
+        if slope is not None and shift_out is not None:
+            t = F.prelu(t, slope.to(t.dtype)).add_(shift_out)
+        flat_pixels(z[part]).copy_(t)
     n, _, height, width = z.shape
     return z, pack_signs(z, next_shift) if pack else a.new_empty((n, height, width, 0)).int()
 
@@ -161,16 +171,21 @@ def unit_activation_backward(
         du, (N, O, H', W') in ``grad``'s dtype; and the sums of du, of du * (a - mean), of
         grad * min(t, 0) and of grad, (4, O) float32 (float64 for a float64 ``grad``).
     """
-    g = flat_pixels(channels_last(grad)).to(accumulator(grad.dtype))
-    centred = flat_pixels(channels_last(a)).to(g.dtype) - mean.to(g.dtype)
-    if slope is None:
-        du, dslope, dshift_out = g, torch.zeros_like(scale, dtype=g.dtype), g.sum(0)
-    else:
-        t = _pre_activation(a, stream, mean, scale, offset, shift_mid, shortcut)
-        du = torch.where(t > 0, g, g * slope)
-        dslope, dshift_out = t.clamp_(max=0).mul_(g).sum(0), g.sum(0)
-    sums = torch.stack((du.sum(0), centred.mul_(du).sum(0), dslope, dshift_out))
-    return from_flat(du.to(grad.dtype), tuple(a.shape)), sums
+    du = empty_pixels(grad, grad.dtype)
+    sums = torch.zeros(4, a.shape[1], dtype=accumulator(grad.dtype), device=a.device)
+    for part in image_chunks(a):
+        g = flat_pixels(channels_last(grad[part])).to(sums.dtype)
+        centred = flat_pixels(channels_last(a[part])).to(g.dtype) - mean.to(g.dtype)
+        d = g
+        if slope is not None:
+            t = _pre_activation(a[part], stream[part], mean, scale, offset, shift_mid, shortcut)
+            d = torch.where(t > 0, g, g * slope)
+            sums[2] += t.clamp_(max=0).mul_(g).sum(0)
+        sums[0] += d.sum(0)
+        sums[1] += centred.mul_(d).sum(0)
+        sums[3] += g.sum(0)
+        flat_pixels(du[part]).copy_(d)
+    return du, sums
 
 
 def unit_norm_backward(
@@ -187,6 +202,10 @@ def unit_norm_backward(
         The gradient to the convolution's scaled output, in ``du``'s dtype.
     """
     acc = accumulator(du.dtype)
-    result = torch.addcmul(constant.to(acc), flat_pixels(channels_last(a)).to(acc), a_scale.to(acc))
-    result.addcmul_(flat_pixels(channels_last(du)).to(acc), du_scale.to(acc))
-    return from_flat(result.to(du.dtype), tuple(a.shape))
+    du_scale, a_scale, constant = (v.to(acc) for v in (du_scale, a_scale, constant))
+    dy = empty_pixels(du, du.dtype)
+    for part in image_chunks(a):
+        d = flat_pixels(channels_last(du[part])).to(acc)
+        result = torch.addcmul(constant, flat_pixels(channels_last(a[part])).to(acc), a_scale)
+        flat_pixels(dy[part]).copy_(result.addcmul_(d, du_scale))
+    return dy

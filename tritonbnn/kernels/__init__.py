@@ -9,13 +9,8 @@ from tritonbnn.kernels.conv_grad import conv_input_grad, conv_weight_grad
 from tritonbnn.kernels.matmul import packed_matmul
 from tritonbnn.kernels.pack import pack_signs, pack_weight, unpack_signs
 from tritonbnn.kernels.rprelu import rprelu_backward, rprelu_forward
-from tritonbnn.kernels.unit import (
-    channel_moments,
-    unit_activation_backward,
-    unit_forward,
-    unit_norm_backward,
-    unit_plan,
-)
+from tritonbnn.kernels.unit import channel_moments, unit_forward, unit_plan
+from tritonbnn.kernels.unit_grad import unit_activation_backward, unit_norm_backward
 
 __all__ = [
     "channel_moments",

@@ -23,7 +23,7 @@ from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.shipped import check_target
 from tritonbnn.kernels.timing import measured_on, time_callable
 from tritonbnn.kernels.truth import error_of
-from tritonbnn.kernels.workload import STEP_OPS, Problem
+from tritonbnn.kernels.workload import OPS, PLAN, STEP_OPS, Problem
 
 CHECK_BATCH = 2
 """Images that a candidate is checked on before it is timed."""
@@ -48,14 +48,26 @@ class Entry:
 
 
 def tune(
-    problem: Problem, choices: Iterable[config.Choice], device: torch.device, runs: int = 30
+    problem: Problem,
+    choices: Iterable[config.Choice],
+    device: torch.device,
+    runs: int = 30,
+    table: config.Table | None = None,
 ) -> Entry:
-    """Check and time the choices, the default among them, and return the fastest."""
+    """Check and time the choices, the default among them, and return the fastest.
+
+    Args:
+        problem: a launcher, or a whole unit.
+        choices: what it may run as.
+        device: where.
+        runs: timed runs.
+        table: what the launchers inside a whole unit run as; None for the defaults.
+    """
     small = problem.with_batch(min(CHECK_BATCH, problem.layer.batch))
     small_inputs, inputs = small.inputs(device), problem.inputs(device)
     times = {}
     for choice in choices:
-        with config.using(choice):
+        with config.using({**(table or {}), problem.key.bucketed(): choice}):
             try:
                 wrong = error_of(small, small_inputs, small.run(small_inputs))
                 if wrong:
@@ -108,18 +120,23 @@ def tune_all(
     limit: int | None = None,
     runs: int = 30,
 ) -> int:
-    """Tune what the table at ``path`` misses, write it after every problem; how many were tuned."""
+    """Tune what the table at ``path`` misses, write it after every problem; how many were tuned.
+
+    Whole units come last, on the launchers as tuned.
+    """
     head = {**measured_on(device), "gpu": gpu}
     entries = read_entries(path, head)
     todo = {problem.key.bucketed(): problem for problem in problems}
     todo = {key: problem for key, problem in todo.items() if key not in entries}
-    for key, problem in tqdm(todo.items(), unit="problem", disable=None):
+    ordered = sorted(todo.items(), key=lambda item: item[1].op == PLAN)
+    for key, problem in tqdm(ordered, unit="problem", disable=None):
         choices = [
             choice
             for choice in candidates(problem.key, capability)
             if choice.formulation != "mma" or has_one_bit_core(device)
         ]
-        entries[key] = tune(problem, choices[:limit], device, runs).as_json()
+        table = dict(config.parse_entry(entry) for entry in entries.values())
+        entries[key] = tune(problem, choices[:limit], device, runs, table).as_json()
         write_table(path, head, entries)
     return len(todo)
 
@@ -129,7 +146,7 @@ def rank(problem: Problem, target: str, limit: int | None) -> list[dict[str, Any
     capability = aot.parse_target(target)
     ranked = []
     for choice in candidates(problem.key, capability)[:limit]:
-        if choice.formulation == "library":
+        if choice.formulation == "library" or problem.op == PLAN:  # nothing of ours to compile
             continue
         launch = shipped.launches_of(problem, choice)[-1]
         made = aot.compile_launch(launch, capability)
@@ -153,7 +170,7 @@ def rank(problem: Problem, target: str, limit: int | None) -> list[dict[str, Any
 def main(argv: list[str]) -> int:
     """Command line."""
     arguments = _parser().parse_args(argv)
-    problems = named_problems(arguments, (*STEP_OPS, "conv_real"))
+    problems = named_problems(arguments, (*STEP_OPS, "conv_real", PLAN), both_steps=True)
     if arguments.compile_only:
         check_target(arguments.target)
         for problem in tqdm(problems, unit="problem", disable=None):
@@ -175,7 +192,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> cli.Parser:
     parser = cli.Parser(prog="tritonbnn.kernels.autotune", description=__doc__)
-    add_problem_arguments(parser, "reactnet_a")
+    add_problem_arguments(parser, "reactnet_a", (*OPS, PLAN))
     parser.add_argument("--gpu", default="auto", help="the GPU's name, to be sure of it")
     parser.add_argument("--limit", type=positive, help="try at most so many candidates a problem")
     parser.add_argument("--output", type=Path, help="the table, instead of the package's own")

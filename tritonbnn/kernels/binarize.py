@@ -7,12 +7,10 @@ from torch import Tensor
 
 from tritonbnn import checks
 from tritonbnn.kernels import config
-from tritonbnn.kernels.launch import check_kernel_dtype, launch
+from tritonbnn.kernels.elementwise import launch_elementwise, launch_partial_sums
+from tritonbnn.kernels.launch import check_kernel_dtype
 from tritonbnn.kernels.tiles import tile_of
 from tritonbnn.layout import channels_last, flat_pixels, from_flat
-
-MAX_PARTIALS = 1024
-"""Programs per channel block of a backward pass: enough to fill a GPU, few enough to sum after."""
 
 
 @triton.jit
@@ -39,22 +37,53 @@ def _sign_forward_kernel(
 
 
 @triton.jit
+def _shortcut_grad(
+    residual_ptr,
+    row,
+    channel,
+    mask,
+    CHANNELS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHORTCUT: tl.constexpr,
+):
+    """The shortcut's transpose applied to its output's gradient, at (row, channel) of its input."""
+    if SHORTCUT == "pool":
+        image = row // (HEIGHT * WIDTH)
+        y = row // WIDTH % HEIGHT // 2
+        x = row % WIDTH // 2
+        pixel = (image * (HEIGHT // 2) + y) * (WIDTH // 2) + x
+        offs = pixel * CHANNELS + channel
+        return 0.25 * tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if SHORTCUT == "repeat":
+        first = residual_ptr + row * 2 * CHANNELS + channel
+        total = tl.load(first, mask=mask, other=0.0).to(tl.float32)
+        return total + tl.load(first + CHANNELS, mask=mask, other=0.0).to(tl.float32)
+    offs = row * CHANNELS + channel
+    return tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def _sign_backward_kernel(
     grad_ptr,
     x_ptr,
     shift_ptr,
     residual_ptr,
     dx_ptr,
-    dshift_ptr,
+    sums_ptr,
     rows,
     CHANNELS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SHORTCUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dx = max(0, 2 - 2 abs(x + shift)) grad + residual; dshift[program] = its share of the sum.
+    """dx = ds + shortcut^T(residual), where ds = max(0, 2 - 2 abs(x + shift)) grad; and ds's sums.
 
-    grad, x, residual (or None) and dx (rows, CHANNELS) float; shift (CHANNELS,) or None; dshift
-    (programs, CHANNELS) float32. A program takes every ``programs``-th block of rows.
+    grad, x and dx (rows, CHANNELS) float; shift (CHANNELS,) or None; residual None or float of the
+    shortcut's output shape; sums (programs, 1, CHANNELS) float32: each program's share of the sum
+    of ds. A program takes every ``programs``-th block of rows.
     """
     pid, pid_n = tile_of(tl.program_id(0), tl.cdiv(CHANNELS, BLOCK_N))
     programs = tl.num_programs(0) // tl.cdiv(CHANNELS, BLOCK_N)
@@ -73,9 +102,11 @@ def _sign_backward_kernel(
         dx = slope * grad
         acc += dx
         if residual_ptr is not None:
-            dx += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            dx += _shortcut_grad(
+                residual_ptr, row, channel, mask, CHANNELS, HEIGHT, WIDTH, SHORTCUT
+            )
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
-    out = dshift_ptr + pid * CHANNELS + channel
+    out = sums_ptr + pid * CHANNELS + channel
     tl.store(out, tl.sum(acc, axis=0)[None, :], mask=channel < CHANNELS)
 
 
@@ -85,53 +116,48 @@ def sign_forward(x: Tensor, shift: Tensor | None = None) -> Tensor:
     checks.check_per_channel(x.shape[1], shift=shift)
     checks.check_same_device(x=x, shift=shift)
     flat = flat_pixels(channels_last(x))
-    rows, channels = flat.shape
-    y = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
-    tile = config.choose(config.elementwise_key("sign_forward", x), x.device).tile
-    if rows:
-        launch(
-            _sign_forward_kernel,
-            triton.cdiv(rows, tile.block_m) * triton.cdiv(channels, tile.block_n),
-            tile,
-            x_ptr=flat,
-            shift_ptr=None if shift is None else shift.contiguous(),
-            y_ptr=y,
-            rows=rows,
-            CHANNELS=channels,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-        )
+    y = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+    launch_elementwise(
+        _sign_forward_kernel,
+        config.choose(config.elementwise_key("sign_forward", x), x.device).tile,
+        y,
+        x_ptr=flat,
+        shift_ptr=None if shift is None else shift.contiguous(),
+        y_ptr=y,
+    )
     return from_flat(y, tuple(x.shape))
 
 
 def sign_backward(
-    grad: Tensor, x: Tensor, shift: Tensor | None = None, residual: Tensor | None = None
+    grad: Tensor,
+    x: Tensor,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    shortcut: str = "identity",
 ) -> tuple[Tensor, Tensor]:
     """Gradients to x and shift: the twin of :func:`tritonbnn.eager.sign_backward`."""
     check_kernel_dtype("x", x.dtype)
     checks.check_per_channel(x.shape[1], shift=shift)
     checks.check_same_device(grad=grad, x=x, shift=shift, residual=residual)
-    checks.check_same_shape(x=x, grad=grad, residual=residual)
+    checks.check_same_shape(x=x, grad=grad)
+    if residual is not None:
+        checks.check_shape("x", x, checks.shortcut_input_shape(residual.shape, shortcut))
     flat = flat_pixels(channels_last(x))
-    rows, channels = flat.shape
-    tile = config.choose(config.elementwise_key("sign_backward", x), x.device).tile
-    programs = min(MAX_PARTIALS, triton.cdiv(rows, tile.block_m))
-    dx = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
-    dshift = torch.empty((programs, channels), dtype=torch.float32, device=x.device)
-    if rows:
-        launch(
-            _sign_backward_kernel,
-            programs * triton.cdiv(channels, tile.block_n),
-            tile,
-            grad_ptr=flat_pixels(channels_last(grad)),
-            x_ptr=flat,
-            shift_ptr=None if shift is None else shift.contiguous(),
-            residual_ptr=None if residual is None else flat_pixels(channels_last(residual)),
-            dx_ptr=dx,
-            dshift_ptr=dshift,
-            rows=rows,
-            CHANNELS=channels,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-        )
-    return from_flat(dx, tuple(x.shape)), dshift.sum(0)
+    height, width = x.shape[2:] if x.dim() == 4 else (1, 1)
+    dx = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+    sums = launch_partial_sums(
+        _sign_backward_kernel,
+        config.choose(config.elementwise_key("sign_backward", x), x.device).tile,
+        dx,
+        count=1,
+        grad_ptr=flat_pixels(channels_last(grad)),
+        x_ptr=flat,
+        shift_ptr=None if shift is None else shift.contiguous(),
+        residual_ptr=None if residual is None else flat_pixels(channels_last(residual)),
+        dx_ptr=dx,
+        HEIGHT=height,
+        WIDTH=width,
+        SHORTCUT=shortcut,
+    )
+    return from_flat(dx, tuple(x.shape)), sums.sum((0, 1))

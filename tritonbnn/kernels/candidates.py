@@ -23,14 +23,14 @@ def candidates(key: ProblemKey, capability: int) -> list[Choice]:
     found = [config.default(key)]
     for formulation in config.FORMULATIONS[key.op]:
         for tile in _tiles(key, formulation):
-            tile = clipped(key, tile)
+            tile = tile if key.op == "unit_plan" else clipped(key, tile)
             if fits(key, formulation, tile, capability):
                 found.append(Choice(formulation, tile))
     return list(dict.fromkeys(found))
 
 
 def _tiles(key: ProblemKey, formulation: str) -> Iterator[TileConfig]:
-    if formulation == "library":
+    if formulation == "library" or key.op == "unit_plan":
         yield config.default_tile(key, formulation)
     elif key.out_channels == 0:
         for elements, width, warps in product((1024, 2048, 4096, 8192), (32, 64, 128, 256), (4, 8)):
@@ -80,7 +80,7 @@ def fits(key: ProblemKey, formulation: str, tile: TileConfig, capability: int) -
     elements = tile.block_m * tile.block_n
     if elements < threads:
         return False
-    if key.out_channels == 0 or formulation == "library":
+    if key.out_channels == 0 or formulation == "library" or key.op == "unit_plan":
         return True
     if formulation == "mma":  # it keeps its operands in registers
         return elements <= MAX_ACCUMULATORS * threads and min(block_tiles(tile).values()) > 0

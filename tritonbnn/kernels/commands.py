@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 
 from tritonbnn import cli
 from tritonbnn.kernels.geometry import Geometry
@@ -16,19 +17,23 @@ def positive(text: str) -> int:
     return value
 
 
-def add_problem_arguments(parser: cli.Parser, model: str | None) -> None:
+def add_problem_arguments(parser: cli.Parser, model: str | None, ops: Sequence[str] = OPS) -> None:
     """Add the options that name a network's layers, operations and dtype."""
     parser.add_argument("--model", default=model, help="the network whose layers count")
     parser.add_argument("--batch", type=positive, default=256)
     parser.add_argument("--size", type=positive, default=224, help="of the images")
     parser.add_argument("--width", type=float, default=1.0, help="of the network")
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
-    parser.add_argument("--op", action="append", choices=sorted(OPS), help="only these")
+    parser.add_argument("--op", action="append", choices=sorted(ops), help="only these")
     parser.add_argument("--layer", type=int, action="append", help="only these, by index")
 
 
 def named_problems(
-    arguments: argparse.Namespace, ops: Sequence[str] = OPS, layers: Sequence[Geometry] = ()
+    arguments: argparse.Namespace,
+    ops: Sequence[str] = OPS,
+    layers: Sequence[Geometry] = (),
+    *,
+    both_steps: bool = False,
 ) -> list[Problem]:
     """The problems that the options name.
 
@@ -36,6 +41,7 @@ def named_problems(
         arguments: with what :func:`add_problem_arguments` added.
         ops: where no ``--op`` is given.
         layers: where there is no ``--model``.
+        both_steps: also those of step 1 that work on a convolution by real weights.
     """
     if arguments.model:
         try:
@@ -48,4 +54,7 @@ def named_problems(
     if not set(chosen) <= set(range(len(layers))):
         raise cli.UserError(f"--layer must be from 0 to {len(layers) - 1}")
     dtype = DTYPES[arguments.dtype]
-    return [Problem(op, layers[i], dtype) for i in chosen for op in arguments.op or ops]
+    problems = [Problem(op, layers[i], dtype) for i in chosen for op in arguments.op or ops]
+    if both_steps:
+        problems += [replace(p, binary_weight=False) for p in problems if p.on_convolution]
+    return problems

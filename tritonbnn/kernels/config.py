@@ -8,7 +8,7 @@ table and gets defaults. A table that cannot be trusted is an error that names f
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -93,11 +93,18 @@ def power_of_two(size: int) -> int:
     return 1 << max(size - 1, 0).bit_length()
 
 
-def elementwise_key(op: str, x: torch.Tensor) -> ProblemKey:
-    """The key of an elementwise problem over (N, C, H, W) or (M, C)."""
+def elementwise_key(op: str, x: torch.Tensor, *others: torch.Tensor) -> ProblemKey:
+    """The key of an elementwise problem over (N, C, H, W) or (M, C).
+
+    Args:
+        op: the operation.
+        x: gives the shape.
+        others: operands whose dtype may be another one; "int16+bfloat16" names both.
+    """
     batch, channels = x.shape[:2]
     height, width = x.shape[2:] if x.dim() == 4 else (1, 1)
-    return ProblemKey(op, dtype_name(x.dtype), batch, height, width, channels)
+    dtype = joint_dtype_name(*(tensor.dtype for tensor in (x, *others)))
+    return ProblemKey(op, dtype, batch, height, width, channels)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -105,10 +112,15 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+def joint_dtype_name(*dtypes: torch.dtype) -> str:
+    """The distinct dtypes by name, in order: ``int16+bfloat16``."""
+    return "+".join(dict.fromkeys(dtype_name(dtype) for dtype in dtypes))
+
+
 def choose(key: ProblemKey, device: torch.device) -> Choice:
     """The formulation and tile for a problem on a device."""
     if _forced is not None:
-        return _forced
+        return _forced(key)
     return _choose(key, torch.cuda.get_device_name(device) if device.type == "cuda" else None)
 
 
@@ -117,14 +129,15 @@ def _choose(key: ProblemKey, gpu: str | None) -> Choice:
     return look_up(key, {} if gpu is None else shipped_table(gpu))
 
 
-_forced: Choice | None = None
+_forced: Callable[[ProblemKey], Choice] | None = None
 
 
 @contextmanager
-def using(choice: Choice) -> Iterator[None]:
-    """Make every launcher in the block take ``choice``: for the tuner, which tries them all."""
+def using(forced: Choice | Table) -> Iterator[None]:
+    """Make every launcher in the block take one choice, or look it up in ``forced`` alone."""
     global _forced
-    _forced, previous = choice, _forced
+    previous = _forced
+    _forced = (lambda key: look_up(key, forced)) if isinstance(forced, dict) else (lambda _: forced)
     try:
         yield
     finally:
@@ -152,7 +165,7 @@ def default_tile(key: ProblemKey, formulation: str) -> TileConfig:
     """A tile that fits every problem of the operation, clipped to this one."""
     if key.out_channels == 0:
         # Registers: float32 takes two where bf16 takes one, a backward pass has accumulators.
-        elements = 2048 if key.dtype == "float32" or key.op.endswith("backward") else 4096
+        elements = 2048 if "float32" in key.dtype or key.op.endswith("backward") else 4096
         if key.op == "unit_activation_backward":
             elements = 1024
         block_n = min(128, power_of_two(key.channels))

@@ -37,10 +37,20 @@ def plain_formulas(shortcut: str) -> dict[str, Callable[[Tensors], Any]]:
         parts = (du, du * centred, u.clamp(max=0) * grad, grad)
         return du, torch.stack([part.sum(_PIXELS) for part in parts])
 
+    def sign_backward(t: Tensors) -> tuple[Tensor, Tensor]:
+        ds = (2 - 2 * (t["x"] + t["shift_in"]).abs()).clamp(min=0) * t["grad"]
+        skipped = t["residual"]
+        if shortcut == "pool":
+            skipped = (skipped / 4).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+        if shortcut == "repeat":
+            first, second = skipped.chunk(2, dim=1)
+            skipped = first + second
+        return ds + skipped, ds.sum(_PIXELS)
+
     return {
         "pack_signs": _sign,
         "sign_forward": _sign,
-        "sign_backward": _sign_backward,
+        "sign_backward": sign_backward,
         "rprelu_forward": _rprelu_forward,
         "rprelu_backward": _rprelu_backward,
         "channel_moments": _channel_moments,
@@ -52,11 +62,6 @@ def plain_formulas(shortcut: str) -> dict[str, Callable[[Tensors], Any]]:
 
 def _sign(t: Tensors) -> Tensor:
     return torch.where(t["x"] + t["shift_in"] >= 0, 1.0, -1.0).to(t["x"].dtype)
-
-
-def _sign_backward(t: Tensors) -> tuple[Tensor, Tensor]:
-    ds = (2 - 2 * (t["x"] + t["shift_in"]).abs()).clamp(min=0) * t["grad"]
-    return ds + t["residual"], ds.sum(_PIXELS)
 
 
 def _rprelu_forward(t: Tensors) -> Tensor:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from tritonbnn import checks
 from tritonbnn.kernels import config
-from tritonbnn.kernels.binarize import MAX_PARTIALS
-from tritonbnn.kernels.launch import check_kernel_dtype, launch
+from tritonbnn.kernels.elementwise import launch_elementwise, launch_partial_sums
+from tritonbnn.kernels.launch import check_kernel_dtype
 from tritonbnn.kernels.tiles import tile_of
 from tritonbnn.layout import channels_last, flat_pixels, from_flat
 
@@ -94,24 +94,17 @@ def rprelu_forward(x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor
     checks.check_per_channel(x.shape[1], shift_in=shift_in, slope=slope, shift_out=shift_out)
     checks.check_same_device(x=x, shift_in=shift_in, slope=slope, shift_out=shift_out)
     flat = flat_pixels(channels_last(x))
-    rows, channels = flat.shape
-    z = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
-    tile = config.choose(config.elementwise_key("rprelu_forward", x), x.device).tile
-    if rows:
-        launch(
-            _rprelu_forward_kernel,
-            triton.cdiv(rows, tile.block_m) * triton.cdiv(channels, tile.block_n),
-            tile,
-            x_ptr=flat,
-            shift_in_ptr=shift_in.contiguous(),
-            slope_ptr=slope.contiguous(),
-            shift_out_ptr=shift_out.contiguous(),
-            z_ptr=z,
-            rows=rows,
-            CHANNELS=channels,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-        )
+    z = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+    launch_elementwise(
+        _rprelu_forward_kernel,
+        config.choose(config.elementwise_key("rprelu_forward", x), x.device).tile,
+        z,
+        x_ptr=flat,
+        shift_in_ptr=shift_in.contiguous(),
+        slope_ptr=slope.contiguous(),
+        shift_out_ptr=shift_out.contiguous(),
+        z_ptr=z,
+    )
     return from_flat(z, tuple(x.shape))
 
 
@@ -124,26 +117,17 @@ def rprelu_backward(
     checks.check_same_device(grad=grad, x=x, shift_in=shift_in, slope=slope)
     checks.check_same_shape(x=x, grad=grad)
     flat = flat_pixels(channels_last(x))
-    rows, channels = flat.shape
-    tile = config.choose(config.elementwise_key("rprelu_backward", x), x.device).tile
-    programs = min(MAX_PARTIALS, triton.cdiv(rows, tile.block_m))
-    dx = torch.empty((rows, channels), dtype=x.dtype, device=x.device)
-    sums = torch.empty((programs, 3, channels), dtype=torch.float32, device=x.device)
-    if rows:
-        launch(
-            _rprelu_backward_kernel,
-            programs * triton.cdiv(channels, tile.block_n),
-            tile,
-            grad_ptr=flat_pixels(channels_last(grad)),
-            x_ptr=flat,
-            shift_in_ptr=shift_in.contiguous(),
-            slope_ptr=slope.contiguous(),
-            dx_ptr=dx,
-            sums_ptr=sums,
-            rows=rows,
-            CHANNELS=channels,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-        )
+    dx = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+    sums = launch_partial_sums(
+        _rprelu_backward_kernel,
+        config.choose(config.elementwise_key("rprelu_backward", x), x.device).tile,
+        dx,
+        count=3,
+        grad_ptr=flat_pixels(channels_last(grad)),
+        x_ptr=flat,
+        shift_in_ptr=shift_in.contiguous(),
+        slope_ptr=slope.contiguous(),
+        dx_ptr=dx,
+    )
     dshift_in, dslope, dshift_out = sums.sum(0).unbind(0)
     return from_flat(dx, tuple(x.shape)), dshift_in, dslope, dshift_out

@@ -143,7 +143,7 @@ def main(argv: list[str]) -> int:
     targets = arguments.target or ["sm_90"]
     for target in targets:
         check_target(target)
-    problems = named_problems(arguments, layers=REPRESENTATIVE)
+    problems = named_problems(arguments, layers=REPRESENTATIVE, both_steps=True)
     rows = list(compile_all(tqdm(problems, unit="problem", disable=None), targets))
     if arguments.json:
         text = json.dumps([row.as_json() for row in rows], indent=1)

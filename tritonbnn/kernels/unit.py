@@ -1,10 +1,11 @@
-"""The half-block around its convolution: statistics, epilogue, and their gradients.
+"""The half-block around its convolution, forward: statistics and epilogue.
 
-Bytes per output element with a bf16 stream and int16 a: moments 2, forward 6, backward through the
-activation 8, through BatchNorm 6. All four only move memory. The next unit's signs, packed in the
-forward epilogue, cost 1/8 byte there; a pass of their own would read the stream again, 2 bytes.
+Bytes per output element with a bf16 stream and int16 a: moments 2, forward 6. Both only move
+memory. The next unit's signs, packed in the epilogue, cost 1/8 byte there; a pass of their own
+would read the stream again, 2 bytes.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,14 +16,14 @@ from torch import Tensor
 from tritonbnn import checks
 from tritonbnn.bits import WORD_BITS, words
 from tritonbnn.kernels import config
-from tritonbnn.kernels.binarize import MAX_PARTIALS
-from tritonbnn.kernels.launch import check_kernel_dtype, launch
+from tritonbnn.kernels.elementwise import launch_elementwise, launch_partial_sums
+from tritonbnn.kernels.launch import check_kernel_dtype
 from tritonbnn.kernels.tiles import tile_of
 from tritonbnn.layout import channels_last, flat_pixels, from_flat
 
 
 @triton.jit
-def _shortcut(
+def shortcut_value(
     stream_ptr,
     row,
     channel,
@@ -54,7 +55,7 @@ def _shortcut(
 
 
 @triton.jit
-def _per_channel(ptr, channel, known):
+def per_channel(ptr, channel, known):
     return tl.load(ptr + channel, mask=known, other=0.0).to(tl.float32)
 
 
@@ -131,116 +132,25 @@ def _unit_forward_kernel(
     mask = (row < rows) & known
     offs = row * CHANNELS + channel
     a = tl.load(a_ptr + offs, mask=mask, other=0).to(tl.float32)
-    t = (a - _per_channel(mean_ptr, channel, known)) * _per_channel(scale_ptr, channel, known)
-    t += _per_channel(offset_ptr, channel, known)
-    t += _shortcut(stream_ptr, row, channel, mask, CHANNELS, HEIGHT, WIDTH, SHORTCUT)
+    t = (a - per_channel(mean_ptr, channel, known)) * per_channel(scale_ptr, channel, known)
+    t += per_channel(offset_ptr, channel, known)
+    t += shortcut_value(stream_ptr, row, channel, mask, CHANNELS, HEIGHT, WIDTH, SHORTCUT)
     if ACTIVATION:
-        t += _per_channel(shift_mid_ptr, channel, known)
-        t = tl.where(t > 0, t, t * _per_channel(slope_ptr, channel, known))
-        t += _per_channel(shift_out_ptr, channel, known)
+        t += per_channel(shift_mid_ptr, channel, known)
+        t = tl.where(t > 0, t, t * per_channel(slope_ptr, channel, known))
+        t += per_channel(shift_out_ptr, channel, known)
     z = t.to(z_ptr.dtype.element_ty)
     tl.store(z_ptr + offs, z, mask=mask)
     if signs_ptr is not None:
         s = z.to(tl.float32)
         if next_shift_ptr is not None:
-            s += _per_channel(next_shift_ptr, channel, known)
+            s += per_channel(next_shift_ptr, channel, known)
         lane = tl.arange(0, 32)[None, None, :]
         bits = tl.reshape(((s >= 0) & known).to(tl.int32), (BLOCK_M, BLOCK_N // 32, 32))
         word = pid_n * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)[None, :]
         words: tl.constexpr = (CHANNELS + 31) // 32
         inside = (row < rows) & (word < words)
         tl.store(signs_ptr + row * words + word, tl.sum(bits << lane, axis=2), mask=inside)
-
-
-@triton.jit
-def _unit_activation_backward_kernel(
-    grad_ptr,
-    a_ptr,
-    stream_ptr,
-    mean_ptr,
-    scale_ptr,
-    offset_ptr,
-    shift_mid_ptr,
-    slope_ptr,
-    du_ptr,
-    sums_ptr,
-    rows,
-    CHANNELS: tl.constexpr,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    SHORTCUT: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """du = t > 0 ? grad : slope grad, t as in the forward pass, and the sums over all rows.
-
-    Tensors as in the forward pass; sums (programs, 4, CHANNELS) float32: each program's share of
-    the sums of du, du (a - mean), min(t, 0) grad, and grad. A program takes every ``programs``-th
-    block of rows.
-    """
-    pid, pid_n = tile_of(tl.program_id(0), tl.cdiv(CHANNELS, BLOCK_N))
-    programs = tl.num_programs(0) // tl.cdiv(CHANNELS, BLOCK_N)
-    channel = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    known = channel < CHANNELS
-    mean = _per_channel(mean_ptr, channel, known)
-    sum_du = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    sum_du_a = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    sum_slope = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    sum_grad = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for block in range(pid, tl.cdiv(rows, BLOCK_M), programs):
-        row = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)
-        mask = (row < rows) & known
-        offs = row * CHANNELS + channel
-        grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        centred = tl.load(a_ptr + offs, mask=mask, other=0).to(tl.float32) - mean
-        du = grad
-        if ACTIVATION:
-            t = centred * _per_channel(scale_ptr, channel, known)
-            t += _per_channel(offset_ptr, channel, known)
-            t += _shortcut(stream_ptr, row, channel, mask, CHANNELS, HEIGHT, WIDTH, SHORTCUT)
-            t += _per_channel(shift_mid_ptr, channel, known)
-            du = tl.where(t > 0, grad, grad * _per_channel(slope_ptr, channel, known))
-            sum_slope += tl.where(t > 0, 0.0, t) * grad
-        tl.store(du_ptr + offs, du.to(du_ptr.dtype.element_ty), mask=mask)
-        sum_du += du
-        sum_du_a += du * centred
-        sum_grad += grad
-    out = sums_ptr + pid * 4 * CHANNELS + channel
-    tl.store(out, tl.sum(sum_du, axis=0)[None, :], mask=known)
-    tl.store(out + CHANNELS, tl.sum(sum_du_a, axis=0)[None, :], mask=known)
-    tl.store(out + 2 * CHANNELS, tl.sum(sum_slope, axis=0)[None, :], mask=known)
-    tl.store(out + 3 * CHANNELS, tl.sum(sum_grad, axis=0)[None, :], mask=known)
-
-
-@triton.jit
-def _unit_norm_backward_kernel(
-    du_ptr,
-    a_ptr,
-    du_scale_ptr,
-    a_scale_ptr,
-    constant_ptr,
-    dy_ptr,
-    rows,
-    CHANNELS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """dy = du_scale du + a_scale a + constant.
-
-    du and dy (rows, CHANNELS) float, a int or float, vectors (CHANNELS,) float.
-    """
-    pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(CHANNELS, BLOCK_N))
-    row = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)[:, None]
-    channel = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-    known = channel < CHANNELS
-    mask = (row < rows) & known
-    offs = row * CHANNELS + channel
-    dy = tl.load(a_ptr + offs, mask=mask, other=0).to(tl.float32)
-    dy = dy * _per_channel(a_scale_ptr, channel, known) + _per_channel(constant_ptr, channel, known)
-    du = tl.load(du_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    dy += du * _per_channel(du_scale_ptr, channel, known)
-    tl.store(dy_ptr + offs, dy.to(dy_ptr.dtype.element_ty), mask=mask)
 
 
 def unit_plan(
@@ -253,13 +163,14 @@ def unit_plan(
     kernel_size: int,
     stride: int,
     dtype: torch.dtype,
+    binary_weight: bool,
     device: torch.device,
 ) -> str:
     """What the tuning table says, or "keep": the twin of :func:`tritonbnn.eager.unit_plan`.
 
     Unpacking bits makes the convolution dearer than the 4 bytes an element that keeping costs.
     """
-    name = config.dtype_name(dtype)
+    name = config.joint_dtype_name(torch.int16 if binary_weight else dtype, dtype)
     shape = (batch, height, width, channels, out_channels, kernel_size, stride)
     return config.choose(config.ProblemKey("unit_plan", name, *shape), device).formulation
 
@@ -271,22 +182,15 @@ def channel_moments(a: Tensor) -> tuple[Tensor, Tensor]:
     exact = not a.is_floating_point()
     if not exact:
         check_kernel_dtype("a", a.dtype)
-    tile = config.choose(config.elementwise_key("channel_moments", a), a.device).tile
-    programs = min(MAX_PARTIALS, triton.cdiv(rows, tile.block_m))
-    dtype = torch.int64 if exact else torch.float32
-    sums = torch.empty((programs, 2, channels), dtype=dtype, device=a.device)
     if not rows:
         return tuple(torch.zeros((2, channels), dtype=torch.float64, device=a.device))
-    launch(
+    sums = launch_partial_sums(
         _channel_moments_kernel,
-        programs * triton.cdiv(channels, tile.block_n),
-        tile,
+        config.choose(config.elementwise_key("channel_moments", a), a.device).tile,
+        flat,
+        count=2,
+        dtype=torch.int64 if exact else torch.float32,
         a_ptr=flat,
-        sums_ptr=sums,
-        rows=rows,
-        CHANNELS=channels,
-        BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n,
         EXACT=exact,
     )
     total, squares = (sums.sum(0) if exact else sums.double().sum(0)).double().unbind(0)
@@ -311,108 +215,33 @@ def unit_forward(
 ) -> tuple[Tensor, Tensor]:
     """A unit's epilogue: the twin of :func:`tritonbnn.eager.unit_forward`."""
     check_kernel_dtype("stream", stream.dtype)
+    affine = {"mean": mean, "scale": scale, "offset": offset}
     activation = {"shift_mid": shift_mid, "slope": slope, "shift_out": shift_out}
-    problem = _problem(a, stream, shortcut, mean=mean, scale=scale, offset=offset, **activation)
-    rows, channels = problem["a_ptr"].shape
+    arguments = unit_arguments(a, stream, shortcut, **affine, **activation)
+    rows, channels = arguments["a_ptr"].shape
     checks.check_per_channel(channels, next_shift=next_shift)
     z = torch.empty((rows, channels), dtype=stream.dtype, device=a.device)
     signs = torch.empty((rows, words(channels) if pack else 0), dtype=torch.int32, device=a.device)
-    tile = config.choose(config.elementwise_key("unit_forward", a), a.device).tile
-    block_n = max(tile.block_n, WORD_BITS)  # whole words
-    if rows:
-        launch(
-            _unit_forward_kernel,
-            triton.cdiv(rows, tile.block_m) * triton.cdiv(channels, block_n),
-            tile,
-            **problem,
-            next_shift_ptr=None if next_shift is None else next_shift.contiguous(),
-            z_ptr=z,
-            signs_ptr=signs if pack else None,
-            rows=rows,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=block_n,
-        )
+    tile = config.choose(config.elementwise_key("unit_forward", a, stream), a.device).tile
+    launch_elementwise(
+        _unit_forward_kernel,
+        replace(tile, block_n=max(tile.block_n, WORD_BITS)),  # whole words
+        z,
+        **arguments,
+        next_shift_ptr=None if next_shift is None else next_shift.contiguous(),
+        z_ptr=z,
+        signs_ptr=signs if pack else None,
+    )
     n, _, height, width = a.shape
     return from_flat(z, tuple(a.shape)), signs.view(n, height, width, signs.shape[1])
 
 
-def unit_activation_backward(
-    grad: Tensor,
-    a: Tensor,
-    stream: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    shift_mid: Tensor | None,
-    slope: Tensor | None,
-    *,
-    shortcut: str,
-) -> tuple[Tensor, Tensor]:
-    """du and its sums: the twin of :func:`tritonbnn.eager.unit_activation_backward`."""
-    check_kernel_dtype("grad", grad.dtype)
-    checks.check_same_shape(a=a, grad=grad)
-    vectors = {"mean": mean, "scale": scale, "offset": offset}
-    problem = _problem(a, stream, shortcut, **vectors, shift_mid=shift_mid, slope=slope)
-    rows, channels = problem["a_ptr"].shape
-    tile = config.choose(config.elementwise_key("unit_activation_backward", a), a.device).tile
-    programs = min(MAX_PARTIALS, triton.cdiv(rows, tile.block_m))
-    du = torch.empty((rows, channels), dtype=grad.dtype, device=a.device)
-    sums = torch.empty((programs, 4, channels), dtype=torch.float32, device=a.device)
-    if rows:
-        launch(
-            _unit_activation_backward_kernel,
-            programs * triton.cdiv(channels, tile.block_n),
-            tile,
-            **problem,
-            grad_ptr=flat_pixels(channels_last(grad)),
-            du_ptr=du,
-            sums_ptr=sums,
-            rows=rows,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-        )
-    return from_flat(du, tuple(a.shape)), sums.sum(0)
-
-
-def unit_norm_backward(
-    du: Tensor, a: Tensor, du_scale: Tensor, a_scale: Tensor, constant: Tensor
-) -> Tensor:
-    """Backward through BatchNorm: the twin of :func:`tritonbnn.eager.unit_norm_backward`."""
-    check_kernel_dtype("du", du.dtype)
-    checks.check_same_shape(a=a, du=du)
-    vectors = {"du_scale": du_scale, "a_scale": a_scale, "constant": constant}
-    checks.check_per_channel(a.shape[1], **vectors)
-    checks.check_same_device(a=a, du=du, **vectors)
-    flat = flat_pixels(channels_last(a))
-    rows, channels = flat.shape
-    dy = torch.empty((rows, channels), dtype=du.dtype, device=a.device)
-    tile = config.choose(config.elementwise_key("unit_norm_backward", a), a.device).tile
-    if rows:
-        launch(
-            _unit_norm_backward_kernel,
-            triton.cdiv(rows, tile.block_m) * triton.cdiv(channels, tile.block_n),
-            tile,
-            du_ptr=flat_pixels(channels_last(du)),
-            a_ptr=flat,
-            **{f"{name}_ptr": vector.contiguous() for name, vector in vectors.items()},
-            dy_ptr=dy,
-            rows=rows,
-            CHANNELS=channels,
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-        )
-    return from_flat(dy, tuple(a.shape))
-
-
-def _problem(a: Tensor, stream: Tensor, shortcut: str, **vectors: Tensor | None) -> dict[str, Any]:
-    """The arguments that the two kernels share, checked; vectors that are absent read ``mean``."""
-    n, channels, height, width = a.shape
-    expected = {
-        "identity": (n, channels, height, width),
-        "repeat": (n, channels // 2, height, width),
-        "pool": (n, channels, 2 * height, 2 * width),
-    }
-    checks.check_shape("stream", stream, expected[shortcut])
+def unit_arguments(
+    a: Tensor, stream: Tensor, shortcut: str, **vectors: Tensor | None
+) -> dict[str, Any]:
+    """What epilogue and activation backward read alike, checked; an absent vector is ``mean``."""
+    _, channels, height, width = a.shape
+    checks.check_shape("stream", stream, checks.shortcut_input_shape(a.shape, shortcut))
     checks.check_per_channel(channels, **vectors)
     checks.check_same_device(a=a, stream=stream, **vectors)
     present = {name: vectors["mean"] if v is None else v for name, v in vectors.items()}
@@ -420,7 +249,6 @@ def _problem(a: Tensor, stream: Tensor, shortcut: str, **vectors: Tensor | None)
         "a_ptr": flat_pixels(channels_last(a)),
         "stream_ptr": flat_pixels(channels_last(stream)),
         **{f"{name}_ptr": v.contiguous() for name, v in present.items() if v is not None},
-        "CHANNELS": channels,
         "HEIGHT": height,
         "WIDTH": width,
         "SHORTCUT": shortcut,

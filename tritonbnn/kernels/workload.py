@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonbnn import kernels
+from tritonbnn import kernels, ops
 from tritonbnn.bits import WORD_BITS, words
+from tritonbnn.checks import shortcut_input_shape
 from tritonbnn.kernels import config
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.models import build_model
@@ -33,6 +34,9 @@ STEP_OPS = (
 """What a training step of one unit launches, in its order."""
 
 OPS = (*STEP_OPS, "conv_real", "sign_forward", "rprelu_forward", "rprelu_backward")
+
+PLAN = "unit_plan"
+"""A whole unit, forward and backward: its choice is not how it runs but what it keeps."""
 
 REAL_PRODUCTS = ("conv_real", "conv_input_grad", "conv_weight_grad")
 
@@ -66,11 +70,19 @@ def model_layers(model: str, batch: int, size: int, width: float = 1.0) -> Count
 
 @dataclass(frozen=True)
 class Problem:
-    """One launcher at one layer of a network, in one dtype."""
+    """One launcher, or a whole unit, at one layer of a network.
+
+    Attributes:
+        op: the launcher's name, or :data:`PLAN`.
+        layer: the convolution.
+        dtype: of the stream.
+        binary_weight: False for step 1, where the convolution's output is real.
+    """
 
     op: str
     layer: Geometry
     dtype: torch.dtype
+    binary_weight: bool = True
 
     @property
     def key(self) -> config.ProblemKey:
@@ -79,14 +91,22 @@ class Problem:
         if self.op.startswith("conv"):
             return self.layer.key(self.op, "int32" if self.op == "conv_packed" else name)
         if self.on_convolution:
-            name = "int16"
+            stream = () if self.op == "channel_moments" else (self.dtype,)
+            name = config.joint_dtype_name(self.output_dtype, *stream)
+        if self.op == PLAN:
+            return self.layer.key(PLAN, name)
         batch, channels, height, width = self.shape
         return config.ProblemKey(self.op, name, batch, height, width, channels)
 
     @property
     def on_convolution(self) -> bool:
-        """Whether it works on a convolution's integers."""
+        """Whether it works on a convolution's output."""
         return self.op.startswith(("unit", "channel"))
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """Of the convolution."""
+        return torch.int16 if self.binary_weight else self.dtype
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -116,18 +136,27 @@ class Problem:
         inputs["grad"] = _image(shape, self.dtype, device)
         if not self.on_convolution:
             inputs["x"] = _grid(_image(shape, self.dtype, device))
-            inputs["residual"] = _image(shape, self.dtype, device)
+            inputs["residual"] = _image(self._residual_shape, self.dtype, device)
             return inputs
-        inputs["a"] = _image(shape, torch.float32, device).mul_(16).to(torch.int16)
+        integers = _image(shape, torch.float32, device).mul_(16).to(torch.int16)
+        inputs["a"] = integers.to(self.output_dtype)
         inputs["scale"] = torch.full((shape[1],), 1 / 16, device=device)
-        n, channels, height, width = shape
-        stream = {
-            "identity": shape,
-            "repeat": (n, channels // 2, height, width),
-            "pool": (n, channels, 2 * height, 2 * width),
-        }[self.shortcut]
-        inputs["stream"] = _grid(_image(stream, self.dtype, device))
+        stream = _image(shortcut_input_shape(shape, self.shortcut), self.dtype, device)
+        inputs["stream"] = _grid(stream)
+        if self.op == PLAN:
+            inputs["weight"] = self._convolution_inputs(device)["weight"]
+            inputs["shift_in"] = _grid(torch.randn(self.layer.channels, device=device))
         return inputs
+
+    @property
+    def _residual_shape(self) -> tuple[int, ...]:
+        """Of the gradient that a shortcut sends back to the layer's input."""
+        n, channels, height, width = self.shape
+        return {
+            "identity": self.shape,
+            "repeat": (n, 2 * channels, height, width),
+            "pool": (n, channels, height // 2, width // 2),
+        }[self.shortcut]
 
     def _convolution_inputs(self, device: torch.device) -> dict[str, Tensor]:
         layer = self.layer
@@ -153,12 +182,13 @@ class Problem:
             return self._convolution_bytes
         batch, channels, height, width = self.shape
         image = self.dtype.itemsize * channels
-        integers = _INTEGER_BYTES * channels
+        integers = self.output_dtype.itemsize * channels
         stream = {"identity": image, "repeat": image // 2, "pool": 4 * image}[self.shortcut]
+        residual = {"identity": image, "repeat": 2 * image, "pool": image // 4}[self.shortcut]
         per_pixel = {
             "pack_signs": image + _WORD_BYTES * words(channels),
             "sign_forward": 2 * image,
-            "sign_backward": 4 * image,
+            "sign_backward": 3 * image + residual,
             "rprelu_forward": 2 * image,
             "rprelu_backward": 3 * image,
             "channel_moments": integers,
@@ -222,13 +252,29 @@ def _window(layer: Geometry) -> dict[str, int]:
     return {"channels": layer.channels, "stride": layer.stride, "padding": layer.padding}
 
 
+def _whole_unit(problem: Problem, t: dict[str, Tensor]) -> tuple[Tensor, ...]:
+    """A unit's output and all its gradients, under the plan of the tuning table."""
+    leaves = [t[name].detach().requires_grad_() for name in WHOLE_UNIT]
+    z = ops.binary_unit(
+        *leaves,
+        shortcut=problem.shortcut,
+        stride=problem.layer.stride,
+        binary_weight=problem.binary_weight,
+    ).z
+    return z.detach(), *torch.autograd.grad(z, leaves, t["grad"])
+
+
+WHOLE_UNIT = ("stream", "weight", "scale", "offset", "shift_in", "shift_mid", "slope", "shift_out")
+"""The operands of a whole unit, as binary_unit takes them; scale and offset are BatchNorm's."""
+
 _UNIT = ("a", "stream", "mean", "scale", "offset", "shift_mid", "slope")
 
 _RUN = {
+    PLAN: _whole_unit,
     "pack_signs": lambda _, t: kernels.pack_signs(t["x"], t["shift_in"]),
     "sign_forward": lambda _, t: kernels.sign_forward(t["x"], t["shift_in"]),
-    "sign_backward": lambda _, t: kernels.sign_backward(
-        t["grad"], t["x"], t["shift_in"], t["residual"]
+    "sign_backward": lambda p, t: kernels.sign_backward(
+        t["grad"], t["x"], t["shift_in"], t["residual"], shortcut=p.shortcut
     ),
     "rprelu_forward": lambda _, t: kernels.rprelu_forward(
         t["x"], t["shift_in"], t["slope"], t["shift_out"]

@@ -65,8 +65,8 @@ class _BinaryConv2d(torch.autograd.Function):
 
 
 def clipped_weight_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient to a latent weight: 1 where abs(w) <= 1, no alpha (AdamBNN 1.3)."""
-    return torch.where(weight.abs() <= 1, grad, 0)
+    """The gradient to a latent weight, in ``grad``'s memory: 0 where abs(w) > 1 (AdamBNN 1.3)."""
+    return grad.masked_fill_(weight.abs() > 1, 0)
 
 
 def binary_conv2d(

@@ -14,7 +14,7 @@ from torch import Tensor
 from tritonbnn import eager
 from tritonbnn.bits import words
 from tritonbnn.checks import conv_output_size
-from tritonbnn.layout import empty_channels_last
+from tritonbnn.layout import empty_channels_last, empty_pixels
 from tritonbnn.ops import backend
 
 NAMESPACE = "tritonbnn"
@@ -52,12 +52,6 @@ def _holds_data(x: Tensor) -> bool:
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _innermost_channels(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An empty tensor of ``x``'s shape, channels innermost in memory."""
-    memory = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=memory)
 
 
 @_operator
@@ -112,23 +106,23 @@ def conv_weight_grad(grad, x, *, channels, kernel_size, stride, padding):
 
 @_operator
 def sign_forward(x, shift=None):
-    return _innermost_channels(x, x.dtype)
+    return empty_pixels(x, x.dtype)
 
 
 @_operator
-def sign_backward(grad, x, shift=None, residual=None):
-    return _innermost_channels(x, x.dtype), x.new_empty(x.shape[1], dtype=_accumulator(x.dtype))
+def sign_backward(grad, x, shift=None, residual=None, *, shortcut="identity"):
+    return empty_pixels(x, x.dtype), x.new_empty(x.shape[1], dtype=_accumulator(x.dtype))
 
 
 @_operator
 def rprelu_forward(x, shift_in, slope, shift_out):
-    return _innermost_channels(x, x.dtype)
+    return empty_pixels(x, x.dtype)
 
 
 @_operator
 def rprelu_backward(grad, x, shift_in, slope):
     sums = [x.new_empty(x.shape[1], dtype=_accumulator(x.dtype)) for _ in range(3)]
-    return _innermost_channels(x, x.dtype), *sums
+    return empty_pixels(x, x.dtype), *sums
 
 
 @_operator
@@ -142,15 +136,15 @@ def unit_forward(
 ):
     n, channels, height, width = a.shape
     packed = (n, height, width, words(channels) if pack else 0)
-    return _innermost_channels(a, stream.dtype), a.new_empty(packed, dtype=torch.int32)
+    return empty_pixels(a, stream.dtype), a.new_empty(packed, dtype=torch.int32)
 
 
 @_operator
 def unit_activation_backward(grad, a, stream, mean, scale, offset, shift_mid, slope, *, shortcut):
     sums = grad.new_empty((4, a.shape[1]), dtype=_accumulator(grad.dtype))
-    return _innermost_channels(a, grad.dtype), sums
+    return empty_pixels(a, grad.dtype), sums
 
 
 @_operator
 def unit_norm_backward(du, a, du_scale, a_scale, constant):
-    return _innermost_channels(a, du.dtype)
+    return empty_pixels(a, du.dtype)

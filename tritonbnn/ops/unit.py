@@ -57,16 +57,6 @@ def _convolve(
     return library.conv_packed(signs, packed, None, channels=channels, dtype=integer, **geometry)
 
 
-def _shortcut_grad(du: Tensor, shortcut: str) -> Tensor:
-    """The transpose of the shortcut, applied to the gradient of its output."""
-    if shortcut == "pool":
-        return (du / 4).repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    if shortcut == "repeat":
-        first, second = du.chunk(2, dim=1)
-        return first + second
-    return du
-
-
 class _BinaryUnit(torch.autograd.Function):
     """The forward pass keeps what ``options.plan`` says; backward computes the rest again."""
 
@@ -136,14 +126,17 @@ class _BinaryUnit(torch.autograd.Function):
         dy = library.unit_norm_backward(du, a, *coefficients)
         del a
         needs_x, needs_weight, _, _, needs_shift_in = ctx.needs_input_grad[:5]
-        dx = dweight = dshift_in = None
-        if needs_weight:
-            dweight = _weight_grad(dy, signs, weight, options)
+        dx = dweight = dshift_in = dsigns = None
         if needs_x or needs_shift_in:
-            reaches_x = _shortcut_grad(du, options.shortcut) if residual is None else None
             dsigns = _signs_grad(dy, x, weight, packed, alpha, options)
-            del dy
-            dx, dshift_in = library.sign_backward(dsigns, x, shift_in, reaches_x)
+        if needs_weight:  # after the expanded weight is gone, which may be as large
+            dweight = _weight_grad(dy, signs, weight, options)
+        del dy
+        if dsigns is not None:
+            skipped = du if residual is None else None
+            dx, dshift_in = library.sign_backward(
+                dsigns, x, shift_in, skipped, shortcut=options.shortcut
+            )
         if shift_in is None:
             dshift_in = None
         activation = (None,) * 3 if slope is None else (du_sum, dslope, dshift_out)
@@ -277,7 +270,7 @@ def binary_unit(
     residual = None if residual is None else residual.to(x.dtype)
     given = None if statistics is None else Statistics(*statistics)
     if plan == "auto":
-        plan = _planned(*x.shape, *weight.shape[::2], stride, x.dtype, x.device)
+        plan = _planned(*x.shape, *weight.shape[::2], stride, x.dtype, binary_weight, x.device)
     options = Options(stride, kind, binary_weight, eps, plan, group, pack)
     next_shift = None if next_shift is None else next_shift.detach()
     return UnitOutput(
@@ -298,6 +291,7 @@ def _planned(
     kernel_size: int,
     stride: int,
     dtype: torch.dtype,
+    binary_weight: bool,
     device: torch.device,
 ) -> str:
     """The tuning table's plan; torch.compile asks once and need not trace the lookup."""
@@ -310,6 +304,7 @@ def _planned(
         kernel_size=kernel_size,
         stride=stride,
         dtype=dtype,
+        binary_weight=binary_weight,
         device=device,
     )
 

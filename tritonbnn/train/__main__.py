@@ -26,7 +26,7 @@ def main(argv: list[str]) -> int:
         lambda: RunFolder(arguments.out, config, fresh=arguments.fresh, device=device)
     )
     folder = world.share(run.path if run else arguments.out)
-    compute = Compute(device, config.precision, config.channels_last)
+    compute = Compute(device, config.precision, config.channels_last, config.compile)
     if world.leads:
         logger.info("%s on %s, in %s", config.recipe, device, folder)
     source, history = open_images(config), []

@@ -52,6 +52,7 @@ class Config:
     accumulation: int = setting(1, "parts that a process computes its share in", least=1)
     precision: str = setting("fp32", "of the activations", choices=("fp32", "bf16", "fp16"))
     channels_last: bool = setting(False, "keep images and convolution weights in NHWC order")
+    compile: bool = setting(False, "network and teacher through torch.compile")
     sync_bn: bool = setting(False, "BatchNorm statistics over all processes (CUDA)")
     init_from: str = setting("", "checkpoint or run whose weights the first step starts from")
     step: int = setting(0, "1 or 2 runs that step alone, 0 both", choices=(0, 1, 2))

@@ -1,6 +1,7 @@
 """The device that a command runs on."""
 
 import os
+import shutil
 
 import torch
 
@@ -33,3 +34,12 @@ def choose_device(name: str) -> torch.device:
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise UserError if torch.compile could not make machine code for the device.
+
+    For a CPU it writes C++; what a GPU needs, our own kernels need too.
+    """
+    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        raise UserError("--compile needs a C++ compiler: install g++, or leave --compile out")

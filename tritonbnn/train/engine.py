@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from tritonbnn.train.data import MicroBatch
+from tritonbnn.train.device import check_compiler
 from tritonbnn.train.distributed import World
 from tritonbnn.train.meters import Evaluation, FirstBad, evaluation_sums
 from tritonbnn.train.state import State
@@ -27,11 +28,13 @@ class Compute:
         device: where.
         precision: "fp32", "bf16" or "fp16".
         channels_last: keep images in NHWC order.
+        compiled: run networks through torch.compile.
     """
 
     device: torch.device
     precision: str = "fp32"
     channels_last: bool = False
+    compiled: bool = False
 
     def autocast(self) -> AbstractContextManager:
         """The context of a forward pass."""
@@ -48,6 +51,10 @@ class Compute:
         model.to(self.device)
         if self.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compiled:
+            check_compiler(self.device)
+            # In place, so that names stay bare. Batches come in two sizes: the last is smaller.
+            model.compile(dynamic=False)
 
     def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """A batch where and as the network wants it."""

@@ -264,6 +264,7 @@ class StepRun:
         )
         if teacher is None:
             return label_objective(self.config.label_smoothing)
+        self.compute.place(teacher)
         return teacher_objective(teacher, self.compute)
 
     def _wrapped(self) -> nn.Module:

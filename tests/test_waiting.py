@@ -1,0 +1,111 @@
+"""No step waits for the device: nothing on it is read while training.
+
+On a machine without a GPU the launches of the GPU's code path are left out, and the operators that
+would copy a number to the host are looked for.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.conftest import HAS_GPU
+from tests.helpers import KERNEL_DEVICE
+from tritonbnn.kernels.launch import recording
+from tritonbnn.models import build_model
+from tritonbnn.train.data import MicroBatch
+from tritonbnn.train.engine import Compute, label_objective, teacher_objective, train_one_epoch
+from tritonbnn.train.meters import FirstBad, TrainMeter
+from tritonbnn.train.optim import build_adam
+from tritonbnn.train.signs import SignTracker
+from tritonbnn.train.state import State
+
+READING = {
+    torch.ops.aten._local_scalar_dense,
+    torch.ops.aten.item,
+    torch.ops.aten.is_nonzero,
+    torch.ops.aten.nonzero,
+    torch.ops.aten.equal,
+    torch.ops.aten.masked_select,
+    torch.ops.aten._unique2,
+}
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operators that read a tensor on the host, or whose shape hangs on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in READING:
+            self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def epoch(precision, binary_weights, taught, after_step=lambda: None):
+    """An epoch of two optimiser steps, the last one of two parts; returns what runs it."""
+    compute = Compute(KERNEL_DEVICE, precision, channels_last=True)
+    torch.manual_seed(0)
+    options = {"width": 0.25, "num_classes": 7, "small_images": True}
+    model = build_model("reactnet_a", binary_weights=binary_weights, **options)
+    compute.place(model)
+    objective = label_objective(0.1)
+    if taught:
+        teacher = nn.Sequential(nn.Conv2d(3, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        compute.place(teacher)
+        objective = teacher_objective(teacher, compute)
+    state = State(
+        step=1 + binary_weights,
+        model=model,
+        optimizer=build_adam(model, 1e-3, 1e-5),
+        scaler=compute.scaler(),
+        meter=TrainMeter(KERNEL_DEVICE),
+        signs=SignTracker(model),
+    )
+    images, labels = torch.randn(2, 3, 16, 16), torch.tensor([3, 5])
+    parts = [(2, True), (4, False), (4, True)]
+    batches = [MicroBatch(images, labels, 2, count, last) for count, last in parts]
+    bad = FirstBad(KERNEL_DEVICE)
+    options = {"world_size": 1, "after_step": after_step}
+    return lambda: train_one_epoch(state, model, batches, objective, compute, bad, **options)
+
+
+CASES = [
+    pytest.param("fp32", True, False, id="labels"),
+    pytest.param("bf16", False, True, id="step1-bf16-teacher"),
+    pytest.param("fp16", True, True, id="fp16-teacher"),
+]
+
+
+@pytest.mark.parametrize(("precision", "binary_weights", "taught"), CASES)
+def test_nothing_is_read_within_a_step(monkeypatch, precision, binary_weights, taught):
+    if not HAS_GPU:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+    run, waits = epoch(precision, binary_weights, taught), Waits()
+    with recording() as launches, waits:
+        run()
+    assert len(launches) > 26 * 8  # all units, forward and backward
+    assert waits.seen == []
+
+
+def test_a_wait_would_be_seen(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    look = torch.ones(3)
+    run, waits = epoch("fp32", True, False, after_step=lambda: float(look.sum())), Waits()
+    with recording(), waits:
+        run()
+    assert waits.seen == ["aten._local_scalar_dense.default"] * 2
+
+
+@pytest.mark.parametrize(("precision", "binary_weights", "taught"), CASES)
+def test_a_gpu_is_not_waited_for(gpu, precision, binary_weights, taught):
+    run = epoch(precision, binary_weights, taught)
+    run()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

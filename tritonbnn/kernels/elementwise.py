@@ -1,0 +1,74 @@
+"""The two ways to launch an elementwise kernel on (rows, channels): alone, or with sums over rows.
+
+Both give the kernel ``rows``, ``CHANNELS``, ``BLOCK_M`` and ``BLOCK_N``, and start nothing where
+there are no rows.
+"""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from tritonbnn.kernels.config import TileConfig
+from tritonbnn.kernels.launch import launch
+
+MAX_PARTIALS = 1024
+"""Programs per channel block that sum: enough to fill a GPU, few enough to sum after."""
+
+
+def launch_elementwise(kernel: Any, tile: TileConfig, like: Tensor, **arguments: Any) -> None:
+    """Run a kernel with one program per tile.
+
+    Args:
+        kernel: a ``triton.jit`` function.
+        tile: of rows and channels.
+        like: of (rows, channels), the shape that is cut into tiles.
+        **arguments: the rest of the kernel's, by name.
+    """
+    rows, channels = like.shape
+    programs = triton.cdiv(rows, tile.block_m) * triton.cdiv(channels, tile.block_n)
+    if programs:
+        launch(kernel, programs, tile, **_shape(tile, like), **arguments)
+
+
+def launch_partial_sums(
+    kernel: Any,
+    tile: TileConfig,
+    like: Tensor,
+    count: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    **arguments: Any,
+) -> Tensor:
+    """Run a kernel whose programs take every ``programs``-th block of rows, and sum over it.
+
+    Args:
+        kernel: a ``triton.jit`` function, which writes its sums to ``sums_ptr``.
+        tile: of rows and channels.
+        like: of (rows, channels), the shape that is cut into tiles.
+        count: sums per channel.
+        dtype: of the sums.
+        **arguments: the rest of the kernel's, by name.
+
+    Returns:
+        Each program's share of the sums, (programs, count, channels). They are added without
+        atomics, so that a result is the same in every run.
+    """
+    rows, channels = like.shape
+    programs = min(MAX_PARTIALS, triton.cdiv(rows, tile.block_m))
+    sums = torch.empty((programs, count, channels), dtype=dtype, device=like.device)
+    if programs:
+        grid = programs * triton.cdiv(channels, tile.block_n)
+        launch(kernel, grid, tile, sums_ptr=sums, **_shape(tile, like), **arguments)
+    return sums
+
+
+def _shape(tile: TileConfig, like: Tensor) -> dict[str, int]:
+    rows, channels = like.shape
+    return {
+        "rows": rows,
+        "CHANNELS": channels,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+    }
