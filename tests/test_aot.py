@@ -125,6 +125,44 @@ def run_python(code):
     return done.stdout
 
 
+def test_a_unit_on_the_one_bit_core_keeps_its_registers():
+    code = """
+import json, torch
+from tritonbnn import kernels
+from tritonbnn.checks import shortcut_input_shape
+from tritonbnn.kernels import aot, config, shipped
+
+def run(problem):
+    layer, shape = problem.layer, problem.layer.output_shape
+    inputs = problem.inputs(shipped.META)
+    product = inputs["signs"], inputs["weight_signs"]
+    window = {name: getattr(layer, name) for name in ("channels", "stride", "padding")}
+    given = shortcut_input_shape(shape, problem.shortcut)
+    stream = torch.empty(given, dtype=torch.bfloat16, device="meta")
+    stream = stream.contiguous(memory_format=torch.channels_last)
+    vectors = [torch.empty(shape[1], device="meta")] * 7
+    with config.using(config.default(problem.key, "mma")):
+        kernels.conv_moments(*product, **window)
+        kernels.conv_unit_forward(
+            *product, stream, *vectors, **window, shortcut=problem.shortcut, pack=True
+        )
+
+for layer in shipped.REPRESENTATIVE:
+    problem = shipped.Problem("conv_packed", layer, torch.bfloat16)
+    for launch in aot.record(lambda: run(problem))[3::4]:
+        for capability in (80, 90):
+            made = aot.compile_launch(launch, capability)
+            print(json.dumps([made.kernel, made.spill_bytes, made.wide_loads, made.tensor_core]))
+"""
+    rows = [json.loads(line) for line in run_python(code).splitlines()]
+    names = ["_moments_mma_kernel"] * 2 + ["_unit_mma_kernel"] * 2
+    assert [row[0] for row in rows] == names * len(shipped.REPRESENTATIVE)
+    for _, spilled, wide_loads, busy in rows:
+        assert spilled == 0
+        assert wide_loads > 0
+        assert set(busy) == {"BMMA"}
+
+
 def test_the_peak_is_measured_on_registers():
     code = """
 import torch
