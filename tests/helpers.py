@@ -4,8 +4,14 @@ import torch
 
 from tritonbnn import kernels
 from tritonbnn.kernels.truth import tolerance
+from tritonbnn.kernels.workload import OPS, PLAN
 
 KERNEL_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+OF_BOTH_STEPS = [(op, True) for op in (*OPS, PLAN)] + [
+    (op, False) for op in (*OPS, PLAN) if op.startswith(("unit", "channel"))
+]
+"""What there is to launch, and whether by binary weights: step 1 has real ones."""
 
 
 def device_of(launchers):

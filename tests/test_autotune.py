@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.helpers import KERNEL_DEVICE
+from tests.helpers import KERNEL_DEVICE, OF_BOTH_STEPS
 from tritonbnn import cli
 from tritonbnn.kernels import aot, autotune, config, conv_unit, truth, workload
 from tritonbnn.kernels.candidates import candidates
@@ -41,7 +41,7 @@ def test_candidates_are_distinct_and_start_with_the_default(op):
     found = candidates(key, 90)
     assert found[0] == config.default(key)
     assert len(set(found)) == len(found) > 4
-    assert {choice.formulation for choice in found} == set(config.FORMULATIONS[op])
+    assert {choice.formulation for choice in found} == set(config.FORMULATIONS[key.op])
 
 
 def test_candidates_are_clipped_to_the_problem_and_to_shared_memory():
@@ -59,11 +59,6 @@ def kernels_everywhere(monkeypatch):
     """A whole unit runs on kernels too."""
     if KERNEL_DEVICE.type == "cpu":
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-
-
-OF_BOTH_STEPS = [(op, True) for op in (*OPS, PLAN)] + [
-    (op, False) for op in (*OPS, PLAN) if op.startswith(("unit", "channel"))
-]
 
 
 @pytest.mark.usefixtures("kernels_everywhere")

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.helpers import OF_BOTH_STEPS
 from tritonbnn import eager, kernels
 from tritonbnn.kernels import config, shipped, truth
 from tritonbnn.kernels.workload import OPS, Problem
@@ -16,9 +17,9 @@ BEYOND_INT32 = 2**31
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 256])
 @pytest.mark.parametrize("layer", shipped.REPRESENTATIVE, ids=shipped.describe)
-@pytest.mark.parametrize("op", OPS)
-def test_bf16_at_real_shapes(gpu, op, layer, batch):
-    problem = Problem(op, replace(layer, batch=batch), torch.bfloat16)
+@pytest.mark.parametrize(("op", "binary_weight"), OF_BOTH_STEPS)
+def test_bf16_at_real_shapes(gpu, op, binary_weight, layer, batch):
+    problem = Problem(op, replace(layer, batch=batch), torch.bfloat16, binary_weight)
     inputs = problem.inputs(gpu)
     assert truth.error_of(problem, inputs, problem.run(inputs)) == ""
 

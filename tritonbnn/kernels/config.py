@@ -169,7 +169,9 @@ def default_tile(key: ProblemKey, formulation: str) -> TileConfig:
         if key.op == "unit_activation_backward":
             elements = 1024
         block_n = min(128, power_of_two(key.channels))
-        return TileConfig(elements // block_n, block_n, 1, 4, 1)
+        # With half the threads, the compiler spills a value or two of some shapes on sm_90.
+        num_warps = 8 if key.op.startswith("unit") else 4
+        return TileConfig(elements // block_n, block_n, 1, num_warps, 1)
     if formulation == "mma":
         return TileConfig(128, min(64, max(16, power_of_two(key.out_channels))), 1, 4, 1)
     if formulation == "popcount":

@@ -18,11 +18,9 @@ from tritonbnn.kernels import aot, config
 from tritonbnn.kernels.commands import add_problem_arguments, named_problems
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import Launch
-from tritonbnn.kernels.workload import DTYPES, Problem
+from tritonbnn.kernels.workload import DTYPES, SCALED, Problem
 
 META = torch.device("meta")
-
-TENSOR_CORE_OPS = ("conv_packed", "conv_real", "conv_input_grad", "conv_weight_grad")
 
 # One word of channels, a stride, a widening one: they differ in tile, parity and shortcut.
 REPRESENTATIVE = (
@@ -38,6 +36,7 @@ class Row:
 
     target: str
     op: str
+    step: int
     layer: str
     dtype: str
     tile: config.TileConfig
@@ -63,12 +62,13 @@ class Row:
     @property
     def _wants_tensor_core(self) -> bool:
         product = "conv" in self.resources.kernel and "popcount" not in self.resources.kernel
-        return product and (self.dtype != "fp32" or self.op == "conv_packed")
+        return product and (self.dtype != "fp32" or self.op in ("conv_packed", SCALED))
 
     def as_json(self) -> dict[str, object]:
         return {
             "target": self.target,
             "op": self.op,
+            "step": self.step,
             "layer": self.layer,
             "dtype": self.dtype,
             "kernel": self.resources.kernel,
@@ -94,7 +94,7 @@ def launches_of(problem: Problem, choice: config.Choice | None = None) -> list[L
 
 def shipped_choices(problem: Problem) -> Iterator[config.Choice]:
     """The defaults and what shipped tables hold for a problem, library calls left out."""
-    choices = {config.default(problem.key, name) for name in config.FORMULATIONS[problem.op]}
+    choices = {config.default(problem.key, name) for name in config.FORMULATIONS[problem.key.op]}
     for path in sorted(config.CONFIG_DIR.glob("*.json")):
         gpu = json.loads(path.read_text(encoding="utf-8"))["gpu"]
         choices.add(config.look_up(problem.key, config.read_table(path, gpu)))
@@ -114,8 +114,8 @@ def compile_all(problems: Iterable[Problem], targets: Iterable[str]) -> Iterator
                 for target in targets:
                     resources = aot.compile_launch(launch, aot.parse_target(target))
                     dtype = next(name for name, d in DTYPES.items() if d == problem.dtype)
-                    layer = describe(problem.layer)
-                    yield Row(target, problem.op, layer, dtype, launch.tile, resources)
+                    step, layer = 1 + problem.binary_weight, describe(problem.layer)
+                    yield Row(target, problem.op, step, layer, dtype, launch.tile, resources)
 
 
 def _identity(launch: Launch) -> tuple[object, ...]:
@@ -170,7 +170,7 @@ def _line(row: Row) -> str:
         units += f", {made.tensor_core_share:.0%} of {made.loop.total()} {where}"
     wrong = f"  WRONG: {'; '.join(row.problems)}" if row.problems else ""
     return (
-        f"{row.target}  {row.layer:26} {row.dtype}  {row.op:17} {made.kernel:26} "
+        f"{row.target}  {row.layer:26} {row.dtype}  step {row.step}  {row.op:24} {made.kernel:32} "
         f"{made.registers:3} registers  {made.spill_bytes} spilled  "
         f"{made.shared_bytes:6} shared  {units}{wrong}"
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tritonbnn import eager, reference
-from tritonbnn.kernels.workload import PLAN, VECTORS, WHOLE_UNIT, Problem
+from tritonbnn.kernels.workload import PLAN, SCALED, VECTORS, WHOLE_UNIT, Problem
 
 UNIT_TOLERANCE = 0.01
 """Of a whole unit, relative in the norm: where a rounding decides on a branch of the PReLU, one
@@ -92,15 +92,15 @@ def _convolution(problem: Problem, inputs: Inputs, dtype: torch.dtype) -> tuple[
     layer = problem.layer
     x = eager.unpack_signs(inputs["signs"], layer.channels, dtype).div_(2).requires_grad_()
     weight = inputs["weight"].to(dtype)
-    if problem.op in ("conv_packed", "conv_input_grad"):
+    if problem.op in ("conv_packed", SCALED, "conv_input_grad"):
         weight = eager.unpack_signs(inputs["weight_signs"], layer.channels, dtype)
-    if problem.op == "conv_input_grad":
+    if problem.op in (SCALED, "conv_input_grad"):
         weight = weight * inputs["alpha"].to(dtype).view(-1, 1, 1, 1)
     weight = weight.requires_grad_()
     y = reference.binary_conv2d(
         x, weight, stride=layer.stride, padding=layer.padding, binary_weight=False
     )
-    if problem.op in ("conv_packed", "conv_real"):
+    if problem.op in ("conv_packed", SCALED, "conv_real"):
         return (y.detach(),)
     leaf = x if problem.op == "conv_input_grad" else weight
     return torch.autograd.grad(y, (leaf,), inputs["grad"].to(dtype))

@@ -33,7 +33,10 @@ STEP_OPS = (
 )
 """What a training step of one unit launches, in its order."""
 
-OPS = (*STEP_OPS, "conv_real", "sign_forward", "rprelu_forward", "rprelu_backward")
+SCALED = "conv_scaled"
+"""conv_packed as binary_conv2d launches it: times alpha, in the stream's dtype."""
+
+OPS = (*STEP_OPS, "conv_real", SCALED, "sign_forward", "rprelu_forward", "rprelu_backward")
 
 PLAN = "unit_plan"
 """A whole unit, forward and backward: its choice is not how it runs but what it keeps."""
@@ -88,8 +91,10 @@ class Problem:
     def key(self) -> config.ProblemKey:
         """The tuning table's name for it."""
         name = config.dtype_name(self.dtype)
+        if self.op in ("conv_packed", SCALED):
+            return self.layer.key("conv_packed", "int32")
         if self.op.startswith("conv"):
-            return self.layer.key(self.op, "int32" if self.op == "conv_packed" else name)
+            return self.layer.key(self.op, name)
         if self.on_convolution:
             stream = () if self.op == "channel_moments" else (self.dtype,)
             name = config.joint_dtype_name(self.output_dtype, *stream)
@@ -207,6 +212,7 @@ class Problem:
         outputs = layer.pixels * layer.out_channels
         return {
             "conv_packed": (pixels + taps) * word_bytes + _INTEGER_BYTES * outputs,
+            SCALED: (pixels + taps) * word_bytes + item * outputs,
             "conv_real": pixels * word_bytes + item * (taps * layer.channels + outputs),
             "conv_input_grad": item * (outputs + pixels * layer.channels) + taps * word_bytes,
             "conv_weight_grad": pixels * word_bytes + item * outputs + 4 * taps * layer.channels,
@@ -220,7 +226,7 @@ class Problem:
     @property
     def bit_operations(self) -> int:
         """Those of a product of signs, which bound it where there is a one-bit tensor core."""
-        return self._product if self.op == "conv_packed" else 0
+        return self._product if self.op in ("conv_packed", SCALED) else 0
 
     @property
     def _product(self) -> int:
@@ -284,6 +290,9 @@ _RUN = {
     ),
     "conv_packed": lambda p, t: kernels.conv_packed(
         t["signs"], t["weight_signs"], None, dtype=torch.int16, **_window(p.layer)
+    ),
+    SCALED: lambda p, t: kernels.conv_packed(
+        t["signs"], t["weight_signs"], t["alpha"], dtype=p.dtype, **_window(p.layer)
     ),
     "conv_real": lambda p, t: kernels.conv_real(
         t["signs"], t["weight"], stride=p.layer.stride, padding=p.layer.padding, dtype=p.dtype
