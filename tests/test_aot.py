@@ -122,7 +122,9 @@ def test_the_one_bit_core_is_fed_by_wide_loads(rows):
         # A chunk of 4 x 4 tiles is 32 instructions, 8 loads of the weight and 4 of the image.
         if "32>32" not in row["layer"]:
             assert loads >= busy["BMMA"] * 12 // 32
-            assert row["loop"]["BMMA"] / sum(row["loop"].values()) > 0.07
+    loops = [row["loop"] for row in products if "STG" not in row["loop"]]  # others are unrolled
+    assert loops
+    assert all(loop["BMMA"] / sum(loop.values()) > 0.3 for loop in loops)
 
 
 def test_no_kernel_of_a_unit_spills_at_any_layer(tmp_path):
