@@ -2,9 +2,11 @@
 
     python -m benchmarks.seeds digits --seeds 5
     python -m benchmarks.seeds fashion --seeds 1 --epochs 3
+    python -m benchmarks.seeds digits --seeds 5 --obvious
 
 Each run is the command that a user would type, in a folder of its own under --out; a run that is
-already there is resumed, or read if it is finished.
+already there is resumed, or read if it is finished. With --obvious it is the obvious network's,
+which starts over.
 """
 
 import json
@@ -17,14 +19,21 @@ from benchmarks.machine import header
 from tritonbnn import cli
 
 
-def train(recipe: str, seed: int, out: Path, flags: list[str]) -> list[dict]:
+def train(trainer: str, recipe: str, seed: int, out: Path, flags: list[str]) -> list[dict]:
     """Train one seed to its end; its log, a dictionary per epoch.
+
+    Args:
+        trainer: the module to run.
+        recipe: its first argument.
+        seed: of the run.
+        out: where the run's folder goes.
+        flags: more arguments of the trainer.
 
     Raises:
         cli.UserError: the run failed; it has said why.
     """
-    folder = out / f"{recipe}-seed{seed}"
-    command = [sys.executable, "-m", "tritonbnn.train", recipe, "--seed", str(seed)]
+    folder = out / f"{trainer.rpartition('.')[2]}-{recipe}-seed{seed}"
+    command = [sys.executable, "-m", trainer, recipe, "--seed", str(seed)]
     done = subprocess.run([*command, "--out", str(folder), *flags], check=False)
     if done.returncode:
         raise cli.UserError(f"seed {seed} ended with exit code {done.returncode}")
@@ -55,17 +64,19 @@ def main(argv: list[str]) -> int:
     parser = cli.Parser(
         prog="python -m benchmarks.seeds",
         description=__doc__.split("\n")[0],
-        epilog="Any other flag goes to python -m tritonbnn.train.",
+        epilog="Any other flag goes to the trainer.",
     )
     parser.add_argument("recipe", help="a recipe's name")
     parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
+    parser.add_argument("--obvious", action="store_true", help="train the obvious network")
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="folder of the runs")
     parser.add_argument("--json", type=Path, help="write the result here")
     args, flags = parser.parse_known_args(argv)
     if args.seeds < 1:
         raise cli.UserError(f"--seeds must be at least 1, not {args.seeds}")
-    logs = {seed: train(args.recipe, seed, args.out, flags) for seed in range(args.seeds)}
-    said = [args.recipe, "--seeds", str(args.seeds), *flags]
+    trainer = "benchmarks.train_obvious" if args.obvious else "tritonbnn.train"
+    logs = {seed: train(trainer, args.recipe, seed, args.out, flags) for seed in range(args.seeds)}
+    said = [args.recipe, "--seeds", str(args.seeds), *["--obvious"] * args.obvious, *flags]
     result = header("python -m benchmarks.seeds " + " ".join(said)) | summary(logs)
     print(json.dumps(result, indent=2))
     if args.json:
