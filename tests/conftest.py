@@ -52,6 +52,19 @@ def gpu():
 
 
 @pytest.fixture
+def one_bit_core(monkeypatch, unwritten_memory):
+    """A GPU with the instruction, or its emulation."""
+    from tests import gluon_numpy
+    from tests.helpers import KERNEL_DEVICE
+    from tritonbnn.kernels.mma_operands import has_one_bit_core
+
+    if not HAS_GPU:
+        gluon_numpy.emulate(monkeypatch)
+    elif not has_one_bit_core(KERNEL_DEVICE):
+        pytest.skip("needs a GPU with a one-bit tensor core: sm_80, 86, 89 or 90")
+
+
+@pytest.fixture
 def unwritten_memory(monkeypatch):
     """Fill what the package gets from ``torch.empty``, so that an unwritten element is seen."""
     empty = torch.empty

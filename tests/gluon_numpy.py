@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.runtime.interpreter import InterpretedFunction
+
+from tritonbnn.kernels import conv, conv_unit, mma, mma_peak, mma_unit
 
 LANES = 32
 
@@ -114,6 +117,11 @@ class Pointer:
         return np.where(meant, offset, 0), meant
 
 
+def _where(condition, x, y):
+    values = (each.data if isinstance(each, Array) else each for each in (x, y))
+    return Array(np.where(condition.data, *values), x.layout)
+
+
 def load(pointer, mask=None, other=0):
     offset, meant = pointer.addresses(mask)
     return Array(np.where(meant, pointer.elements[offset], pointer.elements.dtype.type(other)))
@@ -181,17 +189,20 @@ def _language(program, num_warps):
     """Gluon's language as far as the kernels use it, for one program."""
     return SimpleNamespace(
         constexpr=gl.constexpr,
+        BlockedLayout=gl.BlockedLayout,
         SliceLayout=gl.SliceLayout,
         DistributedLinearLayout=gl.DistributedLinearLayout,
         int32=np.int32,
         int64=np.int64,
         float32=np.float32,
         static_range=range,
-        program_id=lambda axis: program,
+        program_id=lambda axis: Array(np.int32(program)),
         arange=lambda start, end, layout: Array(np.arange(start, end, dtype=np.int32), layout),
         full=lambda shape, value, dtype, layout: Array(np.full(shape, value, dtype), layout),
         expand_dims=lambda x, axis: Array(np.expand_dims(x.data, axis)),
         convert_layout=lambda x, layout: Array(x.data, layout),
+        where=_where,
+        sum=lambda x, axis: Array(x.data.sum(axis, dtype=x.data.dtype)),
         minimum=lambda x, y: Array(np.minimum(x.data, y), x.layout),
         load=load,
         store=store,
@@ -200,12 +211,12 @@ def _language(program, num_warps):
 
 
 def _plain(function, language, known):
-    """A jit function's Python, and that of those it calls, with another language for ``gl``."""
+    """A jit function's Python, and that of those it calls, in another language."""
     namespace = function.fn.__globals__
     if id(namespace) not in known:
-        mine = known[id(namespace)] = {**namespace, "gl": language}
+        mine = known[id(namespace)] = {**namespace, "gl": language, "tl": language}
         for name, value in namespace.items():
-            if isinstance(value, GluonJITFunction):
+            if isinstance(value, (GluonJITFunction, InterpretedFunction)):
                 mine[name] = _plain(value, language, known)
     fn = function.fn
     return FunctionType(fn.__code__, known[id(namespace)], fn.__name__, fn.__defaults__)
@@ -219,3 +230,15 @@ def run(kernel, programs, num_warps, arguments):
     }
     for program in range(programs):
         _plain(kernel, _language(program, num_warps), {})(**arguments)
+
+
+def emulate(monkeypatch):
+    """Run the kernels here, and let the formulation be chosen without the hardware."""
+
+    def launch(kernel, programs, tile, **arguments):
+        run(kernel, programs, tile.num_warps, arguments)
+
+    for module in (mma, mma_peak, mma_unit):
+        monkeypatch.setattr(module, "launch", launch)
+    for module in (conv, conv_unit):
+        monkeypatch.setattr(module, "has_one_bit_core", lambda device: True)

@@ -5,7 +5,6 @@ An interpreted kernel cannot be compiled, and these tests run beside interpreted
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -34,6 +33,17 @@ def run_shipped(*arguments):
     )
 
 
+def run_python(code):
+    """What a program prints where kernels are not interpreted."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory):
     """What the representative layers compile to in bf16, on both targets."""
@@ -51,7 +61,6 @@ def test_every_kernel_is_compiled_for_every_target(rows):
         "_conv_mma_kernel",
         "_conv_popcount_kernel",
         "_conv_weight_grad_kernel",
-        "_difference_kernel",
         "_pack_kernel",
         "_rprelu_backward_kernel",
         "_rprelu_forward_kernel",
@@ -104,9 +113,8 @@ def test_the_popcount_idiom_becomes_one_instruction(rows):
 
 
 def test_the_one_bit_core_is_fed_by_wide_loads(rows):
-    own = {"op": "conv_packed", "kernel": "_conv_mma_kernel"}.items()
-    products = [row for row in rows if own <= row.items()]
-    assert len(products) == len(TARGETS) * len(shipped.REPRESENTATIVE)
+    products = [row for row in rows if row["kernel"] == "_conv_mma_kernel"]
+    assert len(products) == 2 * len(TARGETS) * len(shipped.REPRESENTATIVE)  # integers, scaled
     for row in products:
         busy, loads = row["tensor_core"], row["wide_loads"]
         assert set(busy) == {"BMMA"}
@@ -114,50 +122,9 @@ def test_the_one_bit_core_is_fed_by_wide_loads(rows):
         # A chunk of 4 x 4 tiles is 32 instructions, 8 loads of the weight and 4 of the image.
         if "32>32" not in row["layer"]:
             assert loads >= busy["BMMA"] * 12 // 32
-            assert row["loop"]["BMMA"] / sum(row["loop"].values()) > 0.07
-
-
-def run_python(code):
-    """What a program prints where kernels are not interpreted."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def test_the_peak_is_measured_on_registers():
-    code = """
-import torch
-from tritonbnn.kernels import aot, mma_peak
-(launch,) = aot.record(lambda: mma_peak.run_steps(2, 4096, torch.device("meta")))
-for capability in (80, 90):
-    print(aot.compile_launch(launch, capability).tensor_core_share)
-"""
-    assert all(float(line) > 0.8 for line in run_python(code).splitlines())
-
-
-def test_the_one_bit_core_reads_registers_in_the_order_of_memory():
-    """The 4 words of a load are the weight's fragment; those of the image, two instructions'."""
-    code = """
-import torch
-from tritonbnn.kernels import aot, config, shipped
-from tritonbnn.kernels.geometry import Geometry
-problem = shipped.Problem("conv_packed", Geometry(4, 7, 7, 1024, 64, 1, 1, 0), torch.float32)
-launch = shipped.launches_of(problem, config.default(problem.key, "mma"))[-1]
-print(aot.compile_kernel(launch, 80).asm["ptx"])
-"""
-    ptx = run_python(code)
-    quads = [tuple(re.findall(r"%r\d+", line)) for line in re.findall("v4.b32 {.*?}", ptx)]
-    products = re.findall(r"and.popc\s+{(.*)}, {(.*)}, {(.*)}, {(.*)};", ptx)
-    assert len(products) == 32
-    for number, (result, weight, image, sums) in enumerate(products):
-        assert result == sums
-        assert tuple(weight.split(",")) in quads
-        half = slice(2 * (number % 2), 2 * (number % 2) + 2)
-        assert tuple(image.split(",")) in [quad[half] for quad in quads]
+    loops = [row["loop"] for row in products if "STG" not in row["loop"]]  # others are unrolled
+    assert loops
+    assert all(loop["BMMA"] / sum(loop.values()) > 0.3 for loop in loops)
 
 
 def test_no_kernel_of_a_unit_spills_at_any_layer(tmp_path):
@@ -196,7 +163,7 @@ def test_recording_runs_nothing():
         assert all(value.is_meta for value in launches[-1].arguments.values() if is_tensor(value))
         kernels.update(launch.kernel.__name__ for launch in launches)
     assert kernels["_unpack_kernel"] == 3
-    assert len(kernels) == 14
+    assert len(kernels) == 13
 
 
 def is_tensor(value):

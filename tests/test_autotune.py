@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers import KERNEL_DEVICE, OF_BOTH_STEPS
 from tritonbnn import cli
-from tritonbnn.kernels import aot, autotune, config, truth, workload
+from tritonbnn.kernels import aot, autotune, config, conv_unit, truth, workload
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.timing import Timing
@@ -113,7 +113,7 @@ def test_the_fastest_right_candidate_wins(monkeypatch):
 
 @pytest.mark.usefixtures("kernels_everywhere")
 def test_the_faster_plan_wins(monkeypatch):
-    """By a clock that counts convolutions: recompute takes one more than keep."""
+    """By a clock that counts convolutions: recompute takes one more than keep, fused two more."""
     count = [0]
     convolve = workload.kernels.conv_packed
 
@@ -126,13 +126,14 @@ def test_the_faster_plan_wins(monkeypatch):
         call()
         return Timing(*[sign * count[0]] * 3)
 
-    monkeypatch.setattr(workload.kernels, "conv_packed", counted)
+    for module in (workload.kernels, conv_unit):
+        monkeypatch.setattr(module, "conv_packed", counted)
     monkeypatch.setattr(autotune, "time_callable", clock)
     plans = candidates(UNIT.key, 90)
-    assert [plan.formulation for plan in plans] == ["keep", "recompute"]
-    for sign, best in ((1, "keep"), (-1, "recompute")):
+    assert [plan.formulation for plan in plans] == ["keep", "recompute", "fused"]
+    for sign, best, convolutions in ((1, "keep", 1), (-1, "fused", 3)):
         entry = autotune.tune(UNIT, plans, KERNEL_DEVICE)
-        assert (entry.choice.formulation, entry.time_us * sign) == (best, 1 + (sign == -1))
+        assert (entry.choice.formulation, entry.time_us * sign) == (best, convolutions)
         assert entry.default_us == sign
 
 

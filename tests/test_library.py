@@ -10,8 +10,10 @@ from tritonbnn.ops import library
 NAMES = {
     "channel_moments",
     "conv_input_grad",
+    "conv_moments",
     "conv_packed",
     "conv_real",
+    "conv_unit_forward",
     "conv_weight_grad",
     "pack_signs",
     "pack_weight",
@@ -53,6 +55,11 @@ def samples():
         "packed_difference": ((matrix, matrix.flip(0)), {}),
         "packed_matmul": ((matrix, matrix, 33), {}),
         "conv_packed": ((signs, packed, None), integers),
+        "conv_moments": ((signs, packed), {"channels": 33, **geometry}),
+        "conv_unit_forward": (
+            (signs, packed, grad, *[torch.randn(40)] * 7),
+            {"channels": 33, **geometry, "shortcut": "identity", "pack": True},
+        ),
         "conv_real": ((signs, weight), {"dtype": torch.float32, **geometry}),
         "conv_input_grad": ((grad, packed, alpha), {**size, **geometry}),
         "conv_weight_grad": ((grad, signs), {"channels": 33, "kernel_size": 3, **geometry}),

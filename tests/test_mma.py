@@ -13,7 +13,7 @@ from tests.conftest import HAS_GPU
 from tests.helpers import KERNEL_DEVICE, plus_minus, vectors
 from tests.test_conv import PROBLEMS, by_unfolding, operands
 from tritonbnn import cli, eager, kernels
-from tritonbnn.kernels import aot, bench_matmul, config, conv, mma, mma_operands, mma_peak
+from tritonbnn.kernels import aot, bench_matmul, config, mma_operands, mma_peak
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.config import Choice, TileConfig
 from tritonbnn.kernels.geometry import Geometry
@@ -26,26 +26,6 @@ TILES = [
     TileConfig(64, 128, 1, 8, 1),
     TileConfig(64, 64, 1, 1, 1),
 ]
-
-
-def emulate(monkeypatch):
-    """Run the kernels in numpy, and let the formulation be chosen without the hardware."""
-
-    def launch(kernel, programs, tile, **arguments):
-        gluon_numpy.run(kernel, programs, tile.num_warps, arguments)
-
-    for module in (mma, mma_peak):
-        monkeypatch.setattr(module, "launch", launch)
-    monkeypatch.setattr(conv, "has_one_bit_core", lambda device: True)
-
-
-@pytest.fixture
-def one_bit_core(monkeypatch, unwritten_memory):
-    """A GPU with the instruction, or its emulation."""
-    if not HAS_GPU:
-        emulate(monkeypatch)
-    elif not mma_operands.has_one_bit_core(KERNEL_DEVICE):
-        pytest.skip("needs a GPU with a one-bit tensor core: sm_80, 86, 89 or 90")
 
 
 def convolve(problem, tile, dtype=torch.int16, alpha=None):
@@ -117,7 +97,7 @@ def test_wide_convolutions_are_exact(one_bit_core, problem):
 def test_any_convolution_is_exact(size, channels, outputs, kernel_size, stride, tile):
     with pytest.MonkeyPatch.context() as patch:
         if not HAS_GPU:
-            emulate(patch)
+            gluon_numpy.emulate(patch)
         y, truth = convolve((2, channels, *size, outputs, kernel_size, stride), tile)
     assert torch.equal(y.long(), truth)
 

@@ -8,7 +8,7 @@ from torch import distributed, multiprocessing, nn
 
 from tritonbnn.nn import BinaryUnit
 
-PLANS = ("keep", "recompute")
+PLANS = ("keep", "recompute", "fused")
 SHARES = (3, 2)  # images of each process
 
 

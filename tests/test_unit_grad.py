@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from tests.helpers import activation, vectors
 from tritonbnn import ops, reference
 
-PLANS = ("keep", "recompute")
+PLANS = ("keep", "recompute", "fused")
 PARAMETERS = ("weight", "gamma", "beta", "shift_in", "shift_mid", "slope", "shift_out")
 # (N, C, H, W), out channels, kernel size, stride, shortcut
 UNITS = [

@@ -8,7 +8,7 @@ from tritonbnn import ops, reference
 from tritonbnn.models import build_model
 from tritonbnn.nn import BinaryUnit
 
-PLANS = ("keep", "recompute")
+PLANS = ("keep", "recompute", "fused")
 
 
 @pytest.mark.parametrize("rprelu", [True, False], ids=["reactnet", "bireal"])
@@ -106,7 +106,7 @@ def test_double_backward_raises():
 
 
 BAD = [
-    ({"plan": "forget"}, "plan must be one of auto, keep, recompute, not 'forget'"),
+    ({"plan": "forget"}, "plan must be one of auto, keep, recompute, fused, not 'forget'"),
     ({"shortcut": "none"}, "one of identity, pool, repeat, not 'none'"),
     ({"shortcut": "pool"}, "'pool' does not go with stride 1"),
     ({"shortcut": "repeat"}, "does not lead from 8 to 8 channels"),

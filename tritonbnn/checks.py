@@ -68,6 +68,11 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {shape}, not {tuple(x.shape)}")
 
 
+def sum_dtype(terms: int) -> torch.dtype:
+    """The narrowest of the integer dtypes in use that holds a sum of so many signs."""
+    return torch.int16 if terms <= torch.iinfo(torch.int16).max else torch.int32
+
+
 def shortcut_input_shape(shape: tuple[int, ...], shortcut: str) -> tuple[int, ...]:
     """The shape that a unit's shortcut starts from, given that of its output, (N, O, H', W').
 

@@ -11,6 +11,7 @@ compared with other code.
 
 from tritonbnn.eager.binarize import sign_backward, sign_forward
 from tritonbnn.eager.conv import conv_input_grad, conv_packed, conv_real, conv_weight_grad
+from tritonbnn.eager.conv_unit import conv_moments, conv_unit_forward
 from tritonbnn.eager.pack import (
     pack_signs,
     pack_weight,
@@ -30,8 +31,10 @@ from tritonbnn.eager.unit import (
 __all__ = [
     "channel_moments",
     "conv_input_grad",
+    "conv_moments",
     "conv_packed",
     "conv_real",
+    "conv_unit_forward",
     "conv_weight_grad",
     "pack_signs",
     "pack_weight",

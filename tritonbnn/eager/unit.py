@@ -43,7 +43,7 @@ def unit_plan(
         device: of the stream.
 
     Returns:
-        "keep" or "recompute".
+        "keep", "recompute" or "fused".
     """
     return "recompute"
 

@@ -6,6 +6,7 @@ Importing this package imports Triton; nothing else does.
 from tritonbnn.kernels.binarize import sign_backward, sign_forward
 from tritonbnn.kernels.conv import conv_packed, conv_real
 from tritonbnn.kernels.conv_grad import conv_input_grad, conv_weight_grad
+from tritonbnn.kernels.conv_unit import conv_moments, conv_unit_forward
 from tritonbnn.kernels.matmul import packed_matmul
 from tritonbnn.kernels.pack import pack_signs, pack_weight, packed_difference, unpack_signs
 from tritonbnn.kernels.rprelu import rprelu_backward, rprelu_forward
@@ -15,8 +16,10 @@ from tritonbnn.kernels.unit_grad import unit_activation_backward, unit_norm_back
 __all__ = [
     "channel_moments",
     "conv_input_grad",
+    "conv_moments",
     "conv_packed",
     "conv_real",
+    "conv_unit_forward",
     "conv_weight_grad",
     "pack_signs",
     "pack_weight",

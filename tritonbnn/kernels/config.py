@@ -26,7 +26,7 @@ FORMULATIONS = {
     "sign_backward": ("direct",),
     "rprelu_forward": ("direct",),
     "rprelu_backward": ("direct",),
-    "unit_plan": ("keep", "recompute"),
+    "unit_plan": ("keep", "recompute", "fused"),
     "channel_moments": ("direct",),
     "unit_forward": ("direct",),
     "unit_activation_backward": ("direct",),

@@ -7,6 +7,8 @@ where C <= 128 and by the core where C >= 512; a product of 8192 cubed would tak
 peak and 90 us of memory for the int32 result.
 """
 
+from typing import Any
+
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -109,20 +111,30 @@ def conv_mma(
         geometry: of the convolution.
         tile: ``block_m`` pixels by ``block_n`` channels, at least 16; the rest means nothing.
     """
+    programs, product = product_arguments(x, weight, geometry, tile)
+    launch(_conv_mma_kernel, programs, tile, **product, alpha_ptr=alpha, y_ptr=y)
+
+
+def product_arguments(
+    x: Tensor, weight: Tensor, geometry: Geometry, tile: TileConfig
+) -> tuple[int, dict[str, Any]]:
+    """How many programs a kernel on the one-bit tensor core runs, and what it multiplies.
+
+    Args:
+        x: as in :func:`conv_mma`, as are the others.
+        weight: likewise.
+        geometry: likewise.
+        tile: likewise.
+    """
     cut = block_tiles(tile)
     blocks_o = triton.cdiv(geometry.out_channels, tile.block_n)
     tiles = blocks_o * tile.block_n // 16
-    launch(
-        _conv_mma_kernel,
-        triton.cdiv(geometry.pixels, tile.block_m) * blocks_o,
-        tile,
-        x_ptr=x,
-        weight_ptr=weight_fragments(weight, geometry, cut["TILES_O"], tiles),
-        base_ptr=window_bases(weight, geometry),
-        patch_ptr=window_ones(x, geometry),
-        alpha_ptr=alpha,
-        y_ptr=y,
-        pixels=geometry.pixels,
+    return triton.cdiv(geometry.pixels, tile.block_m) * blocks_o, {
+        "x_ptr": x,
+        "weight_ptr": weight_fragments(weight, geometry, cut["TILES_O"], tiles),
+        "base_ptr": window_bases(weight, geometry),
+        "patch_ptr": window_ones(x, geometry),
+        "pixels": geometry.pixels,
         **geometry.constants,
         **cut,
-    )
+    }

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritonbnn.checks import sum_dtype
 from tritonbnn.kernels.config import TileConfig, power_of_two
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import interpreted, launch
@@ -197,8 +198,7 @@ def window_bases(weight: Tensor, geometry: Geometry) -> Tensor:
     In int16 where that holds it: half the registers, which the accumulators need.
     """
     borders = BORDERS if geometry.padding else 1
-    largest = geometry.channels * geometry.kernel_size**2
-    dtype = torch.int16 if largest <= torch.iinfo(torch.int16).max else torch.int32
+    dtype = sum_dtype(geometry.channels * geometry.kernel_size**2)
     base = torch.empty((borders, geometry.out_channels), dtype=dtype, device=weight.device)
     block = 32
     launch(

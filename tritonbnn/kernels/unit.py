@@ -193,10 +193,21 @@ def channel_moments(a: Tensor) -> tuple[Tensor, Tensor]:
         a_ptr=flat,
         EXACT=exact,
     )
-    total, squares = (sums.sum(0) if exact else sums.double().sum(0)).double().unbind(0)
-    mean = total / rows
-    variance = (squares / rows - mean * mean).clamp_(min=0)
+    mean, variance = moments_of(sums, rows)
     return mean if exact else mean + flat[0], variance
+
+
+def moments_of(sums: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance, (C,) float64, from sums over rows of a value and of its square.
+
+    Args:
+        sums: each program's share, (programs, 2, C) int64 or float32.
+        rows: over which all programs have summed.
+    """
+    wide = sums if sums.dtype == torch.int64 else sums.double()
+    total, squares = wide.sum(0).double().unbind(0)
+    mean = total / rows
+    return mean, (squares / rows - mean * mean).clamp_(min=0)
 
 
 def unit_forward(

@@ -240,7 +240,7 @@ class Problem:
     @property
     def bit_operations(self) -> int:
         """Those of a product of signs, which bound it where there is a one-bit tensor core."""
-        return self._product if self.op == "conv_packed" else 0
+        return self._product if self.op in ("conv_packed", SCALED) else 0
 
     @property
     def _product(self) -> int:

@@ -93,6 +93,36 @@ def conv_packed(x, weight, alpha, *, channels, stride, padding, dtype):
 
 
 @_operator
+def conv_moments(x, weight, *, channels, stride, padding):
+    return tuple(x.new_empty(weight.shape[0], dtype=torch.float64) for _ in range(2))
+
+
+@_operator
+def conv_unit_forward(
+    x,
+    weight,
+    stream,
+    mean,
+    scale,
+    offset,
+    shift_mid,
+    slope,
+    shift_out,
+    next_shift,
+    *,
+    channels,
+    stride,
+    padding,
+    shortcut,
+    pack,
+):
+    size = conv_output_size(x.shape[1], x.shape[2], weight.shape[1], stride, padding)
+    shape = (x.shape[0], weight.shape[0], *size)
+    signs = x.new_empty((x.shape[0], *size, words(weight.shape[0]) if pack else 0))
+    return empty_channels_last(shape, stream.dtype, x.device), signs
+
+
+@_operator
 def conv_real(x, weight, *, stride, padding, dtype):
     size = conv_output_size(x.shape[1], x.shape[2], weight.shape[2], stride, padding)
     return empty_channels_last((x.shape[0], weight.shape[0], *size), dtype, x.device)

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from tritonbnn.ops import library
-
 
 class Affine(NamedTuple):
     """BatchNorm as the launchers apply it: gamma * xhat + beta = (a - centre) * scale + offset.
@@ -45,7 +43,8 @@ class Statistics(NamedTuple):
 
 
 def batch_affine(
-    a: Tensor,
+    moments: tuple[Tensor, Tensor],
+    values: int,
     alpha: Tensor | None,
     gamma: Tensor,
     beta: Tensor,
@@ -55,20 +54,21 @@ def batch_affine(
     """BatchNorm by the batch's own statistics, over all devices of ``group`` if there is one.
 
     Args:
-        a: (N, O, H, W), the convolution before its scale.
+        moments: mean and variance, (O,) each, of the convolution before its scale.
+        values: per channel, of this device.
         alpha: (O,), or None for 1.
         gamma: (O,), BatchNorm's weight.
         beta: (O,), BatchNorm's bias.
         eps: added to the variance.
         group: whose devices share statistics, or None.
     """
-    centre, spread = library.channel_moments(a)
-    count = torch.full_like(centre, a.numel() // a.shape[1])
+    centre, spread = moments
+    count = torch.full_like(centre, values)
     if group is not None:
         # One exchange: in float64 the moments about 0 do the variance no harm.
-        moments = torch.stack((count, count * centre, count * (spread + centre**2)))
-        distributed.all_reduce(moments, group=group)
-        count, centre, square = moments[0], moments[1] / moments[0], moments[2] / moments[0]
+        sums = torch.stack((count, count * centre, count * (spread + centre**2)))
+        distributed.all_reduce(sums, group=group)
+        count, centre, square = sums[0], sums[1] / sums[0], sums[2] / sums[0]
         spread = (square - centre**2).clamp(min=0)
     alpha_ = torch.ones_like(centre) if alpha is None else alpha.double()
     variance = alpha_**2 * spread

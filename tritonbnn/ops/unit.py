@@ -1,5 +1,6 @@
 """The half-block as one Function, which saves packed signs and the stream."""
 
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ from tritonbnn.ops.conv import clipped_weight_grad
 from tritonbnn.ops.norm import Affine, Statistics, batch_affine, norm_grads, running_affine
 from tritonbnn.ops.once import differentiable_once
 
-PLANS = ("auto", "keep", "recompute")
+PLANS = ("auto", "keep", "recompute", "fused")
 SHORTCUTS = ("identity", "pool", "repeat")
 
 
@@ -48,13 +49,15 @@ def _convolve(
     signs: Tensor, weight: Tensor, packed: Tensor | None, stride: int, dtype: torch.dtype
 ) -> Tensor:
     """The convolution before its scale: integers, or for a real weight ``dtype``."""
-    channels, kernel_size = weight.shape[1], weight.shape[2]
-    geometry = {"stride": stride, "padding": kernel_size // 2}
     if packed is None:
-        return library.conv_real(signs, weight, dtype=dtype, **geometry)
-    fits = channels * kernel_size**2 <= torch.iinfo(torch.int16).max
-    integer = torch.int16 if fits else torch.int32
-    return library.conv_packed(signs, packed, None, channels=channels, dtype=integer, **geometry)
+        padding = weight.shape[2] // 2
+        return library.conv_real(signs, weight, dtype=dtype, stride=stride, padding=padding)
+    integer = checks.sum_dtype(weight[0].numel())
+    return library.conv_packed(signs, packed, None, dtype=integer, **_window(weight, stride))
+
+
+def _window(weight: Tensor, stride: int) -> dict[str, int]:
+    return {"channels": weight.shape[1], "stride": stride, "padding": weight.shape[2] // 2}
 
 
 class _BinaryUnit(torch.autograd.Function):
@@ -80,21 +83,31 @@ class _BinaryUnit(torch.autograd.Function):
         if signs is None:
             signs = library.pack_signs(x, shift_in)
         packed, alpha = library.pack_weight(weight) if options.binary_weight else (None, None)
-        a = _convolve(signs, weight, packed, options.stride, x.dtype)
+        window = _window(weight, options.stride)
+        fused = options.plan == "fused" and packed is not None
+        a = None if fused else _convolve(signs, weight, packed, options.stride, x.dtype)
         if statistics is None:
-            affine, statistics = batch_affine(a, alpha, gamma, beta, options.eps, options.group)
+            if fused:
+                moments = library.conv_moments(signs, packed, **window)
+            else:
+                moments = library.channel_moments(a)
+            values = x.shape[0] * prod(_output_size(x, weight, options.stride))
+            norm = (alpha, gamma, beta, options.eps, options.group)
+            affine, statistics = batch_affine(moments, values, *norm)
         else:
             affine = running_affine(*statistics, alpha, gamma, beta, options.eps)
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         affine = affine.to(dtype)
-        z, next_signs = library.unit_forward(
-            a,
+        epilogue = (
             x if residual is None else residual,
             *(affine.centre, affine.scale, affine.offset),
             *(shift_mid, slope, shift_out, next_shift),
-            shortcut=options.shortcut,
-            pack=options.pack,
         )
+        kinds = {"shortcut": options.shortcut, "pack": options.pack}
+        if fused:
+            z, next_signs = library.conv_unit_forward(signs, packed, *epilogue, **window, **kinds)
+        else:
+            z, next_signs = library.unit_forward(a, *epilogue, **kinds)
         kept = a if options.plan == "keep" else None
         ctx.save_for_backward(
             *(x, weight, gamma, shift_in, shift_mid, slope, residual),
@@ -143,6 +156,11 @@ class _BinaryUnit(torch.autograd.Function):
         dresidual = None if residual is None else du
         unused = (None,) * 4
         return dx, dweight, dgamma, du_sum, dshift_in, *activation, dresidual, *unused
+
+
+def _output_size(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int]:
+    size = weight.shape[2]
+    return checks.conv_output_size(x.shape[2], x.shape[3], size, stride, size // 2)
 
 
 def _weight_grad(dy: Tensor, signs: Tensor, weight: Tensor, options: Options) -> Tensor:
@@ -204,7 +222,9 @@ def binary_unit(
 
     Equal to the composition of the small operators and torch's batch_norm. Saved for backward are
     ``x``, which the shortcut needs anyway, its packed signs, and under the plan "keep" also the
-    convolution's output as int16; under "recompute" that is convolved again.
+    convolution's output as int16; under "recompute" that is convolved again. Under "fused" the
+    forward pass does not write it either: it convolves once for the statistics and once more for
+    the output. With a real weight that is "recompute".
 
     Args:
         x: (N, C, H, W), the input stream; float32, bfloat16, float16, or float64 on the CPU.
@@ -226,8 +246,8 @@ def binary_unit(
         statistics: (mean, variance), (O,) each, to normalise by, as in eval mode; None for the
             batch's own.
         eps: added to the variance.
-        plan: "keep", "recompute", or "auto": what the tuning table says for these shapes, else
-            "keep" on a GPU and "recompute" elsewhere.
+        plan: "keep", "recompute", "fused", or "auto": what the tuning table says for these
+            shapes, else "keep" on a GPU and "recompute" elsewhere.
         group: processes that share the batch's statistics, as SyncBatchNorm does; or None.
 
     Returns:
@@ -257,10 +277,7 @@ def binary_unit(
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(PLANS)}, not {plan!r}")
     kind = "identity" if isinstance(shortcut, Tensor) else shortcut
-    size = checks.conv_output_size(
-        x.shape[2], x.shape[3], weight.shape[2], stride, weight.shape[2] // 2
-    )
-    shape = (x.shape[0], weight.shape[0], *size)
+    shape = (x.shape[0], weight.shape[0], *_output_size(x, weight, stride))
     _check_shortcut(x, residual, kind, stride, shape)
     if statistics is None and x.shape[0] and shape[0] * shape[2] * shape[3] == 1:
         raise ValueError(

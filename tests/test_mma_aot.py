@@ -1,0 +1,81 @@
+"""The one-bit tensor core's kernels, compiled: what the assembly does with registers and loads."""
+
+import json
+import re
+
+import pytest
+
+from tests.test_aot import run_python
+from tritonbnn.kernels import shipped
+
+pytestmark = pytest.mark.xdist_group("aot")
+
+
+def test_a_unit_on_the_one_bit_core_keeps_its_registers():
+    code = """
+import json, torch
+from tritonbnn import kernels
+from tritonbnn.checks import shortcut_input_shape
+from tritonbnn.kernels import aot, config, shipped
+
+def run(problem):
+    layer, shape = problem.layer, problem.layer.output_shape
+    inputs = problem.inputs(shipped.META)
+    product = inputs["signs"], inputs["weight_signs"]
+    window = {name: getattr(layer, name) for name in ("channels", "stride", "padding")}
+    given = shortcut_input_shape(shape, problem.shortcut)
+    stream = torch.empty(given, dtype=torch.bfloat16, device="meta")
+    stream = stream.contiguous(memory_format=torch.channels_last)
+    vectors = [torch.empty(shape[1], device="meta")] * 7
+    with config.using(config.default(problem.key, "mma")):
+        kernels.conv_moments(*product, **window)
+        kernels.conv_unit_forward(
+            *product, stream, *vectors, **window, shortcut=problem.shortcut, pack=True
+        )
+
+for layer in shipped.REPRESENTATIVE:
+    problem = shipped.Problem("conv_packed", layer, torch.bfloat16)
+    for launch in aot.record(lambda: run(problem))[3::4]:
+        for capability in (80, 90):
+            made = aot.compile_launch(launch, capability)
+            print(json.dumps([made.kernel, made.spill_bytes, made.wide_loads, made.tensor_core]))
+"""
+    rows = [json.loads(line) for line in run_python(code).splitlines()]
+    names = ["_moments_mma_kernel"] * 2 + ["_unit_mma_kernel"] * 2
+    assert [row[0] for row in rows] == names * len(shipped.REPRESENTATIVE)
+    for _, spilled, wide_loads, busy in rows:
+        assert spilled == 0
+        assert wide_loads > 0
+        assert set(busy) == {"BMMA"}
+
+
+def test_the_peak_is_measured_on_registers():
+    code = """
+import torch
+from tritonbnn.kernels import aot, mma_peak
+(launch,) = aot.record(lambda: mma_peak.run_steps(2, 4096, torch.device("meta")))
+for capability in (80, 90):
+    print(aot.compile_launch(launch, capability).tensor_core_share)
+"""
+    assert all(float(line) > 0.8 for line in run_python(code).splitlines())
+
+
+def test_the_one_bit_core_reads_registers_in_the_order_of_memory():
+    """The 4 words of a load are the weight's fragment; those of the image, two instructions'."""
+    code = """
+import torch
+from tritonbnn.kernels import aot, config, shipped
+from tritonbnn.kernels.geometry import Geometry
+problem = shipped.Problem("conv_packed", Geometry(4, 7, 7, 1024, 64, 1, 1, 0), torch.float32)
+launch = shipped.launches_of(problem, config.default(problem.key, "mma"))[-1]
+print(aot.compile_kernel(launch, 80).asm["ptx"])
+"""
+    ptx = run_python(code)
+    quads = [tuple(re.findall(r"%r\d+", line)) for line in re.findall("v4.b32 {.*?}", ptx)]
+    products = re.findall(r"and.popc\s+{(.*)}, {(.*)}, {(.*)}, {(.*)};", ptx)
+    assert len(products) == 32
+    for number, (result, weight, image, sums) in enumerate(products):
+        assert result == sums
+        assert tuple(weight.split(",")) in quads
+        half = slice(2 * (number % 2), 2 * (number % 2) + 2)
+        assert tuple(image.split(",")) in [quad[half] for quad in quads]

@@ -1,0 +1,241 @@
+"""A unit's forward pass on the one-bit tensor core, the convolution's output never written.
+
+Convolved once for its statistics and once more for the epilogue: bytes per output element with a
+bf16 stream, 4.1 in place of the 10.1 where an int16 output is written and read twice, for twice the
+core's operations. A prediction: nothing has been measured yet.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from tritonbnn.bits import WORD_BITS, words
+from tritonbnn.kernels.config import default_tile
+from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.launch import launch
+from tritonbnn.kernels.mma import product_arguments
+from tritonbnn.kernels.mma_tile import output_layout, signed_sums
+from tritonbnn.kernels.unit import moments_of, per_channel, shortcut_value
+from tritonbnn.layout import flat_pixels, from_flat
+
+
+@gluon.jit
+def _moments_mma_kernel(
+    x_ptr,
+    weight_ptr,
+    base_ptr,
+    patch_ptr,
+    sums_ptr,
+    pixels,
+    HEIGHT: gl.constexpr,
+    WIDTH: gl.constexpr,
+    OUT_HEIGHT: gl.constexpr,
+    OUT_WIDTH: gl.constexpr,
+    CHANNELS: gl.constexpr,
+    OUT_CHANNELS: gl.constexpr,
+    KERNEL_SIZE: gl.constexpr,
+    STRIDE: gl.constexpr,
+    PADDING: gl.constexpr,
+    WARPS_O: gl.constexpr,
+    TILES_O: gl.constexpr,
+    WARPS_P: gl.constexpr,
+    TILES_P: gl.constexpr,
+):
+    """Each block's share of the sums over pixels of y and y^2, y as the convolution has it.
+
+    Operands as :func:`tritonbnn.kernels.mma_tile.signed_sums` takes them; sums (blocks of pixels,
+    2, O) int64.
+    """
+    OUTPUT: gl.constexpr = output_layout(WARPS_O, TILES_O, WARPS_P, TILES_P)
+    BLOCK_P: gl.constexpr = WARPS_P * TILES_P * 8
+    BLOCK_O: gl.constexpr = WARPS_O * TILES_O * 16
+    blocks_o: gl.constexpr = (OUT_CHANNELS + BLOCK_O - 1) // BLOCK_O
+    pid_p = gl.program_id(0) // blocks_o
+    pid_o = gl.program_id(0) % blocks_o
+    y = signed_sums(
+        x_ptr,
+        weight_ptr,
+        base_ptr,
+        patch_ptr,
+        pixels,
+        pid_p,
+        pid_o,
+        HEIGHT,
+        WIDTH,
+        OUT_HEIGHT,
+        OUT_WIDTH,
+        CHANNELS,
+        OUT_CHANNELS,
+        KERNEL_SIZE,
+        STRIDE,
+        PADDING,
+        WARPS_O,
+        TILES_O,
+        WARPS_P,
+        TILES_P,
+    )
+    pixel = pid_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, OUTPUT))
+    out = pid_o * BLOCK_O + gl.arange(0, BLOCK_O, gl.SliceLayout(0, OUTPUT))
+    y = gl.where((pixel < pixels)[:, None], y, 0)
+    wide = y.to(gl.int64)  # 9216^2 times a block's pixels passes 2^31
+    sums = sums_ptr + (pid_p.to(gl.int64) * (2 * OUT_CHANNELS) + out)
+    gl.store(sums, gl.sum(y, axis=0).to(gl.int64), mask=out < OUT_CHANNELS)
+    gl.store(sums + OUT_CHANNELS, gl.sum(wide * wide, axis=0), mask=out < OUT_CHANNELS)
+
+
+@gluon.jit
+def _unit_mma_kernel(
+    x_ptr,
+    weight_ptr,
+    base_ptr,
+    patch_ptr,
+    stream_ptr,
+    mean_ptr,
+    scale_ptr,
+    offset_ptr,
+    shift_mid_ptr,
+    slope_ptr,
+    shift_out_ptr,
+    next_shift_ptr,
+    z_ptr,
+    signs_ptr,
+    pixels,
+    HEIGHT: gl.constexpr,
+    WIDTH: gl.constexpr,
+    OUT_HEIGHT: gl.constexpr,
+    OUT_WIDTH: gl.constexpr,
+    CHANNELS: gl.constexpr,
+    OUT_CHANNELS: gl.constexpr,
+    KERNEL_SIZE: gl.constexpr,
+    STRIDE: gl.constexpr,
+    PADDING: gl.constexpr,
+    WARPS_O: gl.constexpr,
+    TILES_O: gl.constexpr,
+    WARPS_P: gl.constexpr,
+    TILES_P: gl.constexpr,
+    SHORTCUT: gl.constexpr,
+):
+    """z = PReLU((y - mean) scale + offset + shortcut + shift_mid) + shift_out, and z's signs.
+
+    Operands of y as :func:`tritonbnn.kernels.mma_tile.signed_sums` takes them, the others as the
+    epilogue of :mod:`tritonbnn.kernels.unit` does.
+    """
+    OUTPUT: gl.constexpr = output_layout(WARPS_O, TILES_O, WARPS_P, TILES_P)
+    BLOCK_P: gl.constexpr = WARPS_P * TILES_P * 8
+    BLOCK_O: gl.constexpr = WARPS_O * TILES_O * 16
+    blocks_o: gl.constexpr = (OUT_CHANNELS + BLOCK_O - 1) // BLOCK_O
+    pid_p = gl.program_id(0) // blocks_o
+    pid_o = gl.program_id(0) % blocks_o
+    y = signed_sums(
+        x_ptr,
+        weight_ptr,
+        base_ptr,
+        patch_ptr,
+        pixels,
+        pid_p,
+        pid_o,
+        HEIGHT,
+        WIDTH,
+        OUT_HEIGHT,
+        OUT_WIDTH,
+        CHANNELS,
+        OUT_CHANNELS,
+        KERNEL_SIZE,
+        STRIDE,
+        PADDING,
+        WARPS_O,
+        TILES_O,
+        WARPS_P,
+        TILES_P,
+    )
+    pixel = pid_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, OUTPUT))
+    row = pixel.to(gl.int64)[:, None]
+    out = pid_o * BLOCK_O + gl.arange(0, BLOCK_O, gl.SliceLayout(0, OUTPUT))[None, :]
+    known = out < OUT_CHANNELS
+    mask = (row < pixels) & known
+    t = (y.to(gl.float32) - per_channel(mean_ptr, out, known)) * per_channel(scale_ptr, out, known)
+    t += per_channel(offset_ptr, out, known)
+    t += shortcut_value(stream_ptr, row, out, mask, OUT_CHANNELS, OUT_HEIGHT, OUT_WIDTH, SHORTCUT)
+    if slope_ptr is not None:
+        t += per_channel(shift_mid_ptr, out, known)
+        t = gl.where(t > 0, t, t * per_channel(slope_ptr, out, known))
+        t += per_channel(shift_out_ptr, out, known)
+    z = t.to(z_ptr.dtype.element_ty)
+    gl.store(z_ptr + (row * OUT_CHANNELS + out), z, mask=mask)
+    if signs_ptr is not None:
+        s = z.to(gl.float32)
+        if next_shift_ptr is not None:
+            s += per_channel(next_shift_ptr, out, known)
+        bits = ((s >= 0) & known).to(gl.int32) << out % 32
+        PACKED: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [WARPS_O * WARPS_P, 1], [1, 0])
+        packed = gl.sum(bits.reshape([BLOCK_P, BLOCK_O // 32, 32]), axis=2)
+        packed = gl.convert_layout(packed, PACKED)
+        pixel = pid_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, PACKED))
+        word = pid_o * (BLOCK_O // 32) + gl.arange(0, BLOCK_O // 32, gl.SliceLayout(0, PACKED))
+        words: gl.constexpr = (OUT_CHANNELS + 31) // 32
+        inside = (pixel < pixels)[:, None] & (word < words)[None, :]
+        offset = pixel.to(gl.int64)[:, None] * words + word[None, :]
+        gl.store(signs_ptr + offset, packed, mask=inside)
+
+
+def moments_mma(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the convolution per channel, (O,) float64.
+
+    Args:
+        x: packed (N, H, W, words), contiguous.
+        weight: packed (O, kh, kw, words), contiguous.
+        geometry: of the convolution.
+    """
+    # Not the table's tile: a larger one leaves too few registers for what follows the product.
+    tile = default_tile(geometry.key("conv_packed", "int32"), "mma")
+    programs, product = product_arguments(x, weight, geometry, tile)
+    shape = (-(-geometry.pixels // tile.block_m), 2, geometry.out_channels)
+    sums = torch.empty(shape, dtype=torch.int64, device=x.device)
+    launch(_moments_mma_kernel, programs, tile, **product, sums_ptr=sums)
+    return moments_of(sums, geometry.pixels)
+
+
+def unit_mma(
+    x: Tensor,
+    weight: Tensor,
+    stream: Tensor,
+    vectors: dict[str, Tensor | None],
+    geometry: Geometry,
+    *,
+    shortcut: str,
+    pack: bool,
+) -> tuple[Tensor, Tensor]:
+    """z and its signs, as :func:`tritonbnn.eager.conv_unit_forward` returns them.
+
+    Args:
+        x: packed (N, H, W, words), contiguous.
+        weight: packed (O, kh, kw, words), contiguous.
+        stream: channels innermost.
+        vectors: (O,) each, by name; those of the activation None together.
+        geometry: of the convolution.
+        shortcut: "identity", "pool" or "repeat".
+        pack: whether the signs are wanted.
+    """
+    tile = default_tile(geometry.key("conv_packed", "int32"), "mma")
+    tile = replace(tile, block_n=max(tile.block_n, WORD_BITS))  # whole words
+    programs, product = product_arguments(x, weight, geometry, tile)
+    pixels, channels = geometry.pixels, geometry.out_channels
+    z = torch.empty((pixels, channels), dtype=stream.dtype, device=x.device)
+    packed = words(channels) if pack else 0
+    signs = torch.empty((pixels, packed), dtype=torch.int32, device=x.device)
+    launch(
+        _unit_mma_kernel,
+        programs,
+        tile,
+        **product,
+        stream_ptr=flat_pixels(stream),
+        **{f"{name}_ptr": None if v is None else v.contiguous() for name, v in vectors.items()},
+        z_ptr=z,
+        signs_ptr=signs if pack else None,
+        SHORTCUT=shortcut,
+    )
+    n, _, height, width = geometry.output_shape
+    return from_flat(z, geometry.output_shape), signs.view(n, height, width, packed)
