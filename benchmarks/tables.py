@@ -101,6 +101,7 @@ def steps_table(device: Device) -> list[str]:
         with device.reading(STEP_FILES[2]):
             point = result["points"][0]
             what += f", batch {point['batch']}, {point['size']} x {point['size']}"
+            what += f", threads: {result['threads']}" if device.is_cpu else ""
     head = [what, "step 1, img/s", "step 2, img/s", "ours is faster by", "MB saved / img"]
     if not device.is_cpu:
         head += ["GB at peak", "of the floor"]
