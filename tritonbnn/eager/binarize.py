@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from tritonbnn.eager.common import accumulator, image_chunks, shifted
+from tritonbnn.eager.common import accumulator, image_chunks, scratch, shifted
 from tritonbnn.layout import channels_last, empty_pixels, flat_pixels, from_flat
 
 
@@ -49,12 +49,13 @@ def sign_backward(
     dx = empty_pixels(x, x.dtype)
     dshift = torch.zeros(x.shape[1], dtype=accumulator(x.dtype), device=x.device)
     for part in image_chunks(x):
-        ds = shifted(x[part], shift).abs().mul_(-2).add_(2).clamp_(min=0)
-        ds.mul_(flat_pixels(channels_last(grad[part])))
+        out = flat_pixels(dx[part])
+        ds = torch.abs(shifted(x[part], shift), out=scratch(out, dshift.dtype))
+        ds.mul_(-2).add_(2).clamp_(min=0).mul_(flat_pixels(channels_last(grad[part])))
         dshift += ds.sum(0)
         if residual is not None:
             _add_shortcut_grad(ds, channels_last(residual[part]), shortcut)
-        flat_pixels(dx[part]).copy_(ds)
+        out.copy_(ds)
     return dx, dshift
 
 

@@ -34,6 +34,11 @@ def image_chunks(x: Tensor) -> Iterator[slice]:
     return chunks(len(x), x[:1].numel())
 
 
+def scratch(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """``out`` itself to compute in, if it has the dtype, else memory of its shape that has."""
+    return out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+
+
 def shifted(x: Tensor, shift: Tensor | None) -> Tensor:
     """``x + shift`` in the accumulator's dtype, as (pixels, C)."""
     flat = flat_pixels(channels_last(x))

@@ -5,12 +5,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tritonbnn.checks import conv_output_size
+from tritonbnn.eager import common
 from tritonbnn.eager.common import accumulator, chunks
 from tritonbnn.eager.pack import unpack_signs
 from tritonbnn.layout import channels_last, empty_channels_last
 
 FILTERS = 128
-"""Filters whose gradient is computed at a time: torch holds it three times while it makes it."""
+"""Filters of a large weight whose gradient is computed at a time: torch holds it three times."""
 
 
 def conv_packed(
@@ -142,11 +143,10 @@ def conv_weight_grad(
     shape = (grad.shape[1], channels, kernel_size, kernel_size)
     total = empty_channels_last(shape, acc, grad.device).zero_()
     mask = [False, True, False]
+    size = FILTERS if total.numel() > common.CHUNK else len(total)
     for part in chunks(len(x), channels * x.shape[1] * x.shape[2]):
         signs, g = unpack_signs(x[part], channels, acc), grad[part].to(acc)
-        for share, filters in zip(
-            g.split(FILTERS, dim=1), total.split(FILTERS, dim=0), strict=True
-        ):
+        for share, filters in zip(g.split(size, dim=1), total.split(size, dim=0), strict=True):
             filters += _convolution_backward(share, signs, filters, stride, padding, mask)[1]
     return total
 

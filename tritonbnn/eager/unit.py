@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tritonbnn.eager.common import accumulator, image_chunks
+from tritonbnn.eager.common import accumulator, image_chunks, scratch
 from tritonbnn.eager.pack import pack_signs
 from tritonbnn.layout import channels_last, empty_pixels, flat_pixels
 
@@ -140,9 +140,10 @@ def unit_forward(
     z = empty_pixels(a, stream.dtype)
     for part in image_chunks(a):
         t = _pre_activation(a[part], stream[part], mean, scale, offset, shift_mid, shortcut)
+        out = flat_pixels(z[part])
         if slope is not None and shift_out is not None:
-            t = F.prelu(t, slope.to(t.dtype)).add_(shift_out)
-        flat_pixels(z[part]).copy_(t)
+            t = torch.add(F.prelu(t, slope.to(t.dtype)), shift_out, out=scratch(out, t.dtype))
+        out.copy_(t)
     n, _, height, width = z.shape
     return z, pack_signs(z, next_shift) if pack else a.new_empty((n, height, width, 0)).int()
 
@@ -176,15 +177,15 @@ def unit_activation_backward(
     for part in image_chunks(a):
         g = flat_pixels(channels_last(grad[part])).to(sums.dtype)
         centred = flat_pixels(channels_last(a[part])).to(g.dtype) - mean.to(g.dtype)
-        d = g
+        out, d = flat_pixels(du[part]), g
         if slope is not None:
             t = _pre_activation(a[part], stream[part], mean, scale, offset, shift_mid, shortcut)
-            d = torch.where(t > 0, g, g * slope)
+            d = torch.where(t > 0, g, g * slope, out=scratch(out, g.dtype))
             sums[2] += t.clamp_(max=0).mul_(g).sum(0)
         sums[0] += d.sum(0)
         sums[1] += centred.mul_(d).sum(0)
         sums[3] += g.sum(0)
-        flat_pixels(du[part]).copy_(d)
+        out.copy_(d)
     return du, sums
 
 
@@ -206,6 +207,7 @@ def unit_norm_backward(
     dy = empty_pixels(du, du.dtype)
     for part in image_chunks(a):
         d = flat_pixels(channels_last(du[part])).to(acc)
-        result = torch.addcmul(constant, flat_pixels(channels_last(a[part])).to(acc), a_scale)
-        flat_pixels(dy[part]).copy_(result.addcmul_(d, du_scale))
+        out, values = flat_pixels(dy[part]), flat_pixels(channels_last(a[part])).to(acc)
+        result = torch.addcmul(constant, values, a_scale, out=scratch(out, acc))
+        out.copy_(result.addcmul_(d, du_scale))
     return dy
