@@ -9,7 +9,6 @@ for, which a run does not do: the share is an upper bound there.
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from benchmarks.machine import header
+from benchmarks.output import command, writable, write_result
 from tritonbnn import cli
 from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
 from tritonbnn.models import build_model
@@ -147,14 +147,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the result here")
     args, flags = parser.parse_known_args(argv)
+    path = writable(args.json)
     config = parse([args.recipe, *flags]).config
     result = measure(config, args.images, args.rounds, torch.device(args.device))
-    command = "python -m benchmarks.analysis_overhead " + " ".join(sys.argv[1:])
-    result = header(command) | result
+    result = header(command("analysis_overhead", argv)) | result
     print(json.dumps(result, indent=2))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    if path:
+        write_result(path, result)
     return 0
 
 

@@ -13,9 +13,11 @@ from benchmarks.tables import (
     BATCH_SWEEP,
     SIZE_SWEEP,
     Device,
+    overhead_line,
     peak_line,
     runs_table,
     steps_table,
+    study_table,
     sweep_table,
 )
 from tritonbnn import cli
@@ -61,7 +63,7 @@ def results_text(found: list[Device], base: Path) -> str:
         lines += [f"### {device.title}", "", *steps_table(device), *peak_line(device)]
         lines += sweep_table(device, BATCH_SWEEP, "batch")
         lines += sweep_table(device, SIZE_SWEEP, "size")
-        lines += runs_table(device)
+        lines += [*runs_table(device), *study_table(device), *overhead_line(device)]
         for path in sorted(device.folder.glob("*.svg")):
             where = path.resolve().relative_to(base.resolve())
             lines += [f"![{path.stem.replace('_', ' ')}]({where})", ""]

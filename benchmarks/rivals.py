@@ -15,7 +15,7 @@ from benchmarks.twin import FloatReActNetA
 from tritonbnn import cli
 from tritonbnn.models import build_model
 
-OWN = ("ours", "ours-unfused")
+OWN = ("ours", "ours-recompute", "ours-unfused")
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "obvious": ObviousReActNetA,
     "twin": FloatReActNetA,
@@ -29,6 +29,7 @@ DEFAULTS = {
     "cuda": (
         "ours+bf16",
         "ours",
+        "ours-recompute+bf16",
         "ours-unfused+bf16",
         "obvious",
         "obvious+bf16+channels_last",
@@ -36,7 +37,12 @@ DEFAULTS = {
         "obvious+bf16+channels_last+max-autotune",
         "twin+bf16+channels_last+compile",
     ),
-    "cpu": ("ours", "ours-unfused", "obvious", "obvious+channels_last", "twin+channels_last"),
+    "cpu": (
+        *OWN,
+        "obvious",
+        "obvious+channels_last",
+        "twin+channels_last",
+    ),
 }
 """By device. A CPU multiplies bf16 slowly or not at all, and compiles for minutes."""
 
@@ -46,7 +52,7 @@ class Rival:
     """A network and how it is run.
 
     Attributes:
-        network: "ours", "ours-unfused", "obvious" or "twin".
+        network: "ours", "ours-recompute" (which saves least), "ours-unfused", "obvious" or "twin".
         options: some of ``OPTIONS``, at most one of ``COMPILE_MODES``.
     """
 
@@ -81,7 +87,8 @@ class Rival:
         """
         options = {"num_classes": num_classes, "binary_weights": step == 2, "width": width}
         if self.network in OWN:
-            return build_model(model, fused=self.network == "ours", **options)
+            plan = "recompute" if self.network == "ours-recompute" else "auto"
+            return build_model(model, fused=self.network != "ours-unfused", plan=plan, **options)
         return NETWORKS[self.network](**options)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean
 
 from benchmarks.machine import header
+from benchmarks.output import writable, write_result
 from tritonbnn import cli
 
 
@@ -72,6 +73,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="folder of the runs")
     parser.add_argument("--json", type=Path, help="write the result here")
     args, flags = parser.parse_known_args(argv)
+    path = writable(args.json)
     if args.seeds < 1:
         raise cli.UserError(f"--seeds must be at least 1, not {args.seeds}")
     trainer = "benchmarks.train_obvious" if args.obvious else "tritonbnn.train"
@@ -79,9 +81,8 @@ def main(argv: list[str]) -> int:
     said = [args.recipe, "--seeds", str(args.seeds), *["--obvious"] * args.obvious, *flags]
     result = header("python -m benchmarks.seeds " + " ".join(said)) | summary(logs)
     print(json.dumps(result, indent=2))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=2) + "\n")
+    if path:
+        write_result(path, result)
     return 0
 
 

@@ -3,11 +3,10 @@
 python -m benchmarks.study optimizers decay steps --epochs 6 --out runs/study --json study.json
 """
 
-import json
-import sys
 from pathlib import Path
 
 from benchmarks.machine import header
+from benchmarks.output import command, read_result, writable, write_result
 from tritonbnn import cli
 from tritonbnn.study.__main__ import main as study
 
@@ -21,15 +20,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--json", type=Path, required=True, help="write the result here")
     args, flags = parser.parse_known_args(argv)
+    path = writable(args.json)
     code = study([*flags, "--out", str(args.out)])
     report = args.out / "study.json"
-    if code or not report.exists():
-        return code
-    command = "python -m benchmarks.study " + " ".join(sys.argv[1:])
-    result = header(command) | json.loads(report.read_text())
-    args.json.parent.mkdir(parents=True, exist_ok=True)
-    args.json.write_text(json.dumps(result, indent=2) + "\n")
-    return 0
+    if path and not code and (result := read_result(report)):
+        write_result(path, header(command("study", argv)) | result)
+    return code
 
 
 if __name__ == "__main__":

@@ -158,7 +158,8 @@ def sweep_table(device: Device, name: str, key: str) -> list[str]:
 
 def runs_table(device: Device) -> list[str]:
     """Training runs to their end: accuracy over seeds, and minutes."""
-    names = [n for n, r in device.files.items() if r and "seeds" in r.get("command", "")]
+    tool = "python -m benchmarks.seeds "
+    names = [n for n, r in device.files.items() if r and r.get("command", "").startswith(tool)]
     if not device.is_cpu:
         names = list(dict.fromkeys([*TRAINING_RUNS, *names]))
     rows = []
@@ -168,7 +169,7 @@ def runs_table(device: Device) -> list[str]:
             rows.append([name.removesuffix(".json").replace("_", " "), MISSING, MISSING, ""])
             continue
         with device.reading(name):
-            said = result["command"].removeprefix("python -m benchmarks.seeds ")
+            said = result["command"].removeprefix(tool)
             rows.append([f"`{said}`", *(accuracy(result[f"step{s}"]) for s in (1, 2))])
             minutes = [m for s in (1, 2) for m in result[f"step{s}"]["training_minutes"].values()]
             rows[-1].append(f"{sum(minutes) / len(minutes) * 2:.2g}")
@@ -180,6 +181,42 @@ def accuracy(step: Result) -> str:
     if step["lowest"] == step["highest"]:
         return f"{step['mean']:.2f} %"
     return f"{step['mean']:.2f} % ({step['lowest']:.2f} to {step['highest']:.2f})"
+
+
+def study_table(device: Device) -> list[str]:
+    """Ways to train, of the paper's comparisons; nothing where they were not made."""
+    name, lines = "study_digits.json", []
+    with device.reading(name):
+        if result := device.get(name):
+            comparisons = result["comparisons"].values()
+            rows = {row["variant"]: row for study in comparisons for row in study["rows"]}
+            head = ["`python -m tritonbnn.study`", "top-1, %", "FF ratio, 1e-3", "C2I (2p - 1)"]
+            lines = table(head, [[row["title"], *_spreads(row)] for row in rows.values()])
+            said = [
+                f"{order['claim']} ({order['verdict']})"
+                for study in comparisons
+                for order in study["orders"]
+            ]
+            lines += [f"{result['scale']} {result['window']}", ""]
+            lines += [f"The paper's orders: {'; '.join(said)}. {result['caution']}", ""]
+    return lines
+
+
+def _spreads(row: Result) -> Iterator[str]:
+    """Means and deviations over the seeds."""
+    for quantity, scale in (("top1", 1), ("flip_flop", 1e3), ("c2i_half", 1)):
+        found = row["measured"][quantity]
+        deviation = f" ± {found['deviation'] * scale:.2g}" if found["deviation"] else ""
+        yield f"{found['mean'] * scale:.4g}{deviation}"
+
+
+def overhead_line(device: Device) -> list[str]:
+    """What the analysis adds to a training step; nothing where it was not measured."""
+    name = "analysis_overhead_digits.json"
+    with device.reading(name):
+        result = device.get(name)
+        share = f"{result['share_of_step']:.1%}" if result else ""
+    return [f"`--analysis light` adds {share} to a training step.", ""] if share else []
 
 
 def peak_line(device: Device) -> list[str]:

@@ -147,6 +147,7 @@ CHANGED = {
     "step": 1,
     "log_interval": 7,
     "save_minutes": 1.5,
+    "plan": "keep",
     "analysis": "full",
     "analysis_interval": 3,
 }

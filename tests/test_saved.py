@@ -40,24 +40,26 @@ class Autocast(torch.nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("fused", "bf16", "limit"),
+    ("options", "bf16", "limit"),
     [
-        pytest.param(True, False, 26, id="fused-fp32"),
-        pytest.param(True, True, 13, id="fused-bf16"),
-        pytest.param(False, False, 70, id="composed-fp32"),
+        pytest.param({"plan": "recompute"}, False, 26, id="recompute-fp32"),
+        pytest.param({"plan": "recompute"}, True, 13, id="recompute-bf16"),
+        # and two bytes of each of the 4.64 M output elements
+        pytest.param({"plan": "keep"}, False, 26 + 9.3, id="keep-fp32"),
+        pytest.param({"fused": False}, False, 70, id="composed-fp32"),
     ],
 )
-def test_the_network_saves_bits_and_the_stream(fused, bf16, limit):
-    network = build_model("reactnet_a", fused=fused)
+def test_the_network_saves_bits_and_the_stream(options, bf16, limit):
+    network = build_model("reactnet_a", **options)
     saved = saved_slope(Autocast(network) if bf16 else network, images)
     assert saved.per_image <= limit
     assert saved.per_batch <= 6  # packed weights, scales, and the head's weight in bf16
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "composed"])
-def test_live_memory_agrees_with_the_count(fused):
+@pytest.mark.parametrize("options", [{"plan": "recompute"}, {"plan": "keep"}, {"fused": False}])
+def test_live_memory_agrees_with_the_count(options):
     """A tensor kept anywhere but in save_for_backward would be live and not counted."""
-    model = build_model("reactnet_a", width=0.25, fused=fused)
+    model = build_model("reactnet_a", width=0.25, **options)
     x = images(2)
     saved = saved_bytes(model, lambda: model(x))
     live, logits = allocated_by(lambda: model(x))

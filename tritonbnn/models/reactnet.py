@@ -26,6 +26,7 @@ def reactnet_a(
     in_channels: int,
     small_images: bool,
     fused: bool,
+    plan: str,
 ) -> BinaryNetwork:
     """Build ReActNet-A: a stem, 13 blocks of two units each, a head.
 
@@ -40,10 +41,11 @@ def reactnet_a(
         in_channels: 1 or 3.
         small_images: a stem of stride 1, for images of 32x32; sizes are multiples of 16, not 32.
         fused: see :class:`~tritonbnn.nn.BinaryUnit`.
+        plan: likewise.
     """
     channels = scaled(STEM_CHANNELS, width)
     stem = conv_bn(in_channels, channels, 3, stride=1 if small_images else 2)
-    unit = partial(BinaryUnit, binary_weight=binary_weights, fused=fused)
+    unit = partial(BinaryUnit, binary_weight=binary_weights, fused=fused, plan=plan)
     blocks = []
     for out, stride in BLOCKS:
         out_channels = scaled(out, width)

@@ -24,6 +24,7 @@ def build_model(
     in_channels: int = 3,
     small_images: bool = False,
     fused: bool = True,
+    plan: str = "auto",
 ) -> BinaryNetwork:
     """Build a network.
 
@@ -38,6 +39,7 @@ def build_model(
         in_channels: 1 or 3.
         small_images: a stem of stride 1 for images of about 32x32.
         fused: whether a unit is one Function; see :class:`~tritonbnn.nn.BinaryUnit`.
+        plan: what that saves for backward; "recompute" is the least.
 
     Returns:
         A module from images (N, in_channels, H, W) to logits (N, num_classes). H and W must be
@@ -61,4 +63,5 @@ def build_model(
         in_channels=in_channels,
         small_images=small_images,
         fused=fused,
+        plan=plan,
     )

@@ -38,6 +38,7 @@ def resnet_18(
     in_channels: int,
     small_images: bool,
     fused: bool,
+    plan: str,
     rprelu: bool,
 ) -> BinaryNetwork:
     """Build ReActNet-18 (``rprelu=True``) or Bi-Real Net 18.
@@ -50,6 +51,7 @@ def resnet_18(
         small_images: a 3x3 stem of stride 1 without max-pooling, for images of 32x32; sizes are
             multiples of 8, not 32.
         fused: see :class:`~tritonbnn.nn.BinaryUnit`.
+        plan: likewise.
         rprelu: whether a unit has shifts and a PReLU.
     """
     channels = scaled(STAGES[0], width)
@@ -58,7 +60,8 @@ def resnet_18(
     else:
         stem = conv_bn(in_channels, channels, 7, stride=2)
         stem.append(nn.MaxPool2d(3, stride=2, padding=1))
-    options: dict[str, Any] = {"binary_weight": binary_weights, "rprelu": rprelu, "fused": fused}
+    options: dict[str, Any] = {"binary_weight": binary_weights, "rprelu": rprelu}
+    options |= {"fused": fused, "plan": plan}
     units: list[nn.Module] = []
     for stage in STAGES:
         out_channels = scaled(stage, width)

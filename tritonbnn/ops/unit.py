@@ -247,7 +247,7 @@ def binary_unit(
             batch's own.
         eps: added to the variance.
         plan: "keep", "recompute", "fused", or "auto": what the tuning table says for these
-            shapes, else "keep" on a GPU and "recompute" elsewhere.
+            shapes, else "keep". "recompute" saves least.
         group: processes that share the batch's statistics, as SyncBatchNorm does; or None.
 
     Returns:

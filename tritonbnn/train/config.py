@@ -10,7 +10,7 @@ STEPS = (1, 2)
 # A run may go on with another value of these. The epochs of a step may grow too.
 MAY_CHANGE_ON_RESUME = (
     *("device", "workers", "data_dir", "step"),
-    *("log_interval", "save_minutes", "analysis", "analysis_interval"),
+    *("log_interval", "save_minutes", "plan", "analysis", "analysis_interval"),
 )
 # What --init-from says where there is no checkpoint, and binary weights shall start at random.
 SCRATCH = "scratch"
@@ -60,6 +60,11 @@ class Config:
     accumulation: int = setting(1, "parts that a process computes its share in", least=1)
     precision: str = setting("fp32", "of the activations", choices=("fp32", "bf16", "fp16"))
     channels_last: bool = setting(False, "keep images and convolution weights in NHWC order")
+    plan: str = setting(
+        "auto",
+        "what units save for backward; recompute takes least memory",
+        choices=("auto", "keep", "recompute", "fused"),
+    )
     compile: bool = setting(False, "network and teacher through torch.compile")
     sync_bn: bool = setting(False, "BatchNorm statistics over all processes (CUDA)")
     init_from: str = setting(

@@ -110,7 +110,7 @@ class StepRun:
     def _new_state(self) -> State:
         config = self.config.of_step(self.step)
         torch.manual_seed(self.config.seed)
-        model = build(self.network)
+        model = build({**self.network, "plan": self.config.plan})
         if self.config.image_size % model.size_multiple:
             raise UserError(
                 f"--image-size {self.config.image_size} does not suit the network:"
