@@ -62,7 +62,10 @@ class SharedMemory:
         assert (dtype, layout.vec, layout.max_phase) == (np.int32, 1, 1)
         self.words = np.full(np.prod(shape), JUNK, np.int32)
         views = self.words.reshape(shape)
-        return SimpleNamespace(index=lambda stage: views[int(stage)])
+        return SimpleNamespace(index=lambda stage: views[int(stage)], store=self.store)
+
+    def store(self, value):
+        self.landed.append((self.words, value.data))
 
     def copy(self, view, pointer):
         offset, _ = pointer.addresses(None)

@@ -185,8 +185,7 @@ def block_tiles(tile: TileConfig) -> dict[str, int]:
 
 def takes(formulation: str, geometry: Geometry) -> bool:
     """Whether a formulation has a kernel for a problem: the warpgroup's takes a plain product."""
-    plain = (geometry.kernel_size, geometry.stride, geometry.padding) == (1, 1, 0)
-    return plain or formulation != "wgmma"
+    return formulation != "wgmma" or (geometry.kernel_size, geometry.stride) == (1, 1)
 
 
 @lru_cache

@@ -179,10 +179,12 @@ def _conv_warpgroup_kernel(
         hopper.fence_async_shared()  # what was copied, to the tensor core, of every thread
         gl.thread_barrier()
         ahead = chunk + (STAGES - 1)
-        if ahead < CHUNKS:
-            async_copy.async_copy_global_to_shared(
-                stages.index(ahead % STAGES), source + ahead * STAGE
-            )
+        # Two conditions, for the compiler fails on a branch that is never taken.
+        if CHUNKS >= STAGES:  # noqa: SIM102
+            if ahead < CHUNKS:
+                async_copy.async_copy_global_to_shared(
+                    stages.index(ahead % STAGES), source + ahead * STAGE
+                )
         async_copy.commit_group()
         words = (chunk + 1) * (8 * STEPS) + position
         x_ahead = gl.load(x_ptr + (row + words), mask=words < WORDS, other=0)
