@@ -1,5 +1,5 @@
 """What the one-bit tensor core's kernels need beside the image: who has one, how a block is cut,
-and three small operands, made by plain Triton kernels.
+and four small operands, made by plain Triton kernels.
 
 Bytes: ``patch`` costs 8 an output pixel, written and read, and one more pass over the packed image;
 the others are about as small as the packed weight.
