@@ -7,7 +7,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
-from tritonbnn.kernels import mma_warpgroup
 from tritonbnn.kernels.config import TileConfig
 from tritonbnn.kernels.launch import launch
 from tritonbnn.kernels.mma_tile import (
@@ -16,6 +15,12 @@ from tritonbnn.kernels.mma_tile import (
     fragment_layout,
     output_layout,
     steps_along,
+)
+from tritonbnn.kernels.mma_warpgroup import (
+    add_ones_of_stage,
+    as_pixels,
+    pixels_layout,
+    sums_layout,
 )
 from tritonbnn.kernels.timing import time_callable
 
@@ -81,9 +86,9 @@ def _warpgroup_peak_kernel(
     words (8 STEPS BLOCK_N,) int32, the weight; a thread's x is 4 STEPS of them, by thread;
     sums (programs, 16 WARPS, BLOCK_N) int32.
     """
-    LAYOUT: gl.constexpr = mma_warpgroup.sums_layout(WARPS, BLOCK_N, STEPS)
+    LAYOUT: gl.constexpr = sums_layout(WARPS, BLOCK_N, STEPS)
     X: gl.constexpr = gl.SliceLayout(1, LAYOUT)
-    OUTPUT: gl.constexpr = mma_warpgroup.pixels_layout(WARPS, BLOCK_N)
+    OUTPUT: gl.constexpr = pixels_layout(WARPS, BLOCK_N)
     STAGE: gl.constexpr = BLOCK_N * STEPS * 8
     COPY: gl.constexpr = gl.BlockedLayout([4], [32], [WARPS], [0])
     stage = gl.allocate_shared_memory(gl.int32, [STAGE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -94,11 +99,11 @@ def _warpgroup_peak_kernel(
     x = gl.load(words_ptr + (place + steps_along(2, 2, X) * 4 + steps_along(4, 3, X)))
     acc = gl.full([32 * WARPS, BLOCK_N // (8 * STEPS), STEPS // 2, 2, 4], 0, gl.int32, LAYOUT)
     for _ in range(steps):
-        acc = mma_warpgroup.add_common_ones(x, acc, 0, BLOCK_N, STEPS)
+        acc = add_ones_of_stage(x, acc, 0, BLOCK_N, STEPS)
     pixel = gl.program_id(0) * (16 * WARPS) + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, OUTPUT))
     channel = gl.arange(0, BLOCK_N, gl.SliceLayout(0, OUTPUT))
     offset = pixel[:, None] * BLOCK_N + channel[None, :]
-    gl.store(sums_ptr + offset, mma_warpgroup.as_pixels(acc, WARPS, BLOCK_N))
+    gl.store(sums_ptr + offset, as_pixels(acc, WARPS, BLOCK_N))
 
 
 def run_warpgroup_steps(blocks: int, steps: int, device: torch.device) -> torch.Tensor:

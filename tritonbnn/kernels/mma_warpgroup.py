@@ -98,7 +98,7 @@ def pixels_layout(warps, block_n):
 
 
 @gluon.jit
-def add_common_ones(x, acc, stage_bytes, BLOCK_N: gl.constexpr, STEPS: gl.constexpr):
+def add_ones_of_stage(x, acc, stage_bytes, BLOCK_N: gl.constexpr, STEPS: gl.constexpr):
     """acc + popcount(x & w), of a stage of K that lies in shared memory.
 
     x (threads, STEPS / 2, 2, 4) and acc (threads, groups, STEPS / 2, 2, 4), int32, in
@@ -188,7 +188,7 @@ def _conv_warpgroup_kernel(
         async_copy.commit_group()
         words = (chunk + 1) * (8 * STEPS) + position
         x_ahead = gl.load(x_ptr + (row + words), mask=words < WORDS, other=0)
-        acc = add_common_ones(x, acc, chunk % STAGES * (4 * STAGE), BLOCK_N, STEPS)
+        acc = add_ones_of_stage(x, acc, chunk % STAGES * (4 * STAGE), BLOCK_N, STEPS)
         x = x_ahead
 
     pixel = pid_p * (16 * WARPS) + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, OUTPUT))
