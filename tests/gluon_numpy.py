@@ -15,7 +15,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.interpreter import InterpretedFunction
 
-from tritonbnn.kernels import conv, conv_unit, mma, mma_peak, mma_unit
+from tests.warpgroup_numpy import SharedMemory, run_assembly
+from tritonbnn.kernels import conv, conv_unit, mma, mma_peak, mma_unit, mma_warpgroup
 
 LANES = 32
 
@@ -152,27 +153,31 @@ def places(layout):
     return flat
 
 
-def inline_asm_elementwise(num_warps, asm, constraints, args, dtype, is_pure, pack):
-    """The assembly's ``mma``, for every warp and every ``pack`` elements of a thread."""
+def inline_asm_elementwise(num_warps, shared, asm, constraints, args, dtype, is_pure, pack):
+    """The assembly, for every warp and every ``pack`` elements of a thread."""
     layout = args[-1].layout
     assert isinstance(layout, gl.DistributedLinearLayout)
     flat = places(layout)
     assert len(flat) == num_warps
     operands = []
     for arg in args:
-        values = np.broadcast_to(arg.data, layout.shape).reshape(-1)[flat]
+        values = arg.data if isinstance(arg, Array) else np.int32(arg)
+        values = np.broadcast_to(values, layout.shape).reshape(-1)[flat]
         values = values.reshape(*flat.shape[:2], -1, pack)  # warp, lane, group, element
         operands += list(np.moveaxis(values, (3, 1), (0, 3)))  # element: warp, group, lane
-    kinds = constraints.value.split(",")
+    kinds = getattr(constraints, "value", constraints).split(",")
     results = sum(kind.startswith("=") for kind in kinds)
     assert len(kinds) == results + len(operands)
     registers = dict(enumerate([None] * results + operands))
     for number, kind in enumerate(kinds):
         if kind.isdigit():
             registers[int(kind)] = registers[number]
-    for line in asm.value.strip("{}\n").split(";"):
-        if not line.strip():
-            continue
+    lines = getattr(asm, "value", asm).strip().removeprefix("{").removesuffix("}").split(";")
+    lines = [line.strip() for line in lines if line.strip()]
+    if any("wgmma" in line for line in lines):
+        run_assembly(lines, registers, shared)
+        lines = []
+    for line in lines:
         assert "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc" in line
         d, a, b, c = (
             [int(n) for n in re.findall(r"\$(\d+)", group)] for group in re.findall("{(.*?)}", line)
@@ -187,10 +192,12 @@ def inline_asm_elementwise(num_warps, asm, constraints, args, dtype, is_pure, pa
 
 def _language(program, num_warps):
     """Gluon's language as far as the kernels use it, for one program."""
+    shared = SharedMemory()
     return SimpleNamespace(
         constexpr=gl.constexpr,
         BlockedLayout=gl.BlockedLayout,
         SliceLayout=gl.SliceLayout,
+        SwizzledSharedLayout=gl.SwizzledSharedLayout,
         DistributedLinearLayout=gl.DistributedLinearLayout,
         int32=np.int32,
         int64=np.int64,
@@ -206,7 +213,8 @@ def _language(program, num_warps):
         minimum=lambda x, y: Array(np.minimum(x.data, y), x.layout),
         load=load,
         store=store,
-        inline_asm_elementwise=partial(inline_asm_elementwise, num_warps),
+        inline_asm_elementwise=partial(inline_asm_elementwise, num_warps, shared),
+        **shared.language(),
     )
 
 
@@ -214,7 +222,11 @@ def _plain(function, language, known):
     """A jit function's Python, and that of those it calls, in another language."""
     namespace = function.fn.__globals__
     if id(namespace) not in known:
-        mine = known[id(namespace)] = {**namespace, "gl": language, "tl": language}
+        mine = known[id(namespace)] = {
+            **namespace,
+            **dict.fromkeys(("gl", "tl"), language),
+            **{name: getattr(language, name) for name in ("async_copy", "hopper")},
+        }
         for name, value in namespace.items():
             if isinstance(value, (GluonJITFunction, InterpretedFunction)):
                 mine[name] = _plain(value, language, known)
@@ -238,7 +250,7 @@ def emulate(monkeypatch):
     def launch(kernel, programs, tile, **arguments):
         run(kernel, programs, tile.num_warps, arguments)
 
-    for module in (mma, mma_peak, mma_unit):
+    for module in (mma, mma_peak, mma_unit, mma_warpgroup):
         monkeypatch.setattr(module, "launch", launch)
     for module in (conv, conv_unit):
-        monkeypatch.setattr(module, "has_one_bit_core", lambda device: True)
+        monkeypatch.setattr(module, "has_one_bit_core", lambda *_: True)

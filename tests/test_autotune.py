@@ -41,7 +41,8 @@ def test_candidates_are_distinct_and_start_with_the_default(op):
     found = candidates(key, 90)
     assert found[0] == config.default(key)
     assert len(set(found)) == len(found) > 4
-    assert {choice.formulation for choice in found} == set(config.FORMULATIONS[key.op])
+    formulations = set(config.FORMULATIONS[key.op]) - {"wgmma"}  # that of 1x1 convolutions
+    assert {choice.formulation for choice in found} == formulations
 
 
 def test_candidates_are_clipped_to_the_problem_and_to_shared_memory():

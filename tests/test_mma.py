@@ -135,14 +135,16 @@ def test_the_peak_counts_every_instruction(one_bit_core):
 
 
 def test_the_matmul_benchmark_checks_then_relates(one_bit_core, monkeypatch):
-    monkeypatch.setattr(bench_matmul, "has_one_bit_core", lambda device: True)
-    roofs = {"copy_bytes_per_s": 1e9, "one_bit_ops_per_s": 1e9}
+    monkeypatch.setattr(bench_matmul, "has_one_bit_core", lambda *_: True)
+    roofs = dict.fromkeys(("copy_bytes_per_s", *bench_matmul.ROOFS.values()), 1e9)
     row = bench_matmul.measure(32, KERNEL_DEVICE, roofs, limit=1, runs=1)
     assert (row["operations"], row["bytes"]) == (2 * 32**3, 2 * 32 * 4 + 32 * 32 * 4)
-    floor, ours = 1e6 * 2 * 32**3 / 1e9, row["mma_us"]["p50"]
-    assert row["share_of_peak"] == row["share_of_floor"] == pytest.approx(floor / ours)
     others = min(row["int8_us"]["p50"], row["torch_int_mm_us"]["p50"])
-    assert row["times_faster_than_int8"] == pytest.approx(others / ours)
+    for form in ("mma", "wgmma"):
+        share = pytest.approx(1e6 * 2 * 32**3 / 1e9 / row[f"{form}_us"]["p50"])
+        assert row[f"{form}_share_of_peak"] == row[f"{form}_share_of_floor"] == share
+        lead = pytest.approx(others / row[f"{form}_us"]["p50"])
+        assert row[f"{form}_times_faster_than_int8"] == lead
     monkeypatch.setattr(bench_matmul, "packed_matmul", lambda a, b, k: torch.zeros(32, 32))
     with pytest.raises(RuntimeError, match=r"formulation='int8'.* is wrong"):
         bench_matmul.measure(32, KERNEL_DEVICE, roofs, limit=1, runs=1)

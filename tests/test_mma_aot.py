@@ -79,3 +79,29 @@ print(aot.compile_kernel(launch, 80).asm["ptx"])
         assert tuple(weight.split(",")) in quads
         half = slice(2 * (number % 2), 2 * (number % 2) + 2)
         assert tuple(image.split(",")) in [quad[half] for quad in quads]
+
+
+def test_the_warpgroups_stages_begin_where_its_assembly_expects_them():
+    """Its descriptors count from the beginning of shared memory, as one allocation does."""
+    code = """
+import json, torch
+from tritonbnn.kernels import aot, config, mma_peak, shipped
+from tritonbnn.kernels.geometry import Geometry
+layer = Geometry(8192, 1, 1, 8192, 8192, 1, 1, 0)
+problem = shipped.Problem("conv_packed", layer, torch.float32)
+choice = config.default(problem.key, "wgmma")
+stages = choice.tile.block_n * choice.tile.block_k // 8 * choice.tile.num_stages
+multiply = shipped.launches_of(problem, choice)[-1]
+(peak,) = aot.record(lambda: mma_peak.run_warpgroup_steps(2, 4096, torch.device("meta")))
+for launch, expected in ((multiply, stages), (peak, 256 * 256)):
+    made, ptx = aot.compile_launch(launch, 90), aot.compile_kernel(launch, 90).asm["ptx"]
+    print(json.dumps([made.spill_bytes, made.shared_bytes, expected, made.tensor_core]))
+    print(json.dumps([made.instructions["SHFL"], made.wide_loads, ptx.count("global_smem+")]))
+"""
+    multiply, moves, peak, _ = map(json.loads, run_python(code).splitlines())
+    for spilled, shared, expected, busy in (multiply, peak):
+        assert (spilled, shared) == (0, expected)
+        assert set(busy) == {"BGMMA"}
+        assert busy["BGMMA"] % 4 == 0
+    assert moves[0] == moves[2] == 0
+    assert moves[1] > 0

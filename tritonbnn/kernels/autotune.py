@@ -19,7 +19,7 @@ from tritonbnn import cli
 from tritonbnn.kernels import aot, config, shipped
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.commands import add_problem_arguments, named_problems, positive
-from tritonbnn.kernels.mma_operands import has_one_bit_core
+from tritonbnn.kernels.mma_operands import CAPABILITIES, has_one_bit_core
 from tritonbnn.kernels.shipped import check_target
 from tritonbnn.kernels.timing import measured_on, time_callable
 from tritonbnn.kernels.truth import error_of
@@ -133,7 +133,8 @@ def tune_all(
         choices = [
             choice
             for choice in candidates(problem.key, capability)
-            if choice.formulation != "mma" or has_one_bit_core(device)
+            if choice.formulation not in CAPABILITIES
+            or has_one_bit_core(device, choice.formulation)
         ]
         table = dict(config.parse_entry(entry) for entry in entries.values())
         entries[key] = tune(problem, choices[:limit], device, runs, table).as_json()

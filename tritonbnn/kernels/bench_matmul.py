@@ -25,7 +25,8 @@ from tritonbnn.kernels.launch import interpreted
 from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.timing import Timing, measured_on, time_callable
 
-FORMULATIONS = ("int8", "mma")
+ROOFS = {"mma": "one_bit_ops_per_s", "wgmma": "one_bit_warpgroup_ops_per_s"}
+"""What bounds a formulation on the one-bit tensor core."""
 
 
 def best(
@@ -65,7 +66,7 @@ def best(
 def measure(
     size: int, device: torch.device, roofs: dict[str, float], *, limit: int | None, runs: int
 ) -> dict[str, Any]:
-    """One row: times, and where there is a one-bit tensor core its shares and its lead.
+    """One row: times, and where there is a one-bit tensor core its forms' shares and leads.
 
     Args:
         size: of both matrices, rows and columns; a multiple of 8.
@@ -80,16 +81,18 @@ def measure(
     timings = {"torch_int_mm": time_callable(lambda: torch._int_mm(a, b.T), device, runs=runs)}
     moved = sum(each.numel() * each.itemsize for each in (*operands, truth))
     row: dict[str, Any] = {"size": size, "operations": 2 * size**3, "bytes": moved}
-    for formulation in FORMULATIONS if has_one_bit_core(device) else FORMULATIONS[:1]:
+    forms = [name for name in ROOFS if has_one_bit_core(device, name)]
+    for formulation in ("int8", *forms):
         tile, timings[formulation] = best(formulation, operands, truth, limit, runs)
         row[f"{formulation}_tile"] = asdict(tile)
     row |= {f"{name}_us": asdict(timing) for name, timing in timings.items()}
-    if "mma" in timings:
-        ours = timings.pop("mma").p50
-        peak = 1e6 * row["operations"] / roofs["one_bit_ops_per_s"]
-        row["share_of_peak"] = peak / ours
-        row["share_of_floor"] = max(peak, 1e6 * moved / roofs["copy_bytes_per_s"]) / ours
-        row["times_faster_than_int8"] = min(each.p50 for each in timings.values()) / ours
+    int8 = min(timings[name].p50 for name in ("torch_int_mm", "int8"))
+    for form in forms:
+        ours = timings[form].p50
+        peak = 1e6 * row["operations"] / roofs[ROOFS[form]]
+        row[f"{form}_share_of_peak"] = peak / ours
+        row[f"{form}_share_of_floor"] = max(peak, 1e6 * moved / roofs["copy_bytes_per_s"]) / ours
+        row[f"{form}_times_faster_than_int8"] = int8 / ours
     return row
 
 

@@ -38,6 +38,9 @@ def _tiles(key: ProblemKey, formulation: str) -> Iterator[TileConfig]:
     elif formulation == "mma":
         for m, n, warps in product((64, 128, 256, 512), (16, 32, 64, 128), (4, 8)):
             yield TileConfig(m, n, 1, warps, 1)
+    elif formulation == "wgmma":
+        for warps, n, k, stages in product((4, 8, 16), (64, 128, 256), (512, 1024, 2048), (3, 4)):
+            yield TileConfig(16 * warps, n, k, warps, stages)
     elif formulation == "popcount":
         for m, n, warps in product((32, 64, 128), (32, 64), (4, 8)):
             yield TileConfig(m, n, 32, warps, 2)
@@ -84,8 +87,27 @@ def fits(key: ProblemKey, formulation: str, tile: TileConfig, capability: int) -
         return True
     if formulation == "mma":  # it keeps its operands in registers
         return elements <= MAX_ACCUMULATORS * threads and min(block_tiles(tile).values()) > 0
+    if formulation == "wgmma":
+        return _fits_warpgroup(key, tile, capability)
     operands = (tile.block_m + tile.block_n) * tile.block_k * _OPERAND_BYTES[key.dtype]
     return (
         elements <= MAX_ACCUMULATORS * threads
         and operands * tile.num_stages <= aot.SHARED_MEMORY_LIMIT[capability]
+    )
+
+
+def _fits_warpgroup(key: ProblemKey, tile: TileConfig, capability: int) -> bool:
+    """Whether a tile of the warpgroup's tensor core fits, and is whole after clipping.
+
+    A thread has the accumulators, this stage's words of x and the next's; shared memory the weight.
+    """
+    registers = tile.block_n // 2 + 2 * tile.block_k // 64 + 32
+    return (
+        capability == 90
+        and (key.kernel_size, key.stride) == (1, 1)
+        and tile.block_m == 16 * tile.num_warps
+        and tile.block_n >= 32
+        and tile.block_k >= 512
+        and registers <= min(255, 2**16 // (32 * tile.num_warps))
+        and tile.block_n * tile.block_k // 8 * tile.num_stages <= aot.SHARED_MEMORY_LIMIT[90]
     )

@@ -31,7 +31,7 @@ FORMULATIONS = {
     "unit_forward": ("direct",),
     "unit_activation_backward": ("direct",),
     "unit_norm_backward": ("direct",),
-    "conv_packed": ("int8", "popcount", "mma"),
+    "conv_packed": ("int8", "popcount", "mma", "wgmma"),
     "conv_real": ("dot", "library"),
     "conv_input_grad": ("dot", "library"),
     "conv_weight_grad": ("dot", "library"),
@@ -175,6 +175,9 @@ def default_tile(key: ProblemKey, formulation: str) -> TileConfig:
         return TileConfig(elements // block_n, block_n, 1, num_warps, 1)
     if formulation == "mma":
         return TileConfig(128, min(64, max(16, power_of_two(key.out_channels))), 1, 4, 1)
+    if formulation == "wgmma":
+        columns = min(256, max(32, power_of_two(key.out_channels)))
+        return TileConfig(128, columns, 512 if key.channels <= 512 else 1024, 8, 3)
     if formulation == "popcount":
         return TileConfig(64, min(64, power_of_two(key.out_channels)), 32, 8, 2)
     inner, columns = key.channels, key.out_channels

@@ -16,7 +16,7 @@ from tritonbnn.kernels import config
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
 from tritonbnn.kernels.library import convolution
-from tritonbnn.kernels.mma_operands import has_one_bit_core
+from tritonbnn.kernels.mma_operands import CAPABILITIES, has_one_bit_core, takes
 from tritonbnn.kernels.pack import unpack_signs
 from tritonbnn.kernels.tiles import popcount, signs, tile_of, window
 from tritonbnn.layout import channels_last, flat_pixels, from_flat
@@ -173,12 +173,17 @@ def conv_packed(
     y = torch.empty((geometry.pixels, weight.shape[0]), dtype=dtype, device=x.device)
     if alpha is not None:
         alpha = alpha.to(torch.float32).contiguous()
-    if choice.formulation == "mma" and not has_one_bit_core(x.device):
+    name = choice.formulation
+    if name in CAPABILITIES and not (takes(name, geometry) and has_one_bit_core(x.device, name)):
         choice = config.default(geometry.key("conv_packed", "int32"))
     if y.numel() and choice.formulation == "mma":
         from tritonbnn.kernels.mma import conv_mma  # it needs Gluon, which not every Triton has
 
         conv_mma(x.contiguous(), weight.contiguous(), alpha, y, geometry, choice.tile)
+    elif y.numel() and choice.formulation == "wgmma":
+        from tritonbnn.kernels.mma_warpgroup import conv_warpgroup
+
+        conv_warpgroup(x.contiguous(), weight.contiguous(), alpha, y, geometry, choice.tile)
     elif y.numel() and choice.formulation == "popcount":
         _launch_popcount(x.contiguous(), weight.contiguous(), alpha, y, geometry, choice.tile)
     elif y.numel():

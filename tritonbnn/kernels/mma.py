@@ -23,7 +23,7 @@ from tritonbnn.kernels.mma_operands import (
     window_bases,
     window_ones,
 )
-from tritonbnn.kernels.mma_tile import output_layout, signed_sums
+from tritonbnn.kernels.mma_tile import output_layout, signed_sums, store_scaled
 
 
 @gluon.jit
@@ -84,13 +84,7 @@ def _conv_mma_kernel(
     )
     pixel = pid_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, OUTPUT))
     out = pid_o * BLOCK_O + gl.arange(0, BLOCK_O, gl.SliceLayout(0, OUTPUT))
-    known = out < OUT_CHANNELS
-    mask = (pixel < pixels)[:, None] & known[None, :]
-    if alpha_ptr is not None:
-        alpha = gl.load(alpha_ptr + out, mask=known, other=0.0)
-        y = y.to(gl.float32) * alpha[None, :]
-    offset = pixel.to(gl.int64)[:, None] * OUT_CHANNELS + out[None, :]
-    gl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+    store_scaled(y, y_ptr, alpha_ptr, pixel, out, pixels, OUT_CHANNELS)
 
 
 def conv_mma(

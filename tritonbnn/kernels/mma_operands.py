@@ -1,5 +1,5 @@
 """What the one-bit tensor core's kernels need beside the image: who has one, how a block is cut,
-and three small operands, made by plain Triton kernels.
+and four small operands, made by plain Triton kernels.
 
 Bytes: ``patch`` costs 8 an output pixel, written and read, and one more pass over the packed image;
 the others are about as small as the packed weight.
@@ -24,8 +24,8 @@ CHUNK_WORDS = 16
 BORDERS = 16
 """Ways in which a 3x3 window can cross the image's border: a bit each for its four sides."""
 
-CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
-"""Where the instruction is the hardware's own: later ones emulate it, slower than int8."""
+CAPABILITIES = {"mma": ((8, 0), (8, 6), (8, 9), (9, 0)), "wgmma": ((9, 0),)}
+"""Where a formulation's instruction is the hardware's own: later ones emulate it, or have none."""
 
 _TILE = TileConfig(256, 1, 1, 4, 1)
 
@@ -59,6 +59,41 @@ def _fragments_kernel(
     mask = (index < words) & (channel < OUT_CHANNELS) & (word < TAP_WORDS)
     value = tl.load(weight_ptr + channel * TAP_WORDS + word, mask=mask, other=0)
     tl.store(fragments_ptr + index, value, mask=index < words)
+
+
+@triton.jit
+def _matrices_kernel(
+    weight_ptr,
+    matrices_ptr,
+    words,
+    OUT_CHANNELS: tl.constexpr,
+    WORDS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The weight, stage by stage, in the order in which a warpgroup's instruction reads it.
+
+    weight (O, WORDS) int32; matrices (blocks, chunks, STEPS, BLOCK_N / 8, 2, 8, 4) int32, 0 beyond
+    O and K: by step of a stage, 8 columns, half of the step's words, column, word. Word t of half h
+    is the chunk's 16 (step / 2) + 4 t + 2 (step % 2) + h, as lanes read x; column 8 j + 2 t + c is
+    the block's channel 32 (j / 4) + 8 t + 2 (j % 4) + c, so that lane t has 8 side by side.
+    """
+    CHUNKS: tl.constexpr = (WORDS + 8 * STEPS - 1) // (8 * STEPS)
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    quarter = index % 4
+    column = index // 4 % 8
+    half = index // 32 % 2
+    eighth = index // 64 % (BLOCK_N // 8)
+    step = index // (8 * BLOCK_N) % STEPS
+    chunk = index // (8 * BLOCK_N * STEPS) % CHUNKS
+    block = index // (8 * BLOCK_N * STEPS * CHUNKS)
+    in_block = eighth // 4 * 32 + column // 2 * 8 + eighth % 4 * 2 + column % 2
+    channel = block * BLOCK_N + in_block
+    word = (chunk * STEPS + step // 2 * 2) * 8 + quarter * 4 + step % 2 * 2 + half
+    mask = (index < words) & (channel < OUT_CHANNELS) & (word < WORDS)
+    value = tl.load(weight_ptr + channel * WORDS + word, mask=mask, other=0)
+    tl.store(matrices_ptr + index, value, mask=index < words)
 
 
 @triton.jit
@@ -148,8 +183,13 @@ def block_tiles(tile: TileConfig) -> dict[str, int]:
     return {"WARPS_O": warps_o, "TILES_O": tiles_o, "WARPS_P": warps_p, "TILES_P": tiles_p}
 
 
+def takes(formulation: str, geometry: Geometry) -> bool:
+    """Whether a formulation has a kernel for a problem: the warpgroup's takes a plain product."""
+    return formulation != "wgmma" or (geometry.kernel_size, geometry.stride) == (1, 1)
+
+
 @lru_cache
-def has_one_bit_core(device: torch.device) -> bool:
+def has_one_bit_core(device: torch.device, formulation: str = "mma") -> bool:
     """Whether the one-bit tensor core's kernels run on a device; on ``meta``, whether they compile.
 
     Not in the interpreter, and not with a Triton that has no Gluon or another one than these need.
@@ -157,11 +197,14 @@ def has_one_bit_core(device: torch.device) -> bool:
     if interpreted(_patch_kernel):
         return False
     try:
-        from tritonbnn.kernels import mma  # noqa: F401
+        if formulation == "wgmma":
+            from tritonbnn.kernels import mma_warpgroup  # noqa: F401
+        else:
+            from tritonbnn.kernels import mma  # noqa: F401
     except ImportError:
         return False
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) in CAPABILITIES
+        return torch.cuda.get_device_capability(device) in CAPABILITIES[formulation]
     return device.type == "meta"
 
 
@@ -190,6 +233,34 @@ def weight_fragments(weight: Tensor, geometry: Geometry, tiles_o: int, tiles: in
         BLOCK=_TILE.block_m,
     )
     return fragments
+
+
+def weight_matrices(weight: Tensor, block_n: int, steps: int) -> Tensor:
+    """A packed weight as a warpgroup's tensor core reads it.
+
+    Args:
+        weight: packed (O, 1, 1, words).
+        block_n: channels of a block.
+        steps: of 256 bits of K in a stage.
+    """
+    out_channels, words = len(weight), weight.shape[-1]
+    blocks, chunks = triton.cdiv(out_channels, block_n), triton.cdiv(words, 8 * steps)
+    shape = (blocks, chunks, steps, block_n // 8, 2, 8, 4)
+    matrices = torch.empty(shape, dtype=torch.int32, device=weight.device)
+    launch(
+        _matrices_kernel,
+        triton.cdiv(matrices.numel(), _TILE.block_m),
+        _TILE,
+        weight_ptr=weight,
+        matrices_ptr=matrices,
+        words=matrices.numel(),
+        OUT_CHANNELS=out_channels,
+        WORDS=words,
+        BLOCK_N=block_n,
+        STEPS=steps,
+        BLOCK=_TILE.block_m,
+    )
+    return matrices
 
 
 def window_bases(weight: Tensor, geometry: Geometry) -> Tensor:

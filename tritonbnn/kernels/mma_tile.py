@@ -28,7 +28,7 @@ _OPERANDS = gl.constexpr("=r,=r,=r,=r," + "r," * 12 + "0,1,2,3")
 
 
 @gluon.constexpr_function
-def _bits(size, axis, scale=1, rank=2):
+def bits(size, axis, scale=1, rank=2):
     """The bases of a linear layout for ``size`` steps of ``scale`` along an axis."""
     steps = [scale << bit for bit in range(size.bit_length() - 1)]
     return [[step if axis == i else 0 for i in range(rank)] for step in steps]
@@ -38,9 +38,9 @@ def _bits(size, axis, scale=1, rank=2):
 def fragment_layout(warps_o, tiles_o, warps_p, tiles_p):
     """Accumulators by (channel warp, channel tile, pixel warp, pixel tile, lane, register)."""
     return gl.DistributedLinearLayout(
-        _bits(4, 5, rank=6) + _bits(tiles_p, 3, rank=6) + _bits(tiles_o, 1, rank=6),
-        _bits(32, 4, rank=6),
-        _bits(warps_p, 2, rank=6) + _bits(warps_o, 0, rank=6),
+        bits(4, 5, rank=6) + bits(tiles_p, 3, rank=6) + bits(tiles_o, 1, rank=6),
+        bits(32, 4, rank=6),
+        bits(warps_p, 2, rank=6) + bits(warps_o, 0, rank=6),
         [],
         [warps_o, tiles_o, warps_p, tiles_p, 32, 4],
     )
@@ -51,9 +51,9 @@ def output_layout(warps_o, tiles_o, warps_p, tiles_p):
     """The same accumulators as pixels x channels; a thread has 2 tiles_o channels side by side."""
     channels, pixels = 2 * tiles_o, 8 * tiles_p
     return gl.DistributedLinearLayout(
-        _bits(channels, 1) + _bits(2, 0) + _bits(tiles_p, 0, 8),
-        _bits(4, 0, 2) + _bits(8, 1, channels),
-        _bits(warps_p, 0, pixels) + _bits(warps_o, 1, 8 * channels),
+        bits(channels, 1) + bits(2, 0) + bits(tiles_p, 0, 8),
+        bits(4, 0, 2) + bits(8, 1, channels),
+        bits(warps_p, 0, pixels) + bits(warps_o, 1, 8 * channels),
         [],
         [warps_p * pixels, warps_o * 8 * channels],
     )
@@ -141,6 +141,40 @@ def as_matrix(acc, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def sums_of_signs(
+    common,
+    base_ptr,
+    patch_ptr,
+    pixel,
+    out,
+    pixels,
+    OUT_CHANNELS: gl.constexpr,
+    PADDING: gl.constexpr,
+):
+    """The sums of products of signs, from the counts of common ones, (pixel, out) int32."""
+    known = out < OUT_CHANNELS
+    patch = gl.load(patch_ptr + pixel, mask=pixel < pixels, other=0)[:, None]
+    if PADDING == 0:
+        base = gl.load(base_ptr + out, mask=known, other=0)[None, :]
+    else:
+        border = (patch & 15) * OUT_CHANNELS
+        base = gl.load(base_ptr + (border + out[None, :]), mask=known[None, :], other=0)
+    return base.to(gl.int32) - (patch >> 4) * 2 + common * 4
+
+
+@gluon.jit
+def store_scaled(y, y_ptr, alpha_ptr, pixel, out, pixels, OUT_CHANNELS: gl.constexpr):
+    """y[pixel, out] = alpha[out] y, of what exists; alpha_ptr None for 1."""
+    known = out < OUT_CHANNELS
+    mask = (pixel < pixels)[:, None] & known[None, :]
+    if alpha_ptr is not None:
+        alpha = gl.load(alpha_ptr + out, mask=known, other=0.0)
+        y = y.to(gl.float32) * alpha[None, :]
+    offset = pixel.to(gl.int64)[:, None] * OUT_CHANNELS + out[None, :]
+    gl.store(y_ptr + offset, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@gluon.jit
 def signed_sums(
     x_ptr,
     weight_ptr,
@@ -200,11 +234,5 @@ def signed_sums(
 
     pixel = pid_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, OUTPUT))
     out = pid_o * BLOCK_O + gl.arange(0, BLOCK_O, gl.SliceLayout(0, OUTPUT))
-    known = out < OUT_CHANNELS
-    patch = gl.load(patch_ptr + pixel, mask=pixel < pixels, other=0)[:, None]
-    if PADDING == 0:
-        base = gl.load(base_ptr + out, mask=known, other=0)[None, :]
-    else:
-        border = (patch & 15) * OUT_CHANNELS
-        base = gl.load(base_ptr + (border + out[None, :]), mask=known[None, :], other=0)
-    return base.to(gl.int32) - (patch >> 4) * 2 + as_matrix(acc, OUTPUT) * 4
+    common = as_matrix(acc, OUTPUT)
+    return sums_of_signs(common, base_ptr, patch_ptr, pixel, out, pixels, OUT_CHANNELS, PADDING)

@@ -29,6 +29,9 @@ REPRESENTATIVE = (
     Geometry(256, 7, 7, 512, 1024, 1, 1, 0),
 )
 
+ONE_BIT_UNITS = {"mma": "BMMA", "warpgroup": "BGMMA"}
+"""The only tensor-core instruction of kernels with such a name."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -53,10 +56,11 @@ class Row:
             wrong.append(f"takes {self.resources.shared_bytes} of {limit} bytes of shared memory")
         if self._wants_tensor_core and not self.resources.tensor_core:
             wrong.append("has no tensor-core instruction")
-        if "mma" in self.resources.kernel and set(self.resources.tensor_core) != {"BMMA"}:
-            wrong.append("is not on the one-bit tensor core")
-        if "mma" in self.resources.kernel and not self.resources.wide_loads:
-            wrong.append("has no load of 16 bytes")
+        for name, unit in ONE_BIT_UNITS.items():
+            if name in self.resources.kernel and set(self.resources.tensor_core) != {unit}:
+                wrong.append("is not on the one-bit tensor core")
+            if name in self.resources.kernel and not self.resources.wide_loads:
+                wrong.append("has no load of 16 bytes")
         return wrong
 
     @property
@@ -112,6 +116,8 @@ def compile_all(problems: Iterable[Problem], targets: Iterable[str]) -> Iterator
                     continue
                 seen.add(identity)
                 for target in targets:
+                    if choice.formulation == "wgmma" and target != "sm_90":
+                        continue
                     resources = aot.compile_launch(launch, aot.parse_target(target))
                     dtype = next(name for name, d in DTYPES.items() if d == problem.dtype)
                     step, layer = 1 + problem.binary_weight, describe(problem.layer)

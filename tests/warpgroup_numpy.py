@@ -1,0 +1,159 @@
+"""The warpgroup's one-bit tensor core in numpy: shared memory, copies into it, its assembly.
+
+What lies in shared memory counts for the instruction only once its copy was waited for, fenced and
+seen at a barrier; until then, and from the moment that the next copy is asked for, there is junk.
+"""
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+
+LANES = 32
+BASE = 1024
+"""Where shared memory begins, as the hardware keeps the first bytes."""
+
+JUNK = -0x5A5A5A5B
+
+
+def wgmma_m64nk256(a, descriptor, memory, d):
+    """D + popcount(A & B) over 256 bits, of one warpgroup.
+
+    In the PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk256": for lane = 4 group + member
+    of a warp, bit i of A lies in row 16 warp + group, + 8 if 32 <= i < 64 or 96 <= i, and in column
+    32 member + i % 32, + 128 if i >= 64; element i of D in row 16 warp + group, + 8 if
+    i % 4 >= 2, and column 8 (i / 4) + 2 member + i % 2. "Matrix Descriptor Format" and, of what
+    has K in one piece and no swizzle, "Canonical Layouts": 8 columns of 16 bytes follow each other,
+    the next 8 columns begin a stride later, the next 16 bytes of K a leading offset later.
+
+    Args:
+        a: (4 warps, 32 lanes, 4) int32.
+        descriptor: of B in shared memory, 64 bits.
+        memory: of int32, from ``BASE``.
+        d: (4 warps, 32 lanes, N / 2) int32.
+    """
+    lane = np.arange(4 * LANES).reshape(4, LANES)
+    row, member = lane // LANES * 16 + lane % LANES // 4, lane % 4
+    matrix_a = np.zeros((64, 8), np.uint32)
+    for register in range(4):
+        matrix_a[row + 8 * (register % 2), member + 4 * (register // 2)] = a[..., register].view(
+            np.uint32
+        )
+    start, leading, stride = (((descriptor >> bit) & 0x3FFF) << 4 for bit in (0, 16, 32))
+    assert descriptor >> 46 == 0  # no base offset and no swizzle
+    column, word = np.arange(2 * d.shape[-1])[:, None], np.arange(8)
+    address = start + column // 8 * stride + column % 8 * 16 + word // 4 * leading + word % 4 * 4
+    matrix_b = memory[(address - BASE) // 4].view(np.uint32)
+    product = np.bitwise_count(matrix_a[:, None] & matrix_b).sum(-1, dtype=np.int32)
+    element = np.arange(d.shape[-1])
+    rows = row[..., None] + 8 * (element % 4 // 2)
+    return d + product[rows, element // 4 * 8 + 2 * member[..., None] + element % 2]
+
+
+class SharedMemory:
+    """The shared memory of one program, and the copies on their way into it."""
+
+    def __init__(self):
+        self.words = None
+        self.asked, self.groups, self.landed, self.fenced = [], [], [], []
+
+    def allocate(self, dtype, shape, layout):
+        assert self.words is None, "one allocation begins at 0, several do not"
+        assert (dtype, layout.vec, layout.max_phase) == (np.int32, 1, 1)
+        self.words = np.full(np.prod(shape), JUNK, np.int32)
+        views = self.words.reshape(shape)
+        return SimpleNamespace(index=lambda stage: views[int(stage)], store=self.store)
+
+    def store(self, value):
+        self.landed.append((self.words, value.data))
+
+    def copy(self, view, pointer):
+        offset, _ = pointer.addresses(None)
+        assert view.shape == offset.shape
+        view[:] = JUNK
+        self.asked.append((view, pointer.elements[offset]))
+
+    def commit(self):
+        self.groups.append(self.asked)
+        self.asked = []
+
+    def wait(self, outstanding):
+        while len(self.groups) > outstanding:
+            self.landed += self.groups.pop(0)
+
+    def fence(self):
+        self.fenced += self.landed
+        self.landed = []
+
+    def barrier(self):
+        for view, values in self.fenced:
+            view[:] = values
+        self.fenced = []
+
+    def language(self):
+        """What a kernel knows of it: methods of gl, async_copy and hopper."""
+        return {
+            "allocate_shared_memory": self.allocate,
+            "thread_barrier": self.barrier,
+            "async_copy": SimpleNamespace(
+                async_copy_global_to_shared=self.copy,
+                commit_group=self.commit,
+                wait_group=self.wait,
+            ),
+            "hopper": SimpleNamespace(fence_async_shared=self.fence),
+        }
+
+
+_INTEGER = {
+    "mov.u32": lambda a: a,
+    "cvt.u64.u32": lambda a: a,
+    "add.u32": lambda a, b: (a + b) & 0xFFFFFFFF,
+    "and.b32": lambda a, b: a & b,
+    "shr.u32": lambda a, b: a >> b,
+    "or.b64": lambda a, b: a | b,
+    "add.u64": lambda a, b: a + b,
+}
+
+
+def run_assembly(lines, registers, memory):
+    """Run a program of integer instructions and ``wgmma``.
+
+    Args:
+        lines: the instructions.
+        registers: by number, (warps, groups, lanes) each; results are written in place.
+        memory: a :class:`SharedMemory`.
+    """
+    named, fenced, waiting = {}, False, 0
+
+    def value(name):
+        if name == "global_smem":
+            return BASE
+        if name.startswith("$"):
+            (only,) = np.unique(registers[int(name[1:])])  # uniform in the block
+            return int(only)
+        return named[name] if name in named else int(name, 0)
+
+    for line in lines:
+        opcode, _, rest = line.partition(" ")
+        if opcode == "wgmma.fence.sync.aligned":
+            fenced = True
+        elif opcode.startswith("wgmma.mma_async.sync.aligned."):
+            d, a, descriptor = re.fullmatch(r"\{(.*)\}, \{(.*)\}, (\w+), 1", rest).groups()
+            d, a = ([int(name.strip("$")) for name in group.split(",")] for group in (d, a))
+            assert opcode.endswith(f".m64n{2 * len(d)}k256.s32.b1.b1.and.popc")
+            assert fenced
+            waiting += 1
+            sums, words = (np.stack([registers[n] for n in each], -1) for each in (d, a))
+            sums = sums.copy()
+            for first in range(0, len(sums), 4):
+                group = np.s_[first : first + 4, 0]
+                matrix = (words[group], named[descriptor], memory.words, sums[group])
+                sums[group] = wgmma_m64nk256(*matrix)
+            registers |= zip(d, np.moveaxis(sums, -1, 0), strict=True)
+        elif opcode == "wgmma.wait_group.sync.aligned":
+            assert rest == "0"
+            waiting = 0
+        elif opcode not in (".reg", "wgmma.commit_group.sync.aligned"):
+            target, *operands = rest.split(", ")
+            named[target] = _INTEGER[opcode](*map(value, operands))
+    assert not waiting, "accumulators are read before they are there"
