@@ -1,5 +1,6 @@
 """Comparisons and inputs that several tests share."""
 
+import numpy as np
 import torch
 
 from tritonbnn import kernels
@@ -73,3 +74,13 @@ def plus_minus(*shape, seed=2):
     """Random signs, +1 and -1 in float32."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 2, shape, generator=generator).mul_(2).sub_(1).float()
+
+
+def signs(weight):
+    """+1 and -1, with sign(0) = +1."""
+    return np.where(weight >= 0, 1, -1)
+
+
+def flips(before, after):
+    """The paper's sum of abs(sign - sign) / 2, layer by layer."""
+    return [np.abs(signs(a) - signs(b)).sum() / 2 for a, b in zip(before, after, strict=True)]

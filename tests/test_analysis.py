@@ -6,54 +6,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.helpers import activation, gradient
-from tritonbnn.analysis import EDGES, Probe, Recorder, SignLayout, histogram
+from tests.helpers import flips, gradient, signs
+from tritonbnn.analysis import EDGES, Probe, Recorder, histogram
 from tritonbnn.nn import BinaryConv2d, BinaryLinear, BinaryUnit
-
-SHAPES = [(5, 3, 3, 3), (40, 33, 1, 1), (7,), (33, 70)]  # of 135, 1320, 7 and 2310 elements
-
-
-def signs(weight):
-    """+1 and -1, with sign(0) = +1."""
-    return np.where(weight >= 0, 1, -1)
-
-
-def flips(before, after):
-    """The paper's sum of abs(sign - sign) / 2, layer by layer."""
-    return [np.abs(signs(a) - signs(b)).sum() / 2 for a, b in zip(before, after, strict=True)]
-
-
-def test_differences_are_counted_layer_by_layer(launchers, device):
-    """Zeros of both signs, sizes that fill no row, weights that are not contiguous."""
-    before = [activation(*shape, seed=i) for i, shape in enumerate(SHAPES)]
-    after = [activation(*shape, seed=9 + i) for i, shape in enumerate(SHAPES)]
-    before[0] = before[0].to(memory_format=torch.channels_last)
-    layout = SignLayout([w.to(device) for w in before])
-    a, b = (layout.signs([w.to(device) for w in weights]) for weights in (before, after))
-    assert a.shape == (1 + 2 + 1 + 3, 32)
-    expected = flips([w.numpy() for w in before], [w.numpy() for w in after])
-    assert 0 < expected[2] < 7
-    assert layout.differing(a, b).tolist() == expected
-    assert layout.differing(a, a).tolist() == [0] * 4
-
-
-def test_what_reaches_a_threshold_is_counted(launchers, device):
-    tensors = [gradient(*shape, seed=i) for i, shape in enumerate(SHAPES)]
-    edge = 0.375
-    tensors[2][:4] = torch.tensor([edge, -edge, np.nextafter(np.float32(edge), 0), 0.0])
-    layout = SignLayout([t.to(device) for t in tensors])
-    bits = layout.reaching([t.to(device) for t in tensors], edge)
-    expected = [int((np.abs(t.numpy()) >= edge).sum()) for t in tensors]
-    assert layout.count(bits).tolist() == expected
-    assert layout.count(layout.empty()).tolist() == [0] * 4
-
-
-def test_one_sign_in_a_million(launchers, device):
-    weight = torch.ones(1 << 20, device=device)
-    layout = SignLayout([weight])
-    before = layout.signs([weight])
-    weight[777_777] = -1e-30
-    assert layout.differing(before, layout.signs([weight])).tolist() == [1]
 
 
 class Scripted:
@@ -288,59 +243,6 @@ def test_a_layer_without_a_gradient_is_dead():
     run.recorder.before_update()
     run.recorder.after_update()
     assert run.recorder.record(1)["dead"] == 1
-
-
-def test_saturation_is_counted_per_channel():
-    """Of two units: the first sees the images, the second what the first makes of them."""
-    torch.manual_seed(0)
-    model = nn.Sequential(BinaryUnit(8, 8, 3, 2), BinaryUnit(8, 16, 1)).train()
-    for unit in model:
-        unit.shift_in.data.copy_(torch.linspace(-1, 1, 8))
-        unit.bn.running_var.fill_(30.0)
-    model[0].shift_in.data[3] = 0.0
-    images = activation(4, 8, 6, 6) * 2
-    images[:, 3, :, :2] = torch.tensor([1.0, -1.0])  # exactly 1 is not saturated
-    images[:, 7] = 5.0
-    found = Probe(images).measure(model)
-    assert model.training
-    assert not model[0]._forward_pre_hooks
-    model.eval()
-    with torch.no_grad():
-        inputs = {"0.weight": images, "1.weight": model[0](images)}
-    assert found.keys() == inputs.keys()
-    counts, total = 0, 0
-    for (name, x), unit in zip(inputs.items(), model, strict=True):
-        large = np.abs(x.numpy() + unit.shift_in.detach().numpy()[:, None, None]) > 1
-        assert found[name].counts.tolist() == large.sum((0, 2, 3)).tolist()
-        np.testing.assert_array_equal(found[name].shares, large.mean((0, 2, 3)))
-        assert found[name].share == large.mean()
-        assert found[name].saturated_channels == (large.mean((0, 2, 3)) > 0.99).mean()
-        counts, total = counts + large.sum(), total + large.size
-    assert found["0.weight"].saturated_channels >= 1 / 8
-    optimizer = torch.optim.SGD(model.parameters())
-    recorder = Recorder(model, optimizer, level="light", probe=Probe(images))
-    record = recorder.record(1)
-    assert record["saturation"] == counts / total
-    assert record["layers"]["1.weight"]["saturation"] == found["1.weight"].share
-
-
-def test_saturation_of_features_is_along_the_last_dimension():
-    x = activation(3, 5, 7) * 2
-    found = Probe(x).measure(nn.Sequential(BinaryLinear(7, 4)))
-    assert found["0.weight"].counts.tolist() == (np.abs(x.numpy()) > 1).sum((0, 1)).tolist()
-    assert found["0.weight"].total == 15
-
-
-def test_histogram_is_that_of_numpy():
-    weight = torch.cat((gradient(5000) * 0.6, EDGES, torch.tensor([-0.0, 0.0, 9.0, -9.0])))
-    assert (weight.abs() > 1.5).sum() > 20
-    edges = EDGES.numpy()
-    counts, _ = np.histogram(np.clip(weight.numpy(), edges[0], edges[-1]), edges)
-    assert histogram(weight.view(-1, 5)).tolist() == counts.tolist()
-    middle = len(counts) // 2
-    assert edges[middle] == 0
-    assert histogram(torch.tensor([-0.0, 0.0]))[middle] == 2
-    assert np.array_equal(edges, -edges[::-1])
 
 
 def test_full_keeps_a_row_for_the_start_and_each_epoch():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tritonbnn.nn import BinaryLinear, binary_weights
 
-PROBE_IMAGES = 32
+PROBE_IMAGES = 16
 """Images in the probe batch; fewer where the validation set has fewer."""
 
 CHANNEL_THRESHOLD = 0.99
