@@ -27,7 +27,7 @@ from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.workload import model_layers
 from tritonbnn.models import build_model
 
-PLANS = ("keep", "recompute")
+PLANS = ("keep", "recompute", "fused")
 STREAM_BYTES = {"fp32": 4, "bf16": 2}
 PARAMETER_BYTES = 4
 INTEGER_BYTES = 2  # a convolution of signs, as the unit keeps it
@@ -42,7 +42,7 @@ class Launch:
         family: see :mod:`benchmarks.families`.
         bytes: read and written.
         operations: multiplications and additions of a matrix product.
-        dtype: of its operands: "fp32", "bf16" or "int8".
+        dtype: of its operands: "fp32", "bf16" or "signs".
     """
 
     family: str
@@ -65,12 +65,16 @@ def unit_launches(layer: Geometry, dtype: str, step: int, plan: str) -> Iterator
         forward    convolution A; statistics A; epilogue A + 2 B                       3 A + 2 B
         backward   activation A + 3 B; norm A + 2 B; weight B; input 2 B; sign 4 B     2 A + 12 B
         recompute  the convolution again, in backward                                  A
+        fused      as recompute, and forward has the convolution twice in place of
+                   convolution and statistics, without A                             - 3 A
+
+    With real weights "fused" is "recompute".
 
     Args:
         layer: its convolution.
         dtype: of the stream, "fp32" or "bf16".
         step: of the schedule; in step 1 the convolution's weight and result are real.
-        plan: "keep" or "recompute" the convolution for backward.
+        plan: "keep" or "recompute" the convolution for backward, or "fused".
     """
     stream = STREAM_BYTES[dtype]
     pixels = layer.batch * layer.height * layer.width
@@ -84,12 +88,19 @@ def unit_launches(layer: Geometry, dtype: str, step: int, plan: str) -> Iterator
     packed = taps * words(layer.channels) * WORD_BYTES
     weight = packed if step == 2 else taps * layer.channels * PARAMETER_BYTES
     products = 2 * layer.pixels * taps * layer.channels
-    convolution = Launch(FORWARD, signs + weight + a, products, "int8" if step == 2 else dtype)
+    operands = "signs" if step == 2 else dtype
+    convolution = Launch(FORWARD, signs + weight + a, products, operands)
 
-    yield convolution
-    yield Launch(ELEMENTWISE, a)  # statistics
-    yield Launch(ELEMENTWISE, a + x + z + next_signs)  # epilogue, and the next unit's signs
-    if plan == "recompute":
+    if plan == "fused" and step == 2:
+        ones = layer.pixels * WORD_BYTES  # of every window, for the one-bit tensor core
+        yield Launch(FORWARD, 2 * signs + weight + 2 * ones, products, operands)  # statistics
+        epilogue = x + z + next_signs
+        yield Launch(FORWARD, 2 * signs + weight + 2 * ones + epilogue, products, operands)
+    else:
+        yield convolution
+        yield Launch(ELEMENTWISE, a)  # statistics
+        yield Launch(ELEMENTWISE, a + x + z + next_signs)  # epilogue, and the next unit's signs
+    if plan != "keep":
         yield convolution
     yield Launch(ELEMENTWISE, z + a + x + z)  # activation: reads gradient, a and stream, writes du
     yield Launch(ELEMENTWISE, z + a + z)  # norm: reads du and a, writes dy
@@ -186,16 +197,20 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--width", type=float, default=1.0, help="multiplies all channels")
     for name in Ceilings.__dataclass_fields__:
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=float, help="a ceiling; without all four, measured here")
+        parser.add_argument(flag, type=float, help="a ceiling; without any, measured here")
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args(argv)
     path = writable(args.json)
     given = {name: getattr(args, name) for name in Ceilings.__dataclass_fields__}
     if any(value is not None and value <= 0 for value in given.values()):
         raise cli.UserError("a ceiling must be above 0")
-    if None in given.values() and any(given.values()):
-        raise cli.UserError("give all four ceilings, or none to measure them here")
-    roofs = ceilings.measure(own_device()) if None in given.values() else Ceilings(**given)
+    missing = [name for name, value in given.items() if value is None and name != "one_bit_tops"]
+    if missing and any(given.values()):
+        raise cli.UserError(
+            f"give all ceilings but --one-bit-tops, or none to measure them here:"
+            f" --{missing[0].replace('_', '-')} is missing"
+        )
+    roofs = ceilings.measure(own_device()) if missing else Ceilings(**given)
     try:
         floors = report(args.model, args.batch, args.size, args.width, args.step, roofs)
     except ValueError as error:

@@ -1,5 +1,7 @@
 """The floor against closed forms, and counted bytes against the floor's own count."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -43,15 +45,20 @@ def test_the_network_has_the_published_sizes():
     [  # 5 A + 14 B, and A more where the convolution is computed again
         ("bf16", 2, "keep", 5 * 2 + 14 * 2),
         ("bf16", 2, "recompute", 6 * 2 + 14 * 2),
+        ("bf16", 2, "fused", 3 * 2 + 14 * 2),
         ("fp32", 2, "keep", 5 * 2 + 14 * 4),
         ("fp32", 1, "keep", 5 * 4 + 14 * 4),
+        ("fp32", 1, "fused", 6 * 4 + 14 * 4),
     ],
 )
 def test_bytes_of_an_identity_unit(dtype, step, plan, per_element):
     layer = Geometry(2, 8, 8, 64, 64, 1, 1, 0)
     elements = 2 * 8 * 8 * 64
-    convolutions = 2 if plan == "recompute" else 1
-    signs = (2 + convolutions) * elements // 8  # two convolutions or three read, one is written
+    fused = plan == "fused" and step == 2
+    convolutions = 1 + (plan != "keep") + fused
+    # read by each convolution and by the weight's gradient, and written once; where fused, read
+    # twice more for the bits set in each window, an int32 a pixel, which is written and read twice
+    signs = (2 + convolutions + 2 * fused) * elements // 8 + fused * 4 * 4 * elements // 64
     weights = (convolutions + 1) * 64 * 64 * (1 / 8 if step == 2 else 4) + 64 * 64 * 4
     launches = list(roofline.unit_launches(layer, dtype, step, plan))
     assert sum(each.bytes for each in launches) == elements * per_element + signs + weights
@@ -71,10 +78,12 @@ def test_bytes_of_a_widening_and_of_a_pooling_unit():
 def test_a_launch_takes_the_longer_of_its_two():
     moving = roofline.Launch(ELEMENTWISE, bytes=3_000_000)
     assert moving.seconds(ROOFS) == pytest.approx(1e-6)
-    multiplying = roofline.Launch(FORWARD, bytes=3, operations=1_600_000_000, dtype="int8")
+    multiplying = roofline.Launch(FORWARD, bytes=3, operations=1_600_000_000, dtype="signs")
     assert multiplying.seconds(ROOFS) == pytest.approx(1e-6)
+    assert multiplying.seconds(replace(ROOFS, one_bit_tops=6400)) == pytest.approx(0.25e-6)
     report = roofline.report("reactnet_a", 4, 64, 0.5, 2, ROOFS)
-    assert set(report) == {"fp32 keep", "fp32 recompute", "bf16 keep", "bf16 recompute"}
+    plans = ("keep", "recompute", "fused")
+    assert set(report) == {f"{dtype} {plan}" for dtype in ("fp32", "bf16") for plan in plans}
     for row in report.values():
         assert sum(row["ms_by_family"].values()) == pytest.approx(row["ms"], abs=1e-3)
         assert row["images_per_second"] == pytest.approx(4 / row["ms"] * 1e3, rel=1e-2)
@@ -159,14 +168,14 @@ def test_the_command_computes_from_given_ceilings(capsys, tmp_path):
     assert roofline.main([*FLAGS, "--json", str(path)]) == 0
     out = capsys.readouterr().out
     assert "ceilings: copy_gbs 3000" in out
-    assert out.count("img/s") == 4
+    assert out.count("img/s") == 6
     assert path.exists()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--copy-gbs", "3000"], "give all four ceilings"),
+        (["--copy-gbs", "3000"], "give all ceilings but --one-bit-tops"),
         ([*FLAGS[:-1], "0"], "a ceiling must be above 0"),
         ([*FLAGS, "--model", "nonsense"], "unknown model 'nonsense'"),
     ],

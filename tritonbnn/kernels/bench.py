@@ -128,10 +128,16 @@ def measured_roofs(device: torch.device, dtype: torch.dtype) -> dict[str, float]
 
     Of products of signs only where there is a one-bit tensor core.
     """
-    roofs = {
+    return {
         "copy_bytes_per_s": copy_bandwidth(device),
         "matmul_ops_per_s": matmul_rate(device, dtype),
+        **one_bit_roofs(device),
     }
+
+
+def one_bit_roofs(device: torch.device) -> dict[str, float]:
+    """Operations per second of each form of the one-bit tensor core that the device has."""
+    roofs = {}
     if has_one_bit_core(device):
         from tritonbnn.kernels.mma_peak import one_bit_rate  # it needs Gluon
 
