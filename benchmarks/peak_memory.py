@@ -13,9 +13,12 @@ every tensor freed goes back to the system; those of malloc's defaults are given
 
 import multiprocessing
 import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
-from unittest import mock
 
 import torch
 
@@ -58,16 +61,44 @@ def peak_of_steps(name: str, batch: int, size: int, threads: int) -> float:
     return resident_megabytes("VmHWM") - before
 
 
+@contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Processes that start meanwhile have these environment variables."""
+    before = dict(os.environ)
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def in_fresh_process(name: str, batch: int, size: int, threads: int) -> float:
+    """:func:`peak_of_steps` in a process of its own.
+
+    Raises:
+        cli.UserError: the process was killed.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        try:
+            return pool.submit(peak_of_steps, name, batch, size, threads).result()
+        except BrokenProcessPool as error:
+            raise cli.UserError(
+                f"the process of {name} was killed, most often for want of memory:"
+                " choose a smaller --batch"
+            ) from error
+
+
 def measure(batch: int, size: int, threads: int, processes: int) -> dict:
     """Peaks of both implementations in fresh processes, for both ways of malloc."""
-    spawn = multiprocessing.get_context("spawn")
     result = {}
-    for malloc, environment in MALLOCS.items():
+    for malloc, variables in MALLOCS.items():
         peaks: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
         for _ in range(processes):
             for name, measured in peaks.items():
-                with mock.patch.dict(os.environ, environment), spawn.Pool(1) as pool:
-                    peak = pool.apply(peak_of_steps, (name, batch, size, threads))
+                with environment(variables):
+                    peak = in_fresh_process(name, batch, size, threads)
                 measured.append(round(peak, 1))
         result[malloc] = {
             "mb": {name: median(measured) for name, measured in peaks.items()},

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.families import ELEMENTWISE, kernel_family, operator_family
 from benchmarks.rounds import wait
 from benchmarks.steps import Step
-from benchmarks.traffic import through_dispatcher
+from tritonbnn.ops.library import through_dispatcher
 
 
 def time_by_family(step: Step, device: torch.device) -> dict[str, float]:

@@ -8,9 +8,7 @@ compiler's.
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +18,13 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.families import OPTIMIZER, operator_family
 from benchmarks.steps import training_step
-from tritonbnn.ops import library
+from tritonbnn.ops.library import through_dispatcher
 
 ADAM_PASSES = 7
 """Adam reads parameter, gradient and two moments, and writes all but the gradient."""
 
 _ADAM = "aten::_fused_adam_"  # it returns nothing, so what it writes is not among its results
 _ALLOCATIONS = ("empty", "new_empty", "detach")
-
-
-def through_dispatcher() -> AbstractContextManager[Any]:
-    """Have every launcher of ours called as torch's operator, so that modes and profiles see it."""
-    return mock.patch.object(library, "_holds_data", return_value=False)
 
 
 class _Traffic(TorchDispatchMode):

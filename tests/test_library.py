@@ -1,7 +1,10 @@
 """The operators that torch.compile sees: which there are, their schemas, and whole networks."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritonbnn import eager, ops
 from tritonbnn.models import build_model
@@ -102,3 +105,25 @@ def test_meta_tensors_give_shapes():
     x = torch.empty(2, 33, 5, 7, device="meta")
     y = ops.binary_conv2d(x, torch.empty(40, 33, 3, 3, device="meta"), stride=2, padding=1)
     assert (y.shape, y.device.type) == ((2, 40, 3, 4), "meta")
+
+
+class Seen(TorchDispatchMode):
+    """Notes the names of all operators that run under it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_launchers_are_seen_as_operators_only_where_that_is_asked_for():
+    x = torch.randn(2, 33, 5, 7)
+    with pytest.raises(KeyError), library.through_dispatcher():
+        raise KeyError
+    for asked in (False, True, False):
+        with library.through_dispatcher() if asked else nullcontext(), Seen() as seen:
+            library.pack_signs(x)
+        assert ("tritonbnn::pack_signs" in seen.names) == asked

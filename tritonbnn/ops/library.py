@@ -5,7 +5,8 @@ that call it. Outside of tracing, the launcher is called directly: the dispatche
 microseconds a call, which a training step would pay several hundred times.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +20,21 @@ from tritonbnn.ops import backend
 
 NAMESPACE = "tritonbnn"
 OPERATORS: dict[str, Callable[..., Any]] = {}
+_always_dispatched = False
+
+
+@contextmanager
+def through_dispatcher() -> Iterator[None]:
+    """Have every launcher called as torch's operator, so that modes and profilers see it.
+
+    It holds for all threads: autograd runs a GPU's backward in threads of its own.
+    """
+    global _always_dispatched
+    before, _always_dispatched = _always_dispatched, True
+    try:
+        yield
+    finally:
+        _always_dispatched = before
 
 
 def _operator(fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,7 +52,7 @@ def _operator(fake: Callable[..., Any]) -> Callable[..., Any]:
     OPERATORS[name] = operator
 
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or not _holds_data(x):
+        if torch.compiler.is_compiling() or _always_dispatched or not _holds_data(x):
             return operator(x, *args, **kwargs)
         return launch(x, *args, **kwargs)
 
