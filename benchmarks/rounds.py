@@ -1,14 +1,12 @@
-"""Timing in rounds: every rival in turn, so that a change in the machine's load hits all."""
+"""The clock: seconds and page faults of steps in a row, and what the turns of all rounds say."""
 
+import resource
 import time
 from collections.abc import Callable
-from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-
-from benchmarks import capacity
 
 Call = Callable[[], Any]
 
@@ -29,29 +27,29 @@ def seconds(call: Call, count: int, device: torch.device) -> float:
     return (time.perf_counter() - start) / count
 
 
-def interleaved(
-    calls: dict[str, Call], rounds: int, count: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each call in each round; a call that runs out of memory is left out.
+class Turn(NamedTuple):
+    """What a step of a turn took.
 
-    Args:
-        calls: by name. Each runs once untimed at the start of its turn: caches and the allocator
-            are then as its own run leaves them, not its predecessor's.
-        rounds: how often each has its turn.
-        count: calls of a turn.
-        device: where they run.
+    Attributes:
+        seconds: of it.
+        page_faults: minor ones of the whole process: pages that it got from the system.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
 
-    def take_turn(name: str) -> None:
-        calls[name]()
-        times[name].append(seconds(calls[name], count, device))
+    seconds: float
+    page_faults: float
 
-    for _ in range(rounds):
-        for name in calls:
-            if name in times and not capacity.fits(partial(take_turn, name)):
-                del times[name]
-    return times
+
+def turn(call: Call, count: int, device: torch.device) -> Turn:
+    """``count`` calls in a row.
+
+    One untimed call goes before them: caches and the allocator are then as its own run leaves them,
+    not its predecessor's.
+    """
+    call()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    took = seconds(call, count, device)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    return Turn(took, (after - before) / count)
 
 
 def summary(times: list[float]) -> dict[str, Any]:

@@ -1,19 +1,33 @@
 """One training step on a fixed batch, as every rival takes it, and whether it learns from it."""
 
 import math
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import config as dynamo_config
 from torch.nn import functional as F
 
 CLASSES = 1000
 LEARNING_RATE = 1e-3
+RECOMPILES = 1000
+"""More than there are shapes."""
+
 TRIAL_STEPS = 6
 """Enough for the loss of every rival to fall on one batch."""
 
 Step = Callable[[], Tensor]
+
+
+@contextmanager
+def as_trainers_run() -> Iterator[None]:
+    """cuDNN searches for its fastest algorithms and uses TF32, and any number of shapes compile."""
+    with (
+        torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True),
+        dynamo_config.patch(recompile_limit=RECOMPILES, accumulated_recompile_limit=RECOMPILES),
+    ):
+        yield
 
 
 def training_step(

@@ -4,38 +4,39 @@
     python -m benchmarks.train_step --batches 64,128,256,512 --rivals ours+bf16,obvious
     python -m benchmarks.train_step --teacher resnet34 --data DIR
 
-Rivals take turns, so that a change in the machine's load hits all. Each is first seen to train. A
-rival that runs out of memory is reported with the largest batch that fits. The floor is that of our
-design, from ceilings measured in the same run (see benchmarks.roofline). With --data, the whole
-loop is measured: loader, teacher and student.
+Rivals take turns, so that a change in the machine's load hits all; on a CPU each has a process of
+its own, as a user's network has. Each is first seen to train. A rival that runs out of memory is
+reported with the largest batch that fits. The floor is that of our design, from ceilings measured
+in the same run (see benchmarks.roofline). With --data, the whole loop is measured: loader, teacher
+and student.
 """
 
 import argparse
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
-from torch._dynamo import config as dynamo_config
 
 from benchmarks import ceilings, loop, roofline
 from benchmarks.machine import header
-from benchmarks.measure import Point, has_failed, measure, trouble
+from benchmarks.measure import has_failed, measure, own_processes, trouble
 from benchmarks.output import command, writable, write_result
+from benchmarks.point import Point
 from benchmarks.rivals import DEFAULTS, NETWORKS, OPTIONS, OWN, Rival, chosen
+from benchmarks.steps import as_trainers_run
 from tritonbnn import cli
 from tritonbnn.kernels.commands import positive
 from tritonbnn.models.registry import MODELS
 from tritonbnn.train.device import choose_device
 
 ROUNDS = 5
-MANY = 1000
-TURN_STEPS = {"cuda": 20, "cpu": 1}
-"""Steps of a turn: enough that a GPU's turn is long beside the clock's grain."""
+TURN_STEPS = {"cuda": 20, "cpu": 2}
+"""Steps of a turn, by device: a GPU's turn is then long beside the clock's grain, and of a CPU's
+steps, which take seconds, most are timed."""
 
 
 def sizes(text: str) -> list[int]:
@@ -56,7 +57,11 @@ def parser() -> cli.Parser:
     result.add_argument("--width", type=float, default=1.0, help="multiplies all channels")
     result.add_argument("--rivals", help=f"default: {', '.join(DEFAULTS['cuda'])} on a GPU")
     result.add_argument("--rounds", type=positive, default=ROUNDS)
-    result.add_argument("--steps", type=positive, help="of a turn; 20 on a GPU, 1 on a CPU")
+    result.add_argument(
+        "--steps",
+        type=positive,
+        help="of a turn; {cuda} on a GPU, {cpu} on a CPU".format(**TURN_STEPS),
+    )
     result.add_argument("--no-details", action="store_true", help="neither profile nor count")
     result.add_argument(
         "--floor", action=argparse.BooleanOptionalAction, help="of our kernels; on a GPU by default"
@@ -82,16 +87,6 @@ def main(argv: list[str]) -> int:
             if path:
                 write_result(path, head | result)
     return int(any(ours_failed(point, rivals) for point in result.get("points", ())))
-
-
-@contextmanager
-def as_trainers_run() -> Iterator[None]:
-    """cuDNN searches for its fastest algorithms and uses TF32, and any number of shapes compile."""
-    with (
-        torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True),
-        dynamo_config.patch(recompile_limit=MANY, accumulated_recompile_limit=MANY),
-    ):
-        yield
 
 
 def ours_failed(point: dict, rivals: dict[str, Rival]) -> bool:
@@ -138,6 +133,7 @@ def compare(
             "width": args.width,
             "rounds": args.rounds,
             "steps_of_a_turn": count,
+            "own_processes": own_processes(device),
             **({"ceilings": asdict(roofs)} if roofs else {}),
             "points": points,
         }

@@ -10,8 +10,10 @@ from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torchvision.models import resnet34
 
-from benchmarks import capacity, loop, measure, profiled, rivals, rounds, steps, train_step
+from benchmarks import capacity, loop, profiled, rivals, rounds, steps, train_step
 from benchmarks.families import ELEMENTWISE, FAMILIES, FORWARD, GRADIENTS
+from benchmarks.point import Point
+from benchmarks.runner import RivalError, Runner
 from benchmarks.twin import FloatReActNetA, FloatUnit
 from tests.commands import write_tree
 from tests.helpers import gradient
@@ -82,17 +84,18 @@ def result(tmp_path_factory):
 
 def test_a_sweep_is_a_row_of_points(tmp_path):
     path = tmp_path / "sweep.json"
-    sweep = ["--batches", "2,3", "--sizes", "32,64", "--no-details", "--rivals", "twin"]
+    sweep = ["--batches", "2,3", "--sizes", "64", "--no-details", "--rivals", "twin"]
     assert train_step.main([*TINY, *sweep, "--json", str(path)]) == 0
     points = json.loads(path.read_text())["points"]
-    assert [(p["batch"], p["size"]) for p in points] == [(2, 32), (2, 64), (3, 32), (3, 64)]
+    assert [(p["batch"], p["size"]) for p in points] == [(2, 64), (3, 64)]
     for point in points:
-        expected = {"seconds", "median_seconds", "spread", "images_per_second"}
+        expected = {"seconds", "median_seconds", "spread", "images_per_second", "page_faults"}
         assert set(point["rows"]["twin"]) == expected
 
 
 def test_a_row_says_what_was_measured(result):
     assert result["command"].endswith("--rivals ours+bf16,obvious+channels_last,twin --floor")
+    assert result["own_processes"]
     for point in result["points"]:
         assert set(point["rows"]) == {"ours+bf16", "obvious+channels_last", "twin"}
         for row in point["rows"].values():
@@ -208,19 +211,9 @@ def test_out_of_memory_is_met_with_half_the_batch():
         capacity.fits(lambda: nn.Module().load_state_dict({"another": torch.zeros(1)}))
 
 
-def test_rivals_take_turns():
-    order = []
-    calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    times = rounds.interleaved(calls, 2, 3, CPU)
-    assert "".join(order) == "aaaabbbb" * 2  # once to warm up, then three
-    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
-    assert rounds.summary([1.0, 2.0, 4.0])["spread"] == 1.5
-
-
-def test_a_rival_that_runs_out_of_memory_in_its_turn_leaves_the_others_theirs():
-    turns = iter([1, 1, 2**50])  # the last of its first turn
-    calls = {"a": lambda: torch.empty(next(turns)), "b": lambda: None}
-    assert set(rounds.interleaved(calls, 2, 2, CPU)) == {"b"}
+def test_the_spread_is_that_of_the_rounds():
+    expected = {"seconds": [1.0, 4.0, 2.0], "median_seconds": 2.0, "spread": 1.5}
+    assert rounds.summary([1.0, 4.0, 2.0]) == expected
 
 
 def event(name, *, device=DeviceType.CPU, us=0, kernels=(), parent=None, annotation=False):
@@ -280,6 +273,7 @@ def test_on_a_gpu_kernels_and_memory_are_measured(gpu, tmp_path):
     assert train_step.main([*sizes, "--rivals", words, "--json", str(path)]) == 0
     result = json.loads(path.read_text())
     assert result["driver"]
+    assert not result["own_processes"]
     for name, row in result["points"][0]["rows"].items():
         assert row["peak_mb"] > 100, name
         assert {"convolution forward", "optimizer"} <= set(row["time_ms"]), name
@@ -292,10 +286,11 @@ def test_on_a_gpu_kernels_and_memory_are_measured(gpu, tmp_path):
 def test_on_a_gpu_the_largest_batch_that_fits_is_found(gpu):
     torch.cuda.set_per_process_memory_fraction(4e9 / torch.cuda.mem_get_info()[1])
     try:
-        point = measure.Point("reactnet_a", 2, 1024, 224, 1.0, gpu)
-        step, facts = measure.trial(point, rivals.parse("obvious"))
+        point = Point("reactnet_a", 2, 1024, 224, 1.0, gpu)
+        with pytest.raises(RivalError) as caught:
+            Runner(point, rivals.parse("obvious")).trial()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert step is None
+    facts = caught.value.facts
     assert facts["out_of_memory"]
     assert facts["largest_batch"] in (8, 16)  # 185 MB an image, 4 GB

@@ -1,0 +1,49 @@
+"""What is measured at: a network, a batch and a resolution; and a rival's training step there."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.rivals import Rival
+from benchmarks.steps import CLASSES, Step, training_step
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a training step works on.
+
+    Attributes:
+        model: a network's name.
+        step: of the schedule.
+        batch: images.
+        size: their height and width.
+        width: multiplies all channels.
+        device: where.
+    """
+
+    model: str
+    step: int
+    batch: int
+    size: int
+    width: float
+    device: torch.device
+
+    def build(self, rival: Rival) -> nn.Module:
+        """A rival's network, the same weights every time."""
+        torch.manual_seed(0)
+        return rival.build(self.model, self.step, self.width, CLASSES)
+
+    def step_of(self, rival: Rival, batch: int) -> Step:
+        """A rival's training step on a fixed batch of its own."""
+        model = self.build(rival).to(self.device).to(memory_format=rival.memory_format)
+        images, labels = self.images(rival, batch), torch.arange(batch) % CLASSES
+        options = {"bf16": rival.bf16, "mode": rival.mode}
+        return training_step(model, images, labels.to(self.device), **options)
+
+    def images(self, rival: Rival, batch: int) -> Tensor:
+        """Random images, in the rival's memory layout."""
+        shape = (batch, 3, self.size, self.size)
+        generator = torch.Generator().manual_seed(batch)
+        images = torch.randn(shape, generator=generator).to(self.device)
+        return images.to(memory_format=rival.memory_format)
