@@ -16,9 +16,9 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import peak_memory
+from benchmarks import measure, peak_memory
 from benchmarks.machine import ROOT
-from benchmarks.measure import has_failed, measure, trouble
+from benchmarks.measure import has_failed, trouble
 from benchmarks.point import Point
 from benchmarks.rivals import Rival
 from benchmarks.runner import RivalError, Runner
@@ -28,6 +28,7 @@ from tritonbnn import cli
 POINT = Point("reactnet_a", 2, 5, 4, 1.0, torch.device("cpu"))
 PAGES, NAP, THREADS = 2000, 0.05, 3
 TURNS, COUNT = 2, 2
+OPTIONS = {"turns": TURNS, "count": COUNT, "details": False, "say": print}
 PATIENCE = 300  # seconds
 
 
@@ -114,9 +115,7 @@ def race(tmp_path_factory):
     before, start = torch.get_num_threads(), time.perf_counter()
     torch.set_num_threads(THREADS)
     try:
-        said = []
-        options = {"turns": TURNS, "count": COUNT, "details": False, "say": said.append}
-        rows = measure(POINT, scripted(log), **options)
+        rows = measure.measure(POINT, scripted(log), **OPTIONS)
     finally:
         torch.set_num_threads(before)
     passes = [line.split() for line in log.read_text().splitlines()]
@@ -176,6 +175,22 @@ def test_in_this_process_trouble_is_raised(tmp_path, act, facts):
     with pytest.raises(RivalError) as caught:
         Runner(POINT, rival).trial()
     assert caught.value.facts == facts
+
+
+def test_in_one_process_they_take_turns_too(monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "own_processes", lambda device: False)  # as on a GPU
+    log = tmp_path / "passes"
+    rivals = {name: scripted(log)[name] for name in ("second", "greedy")}
+    rows = measure.measure(POINT, rivals, **OPTIONS)
+    assert set(rows["second"]) == {"seconds", "median_seconds", "spread", "images_per_second"}
+    assert rows["greedy"] == {"out_of_memory": True, "largest_batch": 2}  # and no time
+    passes = [line.split() for line in log.read_text().splitlines()]
+    assert {process for _, process, _ in passes} == {str(os.getpid())}
+    second, greedy = ([name] * (1 + COUNT) for name in ("second", "greedy"))
+    expected = ["second"] * TRIAL_STEPS + ["greedy"] * TRIAL_STEPS
+    # the second turn of one ends in its first pass, and two steps of two images fit
+    expected += second + greedy + second + ["greedy"] * (1 + 2)
+    assert [name for name, _, _ in passes] == expected
 
 
 @pytest.mark.parametrize("ending", ["Ctrl-C", "killed"])
