@@ -20,6 +20,9 @@ from benchmarks.rounds import Turn
 from benchmarks.runner import RivalError, Runner
 from benchmarks.steps import as_trainers_run
 
+GRACE_SECONDS = 5
+"""For a process to end by itself: what a compiler left about is then cleared away."""
+
 
 class Worker:
     """A :class:`Runner` in a fresh process, with as many threads as here.
@@ -54,8 +57,9 @@ class Worker:
         return self._ask("details")
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """End the process: one that waits ends with the pipe, one that computes is killed."""
         self._pipe.close()
+        self._process.join(GRACE_SECONDS)
         self._process.kill()
         self._process.join()
 
