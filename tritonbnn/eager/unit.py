@@ -53,8 +53,8 @@ def unit_plan(
 def channel_moments(a: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel.
 
-    Those of integers are exact up to one rounding: the sums of a and of a^2 are integers below
-    2^63 for fewer than 2^36 values of at most 9216, which is the largest K here.
+    Those of integers are exact up to one rounding: the sums of a and of a^2 are integers, below
+    2^63 for fewer than 2^36 values of at most 9216, the largest K of the networks here.
 
     Args:
         a: (N, C, H, W) with at least one value per channel: int16, int32 or floating point.
@@ -71,23 +71,13 @@ def channel_moments(a: Tensor) -> tuple[Tensor, Tensor]:
     count = len(flat)
     total, squares = torch.zeros(2, a.shape[1], dtype=torch.int64, device=a.device)
     for part in image_chunks(flat):
-        wide = flat[part].to(torch.int32)
-        total += _column_sums(wide)
-        squares += _column_sums(wide.mul_(wide))
+        # Torch adds int64 slowly. In float64 2^20 squares of int16 are exact: they end below 2^53.
+        wide = flat[part].to(torch.float64 if a.dtype == torch.int16 else torch.int64)
+        total += wide.sum(0).long()
+        squares += wide.mul_(wide).sum(0).long()
     # count * squares - total^2 may pass 2^63; float64 differs from it by rounding only.
     mean = total.double() / count
     return mean, (squares.double() / count - mean * mean).clamp_(min=0)
-
-
-def _column_sums(x: Tensor) -> Tensor:
-    """The int64 column sums of an int32 matrix with values of at most 9216^2.
-
-    Torch adds int32 to int64 slowly, so most of it is added in int32: 16 * 9216^2 < 2^31.
-    """
-    rows, columns = len(x) // 16, x.shape[1]
-    blocks = x[: 16 * rows].view(16, rows * columns).sum(0, dtype=torch.int32)
-    rest = x[16 * rows :].sum(0, dtype=torch.int64)
-    return rest.add_(blocks.view(rows, columns).sum(0, dtype=torch.int64))
 
 
 def _add_shortcut(t: Tensor, stream: Tensor, kind: str) -> Tensor:

@@ -46,7 +46,9 @@ class Config:
     data_dir: str = setting("", "folder with train/ and val/, or with Fashion-MNIST's files")
     skip_bad_images: bool = setting(False, "count and list unreadable images, do not stop")
     image_size: int = setting(32, "height and width of the network's input", least=1)
-    augment: str = setting("none", "training views", choices=("imagenet", "crop-flip", "none"))
+    augment: str = setting(
+        "none", "training views", choices=("imagenet", "crop-flip", "crop", "none")
+    )
     lighting: str = setting("none", "colour noise", choices=("published", "pca", "none"))
     model: str = setting(
         "reactnet_a", "network", choices=("reactnet_a", "reactnet_18", "birealnet_18")
