@@ -17,10 +17,10 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.machine import header
 from benchmarks.output import command, writable, write_result
 from tritonbnn import cli
 from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
+from tritonbnn.kernels.provenance import header
 from tritonbnn.models import build_model
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.config import Config

@@ -19,11 +19,11 @@ from unittest import mock
 
 import torch
 
-from benchmarks.machine import header
 from benchmarks.output import command, writable, write_result
 from benchmarks.rivals import Rival, parse
 from benchmarks.steps import CLASSES, Step, training_step
 from tritonbnn import cli
+from tritonbnn.kernels.provenance import header
 
 IMPLEMENTATIONS = ("obvious", "ours")
 STEPS = 3

@@ -18,12 +18,12 @@ from pathlib import Path
 from benchmarks import ceilings
 from benchmarks.ceilings import Ceilings
 from benchmarks.families import ELEMENTWISE, ENDS, FORWARD, GRADIENTS, OPTIMIZER, PACK
-from benchmarks.machine import header, own_device
 from benchmarks.output import command, writable, write_result
 from benchmarks.traffic import ADAM_PASSES
 from tritonbnn import cli
 from tritonbnn.bits import words
 from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.provenance import header, own_device
 from tritonbnn.kernels.workload import model_layers
 from tritonbnn.models import build_model
 

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.machine import header
 from benchmarks.output import writable, write_result
 from tritonbnn import cli
+from tritonbnn.kernels.provenance import header
 
 
 def train(trainer: str, recipe: str, seed: int, out: Path, flags: list[str]) -> list[dict]:

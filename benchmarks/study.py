@@ -5,9 +5,9 @@ python -m benchmarks.study optimizers decay steps --epochs 6 --out runs/study --
 
 from pathlib import Path
 
-from benchmarks.machine import header
 from benchmarks.output import command, read_result, writable, write_result
 from tritonbnn import cli
+from tritonbnn.kernels.provenance import header
 from tritonbnn.study.__main__ import main as study
 
 

@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import ROOT, commit, folder_name, header
+from benchmarks.machine import ROOT, folder_name
 from benchmarks.output import read_result, write_result
 from benchmarks.parts import MINUTES, Part, parts
 from tritonbnn import cli
+from tritonbnn.kernels.provenance import commit, header
 from tritonbnn.train.files import make_folder
 
 STATE = "suite.json"

@@ -23,12 +23,12 @@ import torch
 from torch._dynamo import config as dynamo_config
 
 from benchmarks import ceilings, loop, roofline
-from benchmarks.machine import header
 from benchmarks.measure import Point, has_failed, measure, trouble
 from benchmarks.output import command, writable, write_result
 from benchmarks.rivals import DEFAULTS, NETWORKS, OPTIONS, OWN, Rival, chosen
 from tritonbnn import cli
 from tritonbnn.kernels.commands import positive
+from tritonbnn.kernels.provenance import header
 from tritonbnn.models.registry import MODELS
 from tritonbnn.train.device import choose_device
 

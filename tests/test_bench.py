@@ -8,7 +8,7 @@ import torch
 from tests.conftest import HAS_GPU
 from tests.helpers import KERNEL_DEVICE
 from tritonbnn import cli
-from tritonbnn.kernels import bench, timing, truth
+from tritonbnn.kernels import bench, commands, provenance, timing, truth
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.workload import OPS, Problem
 
@@ -23,7 +23,7 @@ def test_the_command_writes_a_results_file(tmp_path, capsys, monkeypatch):
     ops = ["--op", "pack_signs", "--op", "conv_packed", "--layer", "1", "--layer", "2"]
     assert bench.main([*tiny, *ops, "--json", str(path)]) == 0
     document = json.loads(path.read_text())
-    head = {"gpu", "driver", "torch", "triton", "commit", "command", "batch", "dtype", "runs"}
+    head = {*provenance.header("", KERNEL_DEVICE), "batch", "dtype", "runs"}
     assert set(document) == head | {"rows"} | set(ROOFS)
     assert [row["op"] for row in document["rows"]] == ["pack_signs", "conv_packed"] * 2
     assert document["rows"][1]["layer"] == "1x1 8>16 at 16x16"
@@ -110,7 +110,7 @@ def test_a_user_error_is_one_line(arguments, message):
 
 
 def test_without_a_gpu_or_the_interpreter_the_remedy_is_named(monkeypatch):
-    monkeypatch.setattr(bench, "interpreted", lambda kernel: False)
+    monkeypatch.setattr(commands, "interpreted", lambda kernel: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(cli.UserError, match=r"no CUDA device; .* TRITON_INTERPRET=1"):
         bench.main([])

@@ -40,6 +40,7 @@ TOOLS = {
     "commands",
     "formulas",
     "mma_peak",
+    "provenance",
     "shipped",
     "aot",
     "workload",

@@ -20,8 +20,9 @@ from tritonbnn.kernels import aot, config, shipped
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.commands import add_problem_arguments, named_problems, positive
 from tritonbnn.kernels.mma_operands import CAPABILITIES, has_one_bit_core
+from tritonbnn.kernels.provenance import versions
 from tritonbnn.kernels.shipped import check_target
-from tritonbnn.kernels.timing import measured_on, time_callable
+from tritonbnn.kernels.timing import time_callable
 from tritonbnn.kernels.truth import error_of
 from tritonbnn.kernels.workload import OPS, PLAN, STEP_OPS, Problem
 
@@ -124,7 +125,7 @@ def tune_all(
 
     Whole units come last, on the launchers as tuned.
     """
-    head = {**measured_on(device), "gpu": gpu}
+    head = {"gpu": gpu, **versions(device)}
     entries = read_entries(path, head)
     todo = {problem.key.bucketed(): problem for problem in problems}
     todo = {key: problem for key, problem in todo.items() if key not in entries}

@@ -17,13 +17,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tritonbnn import cli, eager
-from tritonbnn.kernels import aot, config, packed_matmul, tiles
-from tritonbnn.kernels.bench import commit, measured_roofs
+from tritonbnn.kernels import aot, config, packed_matmul
+from tritonbnn.kernels.bench import measured_roofs
 from tritonbnn.kernels.candidates import candidates
-from tritonbnn.kernels.commands import positive
-from tritonbnn.kernels.launch import interpreted
+from tritonbnn.kernels.commands import kernel_device, positive
 from tritonbnn.kernels.mma_operands import has_one_bit_core
-from tritonbnn.kernels.timing import Timing, measured_on, time_callable
+from tritonbnn.kernels.provenance import header
+from tritonbnn.kernels.timing import Timing, time_callable
 
 ROOFS = {"mma": "one_bit_ops_per_s", "wgmma": "one_bit_warpgroup_ops_per_s"}
 """What bounds a formulation on the one-bit tensor core."""
@@ -102,14 +102,10 @@ def main(argv: list[str]) -> int:
     sizes = arguments.size or [8192]
     if any(size % 8 or size < 32 for size in sizes):
         raise cli.UserError("--size must be a multiple of 8 and at least 32, for torch._int_mm")
-    if not torch.cuda.is_available() and not interpreted(tiles.popcount):
-        raise cli.UserError(
-            "no CUDA device; to try the command, set TRITON_INTERPRET=1 and a small --size"
-        )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = kernel_device()
     roofs = measured_roofs(device, torch.bfloat16)
     command = f"python -m tritonbnn.kernels.bench_matmul {' '.join(argv)}"
-    head = {**measured_on(device), "commit": commit(), "command": command, **roofs}
+    head = {**header(command, device), **roofs}
     rows: list[dict[str, Any]] = []
     print(json.dumps(head))
     for size in tqdm(sizes, unit="size", disable=None):

@@ -1,11 +1,16 @@
-"""What the commands on these kernels share: naming the problems to work on."""
+"""What the commands on these kernels share: where to run, and which problems to work on."""
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from tritonbnn import cli
+from tritonbnn.kernels import tiles
 from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.launch import interpreted
+from tritonbnn.kernels.provenance import own_device
 from tritonbnn.kernels.workload import DTYPES, OPS, Problem, model_layers
 
 
@@ -15,6 +20,20 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
     return value
+
+
+def kernel_device() -> torch.device:
+    """The GPU; or the CPU, where Triton's interpreter runs kernels.
+
+    Raises:
+        UserError: kernels run on neither.
+    """
+    device = own_device()
+    if device.type == "cpu" and not interpreted(tiles.popcount):
+        raise cli.UserError(
+            "no CUDA device; to try the command, set TRITON_INTERPRET=1 and a small --size"
+        )
+    return device
 
 
 def add_problem_arguments(parser: cli.Parser, model: str | None, ops: Sequence[str] = OPS) -> None:

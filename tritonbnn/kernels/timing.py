@@ -1,12 +1,9 @@
 """The one way a callable is timed."""
 
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -87,20 +84,3 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     a = torch.zeros(size, size, dtype=dtype, device=device)
     timing = time_callable(lambda: a @ a, device, runs=20)
     return 2 * size**3 / (timing.p50 * 1e-6)
-
-
-def measured_on(device: torch.device) -> dict[str, str | None]:
-    """What stands above every number: the GPU (or processor), its driver, torch and Triton."""
-    cuda = device.type == "cuda"
-    return {
-        "gpu": torch.cuda.get_device_name(device) if cuda else platform.machine(),
-        "driver": _driver() if cuda else None,
-        "torch": version("torch"),
-        "triton": version("triton"),
-    }
-
-
-def _driver() -> str:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return done.stdout.split()[0]
