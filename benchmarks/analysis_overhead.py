@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.output import command, writable, write_result
+from benchmarks.output import command
 from tritonbnn import cli
 from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
 from tritonbnn.kernels.provenance import header
@@ -26,6 +26,7 @@ from tritonbnn.train.arguments import parse
 from tritonbnn.train.config import Config
 from tritonbnn.train.data import MicroBatch, train_steps
 from tritonbnn.train.engine import Compute, label_objective, train_one_epoch
+from tritonbnn.train.files import writable, write_json
 from tritonbnn.train.log import Board
 from tritonbnn.train.meters import FirstBad, TrainMeter
 from tritonbnn.train.optim import build_optimizer
@@ -153,7 +154,7 @@ def main(argv: list[str]) -> int:
     result = header(command("analysis_overhead", argv)) | result
     print(json.dumps(result, indent=2))
     if path:
-        write_result(path, result)
+        write_json(path, result)
     return 0
 
 

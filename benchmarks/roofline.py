@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks import ceilings
 from benchmarks.ceilings import Ceilings
 from benchmarks.families import ELEMENTWISE, ENDS, FORWARD, GRADIENTS, OPTIMIZER, PACK
-from benchmarks.output import command, writable, write_result
+from benchmarks.output import command
 from benchmarks.traffic import ADAM_PASSES
 from tritonbnn import cli
 from tritonbnn.bits import words
@@ -26,6 +26,7 @@ from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.provenance import header, own_device
 from tritonbnn.kernels.workload import model_layers
 from tritonbnn.models import build_model
+from tritonbnn.train.files import writable, write_json
 
 PLANS = ("keep", "recompute", "fused")
 STREAM_BYTES = {"fp32": 4, "bf16": 2}
@@ -219,7 +220,7 @@ def main(argv: list[str]) -> int:
     print("\n".join(describe(floors)))
     if path:
         head = header(command("roofline", argv))
-        write_result(path, head | {"ceilings": asdict(roofs), "floors": floors})
+        write_json(path, head | {"ceilings": asdict(roofs), "floors": floors})
     return 0
 
 

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.output import writable, write_result
 from tritonbnn import cli
 from tritonbnn.kernels.provenance import header
+from tritonbnn.train.files import writable, write_json
 
 
 def train(trainer: str, recipe: str, seed: int, out: Path, flags: list[str]) -> list[dict]:
@@ -82,7 +82,7 @@ def main(argv: list[str]) -> int:
     result = header("python -m benchmarks.seeds " + " ".join(said)) | summary(logs)
     print(json.dumps(result, indent=2))
     if path:
-        write_result(path, result)
+        write_json(path, result)
     return 0
 
 

@@ -114,3 +114,11 @@ def test_without_a_gpu_or_the_interpreter_the_remedy_is_named(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(cli.UserError, match=r"no CUDA device; .* TRITON_INTERPRET=1"):
         bench.main([])
+
+
+def test_where_no_result_can_be_written_nothing_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "measured_roofs", lambda *_: pytest.fail("it measures"))
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "results.json"):
+        with pytest.raises(cli.UserError, match=r"folder"):
+            bench.main(["--json", str(place)])

@@ -25,6 +25,7 @@ from tritonbnn.kernels.shipped import check_target
 from tritonbnn.kernels.timing import time_callable
 from tritonbnn.kernels.truth import error_of
 from tritonbnn.kernels.workload import OPS, PLAN, STEP_OPS, Problem
+from tritonbnn.train.files import writable, write_json
 
 CHECK_BATCH = 2
 """Images that a candidate is checked on before it is timed."""
@@ -102,13 +103,8 @@ def read_entries(path: Path, head: dict[str, Any]) -> dict[config.ProblemKey, di
 def write_table(
     path: Path, head: dict[str, Any], entries: dict[config.ProblemKey, dict[str, Any]]
 ) -> None:
-    """Write a table, sorted, under a temporary name first."""
-    document = {**head, "entries": [entries[key] for key in sorted(entries)]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    text = json.dumps(document, indent=1, sort_keys=True)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write a table, its entries sorted."""
+    write_json(path, {**head, "entries": [entries[key] for key in sorted(entries)]})
 
 
 def tune_all(
@@ -186,6 +182,7 @@ def main(argv: list[str]) -> int:
     if arguments.gpu not in ("auto", gpu):
         raise cli.UserError(f"this GPU is {gpu!r}, not {arguments.gpu!r}")
     path = arguments.output or config.table_path(gpu)
+    writable(path)
     limits = {"capability": aot.nearest_capability(device), "limit": arguments.limit}
     tuned = tune_all(problems, path, gpu, device, **limits)
     print(f"tuned {tuned} of {len(problems)} problems: {path}")

@@ -32,6 +32,7 @@ from tritonbnn.kernels.shipped import describe
 from tritonbnn.kernels.timing import copy_bandwidth, matmul_rate, time_callable
 from tritonbnn.kernels.truth import error_of
 from tritonbnn.kernels.workload import DTYPES, VECTORS, Problem
+from tritonbnn.train.files import writable, write_json
 
 CHECK_BATCH = 2
 """Images that a launcher is checked on before it is timed."""
@@ -155,7 +156,7 @@ def one_bit_roofs(device: torch.device) -> dict[str, float]:
 def main(argv: list[str]) -> int:
     """Command line."""
     arguments = _parser().parse_args(argv)
-    problems = named_problems(arguments)
+    path, problems = writable(arguments.json), named_problems(arguments)
     device = kernel_device()
     roofs = measured_roofs(device, DTYPES[arguments.dtype])
     command = f"python -m tritonbnn.kernels.bench {' '.join(argv)}"
@@ -168,9 +169,8 @@ def main(argv: list[str]) -> int:
         row = measure(problem, device, roofs, runs=arguments.runs, compiled=compiled)
         rows.append(row)
         tqdm.write(_line(row), file=sys.stdout)
-        if arguments.json:
-            text = json.dumps({**head, "rows": rows}, indent=1)
-            arguments.json.write_text(text + "\n", encoding="utf-8")
+        if path:
+            write_json(path, {**head, "rows": rows})
     return 1 if any("wrong" in row for row in rows) else 0
 
 

@@ -24,6 +24,7 @@ from tritonbnn.kernels.commands import kernel_device, positive
 from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.provenance import header
 from tritonbnn.kernels.timing import Timing, time_callable
+from tritonbnn.train.files import writable, write_json
 
 ROOFS = {"mma": "one_bit_ops_per_s", "wgmma": "one_bit_warpgroup_ops_per_s"}
 """What bounds a formulation on the one-bit tensor core."""
@@ -102,7 +103,7 @@ def main(argv: list[str]) -> int:
     sizes = arguments.size or [8192]
     if any(size % 8 or size < 32 for size in sizes):
         raise cli.UserError("--size must be a multiple of 8 and at least 32, for torch._int_mm")
-    device = kernel_device()
+    device, path = kernel_device(), writable(arguments.json)
     roofs = measured_roofs(device, torch.bfloat16)
     command = f"python -m tritonbnn.kernels.bench_matmul {' '.join(argv)}"
     head = {**header(command, device), **roofs}
@@ -111,9 +112,8 @@ def main(argv: list[str]) -> int:
     for size in tqdm(sizes, unit="size", disable=None):
         rows.append(measure(size, device, roofs, limit=arguments.limit, runs=arguments.runs))
         tqdm.write(json.dumps(rows[-1]), file=sys.stdout)
-        if arguments.json:
-            text = json.dumps({**head, "rows": rows}, indent=1)
-            arguments.json.write_text(text + "\n", encoding="utf-8")
+        if path:
+            write_json(path, {**head, "rows": rows})
     return 0
 
 
