@@ -94,6 +94,25 @@ def test_every_timed_run_is_one_call():
     assert 0 <= result.p20 <= result.p50 <= result.p80
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_roofs_are_measured_on_random_operands(monkeypatch, dtype):
+    """Zeros would flatter a GPU."""
+    results = []
+
+    def clock(call, device, runs):
+        results.append(call())
+        return timing.Timing(2e6, 2e6, 2e6)
+
+    monkeypatch.setattr(timing, "time_callable", clock)
+    rate = timing.matmul_rate(KERNEL_DEVICE, dtype)
+    size = len(results[0])
+    assert rate == size**3
+    assert len(results[0].unique()) > 100
+    assert results[0].dtype == (torch.int32 if dtype == torch.int8 else dtype)
+    assert timing.copy_bandwidth(KERNEL_DEVICE) == results[1].nbytes
+    assert len(results[1][: 2**16].unique()) == 256
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
