@@ -17,8 +17,8 @@ from tqdm import tqdm
 
 from tritonbnn import cli
 from tritonbnn.kernels import aot, config, shipped
-from tritonbnn.kernels.candidates import candidates
-from tritonbnn.kernels.commands import add_problem_arguments, named_problems, positive
+from tritonbnn.kernels.candidates import candidates, spread
+from tritonbnn.kernels.commands import LIMIT_HELP, add_problem_arguments, named_problems, positive
 from tritonbnn.kernels.mma_operands import CAPABILITIES, has_one_bit_core
 from tritonbnn.kernels.provenance import versions
 from tritonbnn.kernels.shipped import check_target
@@ -134,7 +134,7 @@ def tune_all(
             or has_one_bit_core(device, choice.formulation)
         ]
         table = dict(config.parse_entry(entry) for entry in entries.values())
-        entries[key] = tune(problem, choices[:limit], device, runs, table).as_json()
+        entries[key] = tune(problem, spread(choices, limit), device, runs, table).as_json()
         write_table(path, head, entries)
     return len(todo)
 
@@ -143,9 +143,9 @@ def rank(problem: Problem, target: str, limit: int | None) -> list[dict[str, Any
     """Compile the candidates and sort them: no spills first, then by tensor-core share."""
     capability = aot.parse_target(target)
     ranked = []
-    for choice in candidates(problem.key, capability)[:limit]:
-        if choice.formulation == "library" or problem.op == PLAN:  # nothing of ours to compile
-            continue
+    choices = candidates(problem.key, capability) if problem.op != PLAN else []
+    compiled = [choice for choice in choices if choice.formulation != "library"]
+    for choice in spread(compiled, limit):
         launch = shipped.launches_of(problem, choice)[-1]
         made = aot.compile_launch(launch, capability)
         if made.shared_bytes > aot.SHARED_MEMORY_LIMIT[capability]:
@@ -193,7 +193,7 @@ def _parser() -> cli.Parser:
     parser = cli.Parser(prog="tritonbnn.kernels.autotune", description=__doc__)
     add_problem_arguments(parser, "reactnet_a", (*OPS, PLAN))
     parser.add_argument("--gpu", default="auto", help="the GPU's name, to be sure of it")
-    parser.add_argument("--limit", type=positive, help="try at most so many candidates a problem")
+    parser.add_argument("--limit", type=positive, help=f"{LIMIT_HELP}, for each problem")
     parser.add_argument("--output", type=Path, help="the table, instead of the package's own")
     parser.add_argument("--compile-only", action="store_true", help="rank without a GPU")
     parser.add_argument("--target", default="sm_90", help="of --compile-only: sm_80 or sm_90")

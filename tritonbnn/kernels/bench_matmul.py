@@ -19,8 +19,8 @@ from tqdm import tqdm
 from tritonbnn import cli, eager
 from tritonbnn.kernels import aot, config, packed_matmul
 from tritonbnn.kernels.bench import measured_roofs
-from tritonbnn.kernels.candidates import candidates
-from tritonbnn.kernels.commands import kernel_device, positive
+from tritonbnn.kernels.candidates import candidates, spread
+from tritonbnn.kernels.commands import LIMIT_HELP, kernel_device, positive
 from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.provenance import header
 from tritonbnn.kernels.timing import Timing, time_callable
@@ -52,7 +52,7 @@ def best(
     choices = [config.default(key, formulation)]
     choices += [choice for choice in known if choice.formulation == formulation]
     found: list[tuple[config.TileConfig, Timing]] = []
-    for choice in list(dict.fromkeys(choices))[:limit]:
+    for choice in spread(list(dict.fromkeys(choices)), limit):
         with config.using(choice):
             try:
                 if not torch.equal(packed_matmul(a, b, size), truth):
@@ -120,7 +120,7 @@ def main(argv: list[str]) -> int:
 def _parser() -> cli.Parser:
     parser = cli.Parser(prog="tritonbnn.kernels.bench_matmul", description=__doc__)
     parser.add_argument("--size", type=positive, action="append", help="repeat for several; 8192")
-    parser.add_argument("--limit", type=positive, help="try at most so many tiles a formulation")
+    parser.add_argument("--limit", type=positive, help=f"{LIMIT_HELP}, for each formulation")
     parser.add_argument("--runs", type=positive, default=30, help="timed runs of each contender")
     parser.add_argument("--json", type=Path, help="write header and rows to this file")
     return parser

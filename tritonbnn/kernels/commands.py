@@ -13,6 +13,8 @@ from tritonbnn.kernels.launch import interpreted
 from tritonbnn.kernels.provenance import own_device
 from tritonbnn.kernels.workload import DTYPES, OPS, Problem, model_layers
 
+LIMIT_HELP = "try at most so many candidates: the default, and others spread over all"
+
 
 def positive(text: str) -> int:
     """A positive integer of a command line."""
