@@ -143,8 +143,10 @@ def main(argv: list[str]) -> int:
         epilog="Any other flag goes to python -m tritonbnn.train.",
     )
     parser.add_argument("--recipe", default="digits", help="gives network, images and batch")
-    parser.add_argument("--images", type=int, default=1437, help="in an epoch, with its one record")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--images", type=cli.at_least(1), default=1437, help="in an epoch, with its one record"
+    )
+    parser.add_argument("--rounds", type=cli.at_least(1), default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path, help="write the result here")
     args, flags = parser.parse_known_args(argv)

@@ -192,8 +192,10 @@ def describe(floors: dict[str, dict]) -> Iterator[str]:
 def main(argv: list[str]) -> int:
     parser = cli.Parser(prog="python -m benchmarks.roofline", description=__doc__.split("\n")[0])
     parser.add_argument("--model", default="reactnet_a")
-    parser.add_argument("--batch", type=int, default=256, help="images of a step")
-    parser.add_argument("--size", type=int, default=224, help="height and width of an image")
+    parser.add_argument("--batch", type=cli.at_least(1), default=256, help="images of a step")
+    parser.add_argument(
+        "--size", type=cli.at_least(1), default=224, help="height and width of an image"
+    )
     parser.add_argument("--step", type=int, default=2, choices=(1, 2), help="of the schedule")
     parser.add_argument("--width", type=float, default=1.0, help="multiplies all channels")
     for name in Ceilings.__dataclass_fields__:

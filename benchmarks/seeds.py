@@ -68,14 +68,12 @@ def main(argv: list[str]) -> int:
         epilog="Any other flag goes to the trainer.",
     )
     parser.add_argument("recipe", help="a recipe's name")
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
+    parser.add_argument("--seeds", type=cli.at_least(1), default=5, help="how many, from 0")
     parser.add_argument("--obvious", action="store_true", help="train the obvious network")
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="folder of the runs")
     parser.add_argument("--json", type=Path, help="write the result here")
     args, flags = parser.parse_known_args(argv)
     path = writable(args.json)
-    if args.seeds < 1:
-        raise cli.UserError(f"--seeds must be at least 1, not {args.seeds}")
     trainer = "benchmarks.train_obvious" if args.obvious else "tritonbnn.train"
     logs = {seed: train(trainer, args.recipe, seed, args.out, flags) for seed in range(args.seeds)}
     said = [args.recipe, "--seeds", str(args.seeds), *["--obvious"] * args.obvious, *flags]

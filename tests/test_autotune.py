@@ -221,7 +221,7 @@ def test_other_versions_tune_again_and_a_broken_table_stops(tmp_path):
         (["--layer", "99"], "--layer must be from 0 to 17"),
         (["--compile-only", "--target", "sm_10"], "target must be one of sm_80, sm_90"),
         (["--dtype", "int8"], "invalid choice"),
-        (["--batch", "0"], "must be at least 1, not 0"),
+        (["--batch", "0"], "must be a whole number of at least 1, not '0'"),
         (["--size", "33"], "multiple|divisible"),
         (["--gpu", "Some other GPU"], "no CUDA device|this GPU is"),
     ],

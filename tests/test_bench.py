@@ -118,8 +118,8 @@ def test_roofs_are_measured_on_random_operands(monkeypatch, dtype):
     [
         (["--model", "nonsense"], "unknown model 'nonsense'"),
         (["--op", "nonsense"], "invalid choice"),
-        (["--runs", "many"], "invalid positive value"),
-        (["--runs", "0"], "must be at least 1, not 0"),
+        (["--runs", "many"], "must be a whole number of at least 1, not 'many'"),
+        (["--runs", "0"], "must be a whole number of at least 1, not '0'"),
     ],
 )
 def test_a_user_error_is_one_line(arguments, message):

@@ -15,13 +15,7 @@ from tritonbnn.kernels.workload import DTYPES, OPS, Problem, model_layers
 
 LIMIT_HELP = "try at most so many candidates: the default, and others spread over all"
 
-
-def positive(text: str) -> int:
-    """A positive integer of a command line."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+positive = cli.at_least(1)
 
 
 def kernel_device() -> torch.device:
