@@ -20,7 +20,7 @@ import torch
 from benchmarks.output import command
 from tritonbnn import cli
 from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
-from tritonbnn.kernels.provenance import header
+from tritonbnn.kernels.provenance import header, own_device
 from tritonbnn.models import build_model
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.config import Config
@@ -146,8 +146,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--images", type=cli.at_least(1), default=1437, help="in an epoch, with its one record"
     )
-    parser.add_argument("--rounds", type=cli.at_least(1), default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=cli.at_least(1), default=7, help="of turns")
+    parser.add_argument("--device", default=own_device(), help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="write the result here")
     args, flags = parser.parse_known_args(argv)
     path = writable(args.json)

@@ -191,7 +191,7 @@ def describe(floors: dict[str, dict]) -> Iterator[str]:
 
 def main(argv: list[str]) -> int:
     parser = cli.Parser(prog="python -m benchmarks.roofline", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="reactnet_a")
+    parser.add_argument("--model", default="reactnet_a", help="a network's name")
     parser.add_argument("--batch", type=cli.at_least(1), default=256, help="images of a step")
     parser.add_argument(
         "--size", type=cli.at_least(1), default=224, help="height and width of an image"
@@ -200,7 +200,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--width", type=float, default=1.0, help="multiplies all channels")
     for name in Ceilings.__dataclass_fields__:
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=float, help="a ceiling; without any, measured here")
+        parser.add_argument(flag, type=float, help="a ceiling; without any, all are measured")
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args(argv)
     path = writable(args.json)

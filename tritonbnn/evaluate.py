@@ -48,7 +48,9 @@ def _parser() -> Parser:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--batch-size", type=at_least(1), default=128, help="images at a time")
     parser.add_argument("--workers", type=at_least(0), default=0, help="processes that read images")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
+    parser.add_argument(
+        "--precision", choices=list(PRECISIONS), default="fp32", help="of activations"
+    )
     return parser
 
 

@@ -190,7 +190,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser(prog="tritonbnn.kernels.autotune", description=__doc__)
+    parser = cli.Parser(prog="python -m tritonbnn.kernels.autotune", description=__doc__)
     add_problem_arguments(parser, "reactnet_a", (*OPS, PLAN))
     parser.add_argument("--gpu", default="auto", help="the GPU's name, to be sure of it")
     parser.add_argument("--limit", type=positive, help=f"{LIMIT_HELP}, for each problem")

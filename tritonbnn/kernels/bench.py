@@ -175,7 +175,7 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser(prog="tritonbnn.kernels.bench", description=__doc__)
+    parser = cli.Parser(prog="python -m tritonbnn.kernels.bench", description=__doc__)
     parser.add_argument("--json", type=Path, help="write header and rows to this file")
     add_problem_arguments(parser, "reactnet_a")
     parser.add_argument("--runs", type=positive, default=50, help="timed runs of each contender")

@@ -118,8 +118,13 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser(prog="tritonbnn.kernels.bench_matmul", description=__doc__)
-    parser.add_argument("--size", type=positive, action="append", help="repeat for several; 8192")
+    parser = cli.Parser(prog="python -m tritonbnn.kernels.bench_matmul", description=__doc__)
+    parser.add_argument(
+        "--size",
+        type=positive,
+        action="append",
+        help="of both matrices, 8192 if none is given; repeat for several",
+    )
     parser.add_argument("--limit", type=positive, help=f"{LIMIT_HELP}, for each formulation")
     parser.add_argument("--runs", type=positive, default=30, help="timed runs of each contender")
     parser.add_argument("--json", type=Path, help="write header and rows to this file")

@@ -34,13 +34,18 @@ def kernel_device() -> torch.device:
 
 def add_problem_arguments(parser: cli.Parser, model: str | None, ops: Sequence[str] = OPS) -> None:
     """Add the options that name a network's layers, operations and dtype."""
-    parser.add_argument("--model", default=model, help="the network whose layers count")
-    parser.add_argument("--batch", type=positive, default=256)
+    model_help = "the network whose layers count"
+    if model is None:
+        model_help += "; without, a few layers that stand for all, of their own sizes"
+    parser.add_argument("--model", default=model, help=model_help)
+    parser.add_argument("--batch", type=positive, default=256, help="images")
     parser.add_argument("--size", type=positive, default=224, help="of the images")
     parser.add_argument("--width", type=float, default=1.0, help="of the network")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of activations")
     parser.add_argument("--op", action="append", choices=sorted(ops), help="only these")
-    parser.add_argument("--layer", type=int, action="append", help="only these, by index")
+    parser.add_argument(
+        "--layer", type=int, action="append", help="only these of its layers, by index"
+    )
 
 
 def named_problems(

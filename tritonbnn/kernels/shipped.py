@@ -142,8 +142,10 @@ def describe(layer: Geometry) -> str:
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    parser = cli.Parser(prog="tritonbnn.kernels.shipped", description=__doc__)
-    parser.add_argument("--target", action="append", help="sm_80 or sm_90; repeat for both")
+    parser = cli.Parser(prog="python -m tritonbnn.kernels.shipped", description=__doc__)
+    parser.add_argument(
+        "--target", action="append", help="sm_80, or sm_90 if none is given; repeat for both"
+    )
     add_problem_arguments(parser, None)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args(argv)

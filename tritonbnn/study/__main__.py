@@ -83,13 +83,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "studies", nargs="+", choices=list(STUDIES), metavar="STUDY", help=", ".join(STUDIES)
     )
-    parser.add_argument("--recipe", default="digits", help="as for training (default: digits)")
-    parser.add_argument(
-        "--seeds", type=at_least(1), default=3, help="how many, from 0 (default: 3)"
-    )
-    parser.add_argument(
-        "--sgd-lr", type=float, default=0.025, help="learning rate of SGD (default: 0.025)"
-    )
+    parser.add_argument("--recipe", default="digits", help="as for training")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="how many, from 0")
+    parser.add_argument("--sgd-lr", type=float, default=0.025, help="learning rate of SGD")
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/study-RECIPE)")
     return parser
 
