@@ -71,8 +71,8 @@ class Config:
     sync_bn: bool = setting(False, "BatchNorm statistics over all processes (CUDA)")
     init_from: str = setting(
         "",
-        "checkpoint or run whose weights the first step starts from; with --step 2, scratch:"
-        " random weights, as convolutions in torch begin",
+        "checkpoint (a published one of AdamBNN too) or run whose weights the first step starts"
+        " from; with --step 2, scratch: random weights, as convolutions in torch begin",
     )
     step: int = setting(0, "1 or 2 runs that step alone, 0 both", choices=(0, 1, 2))
     seed: int = setting(0, "of weights, order and views", least=0)
