@@ -22,16 +22,17 @@ from pathlib import Path
 import torch
 
 from benchmarks import ceilings, loop, roofline
-from benchmarks.machine import header
 from benchmarks.measure import has_failed, measure, own_processes, trouble
-from benchmarks.output import command, writable, write_result
+from benchmarks.output import command
 from benchmarks.point import Point
 from benchmarks.rivals import DEFAULTS, NETWORKS, OPTIONS, OWN, Rival, chosen
 from benchmarks.steps import as_trainers_run
 from tritonbnn import cli
 from tritonbnn.kernels.commands import positive
+from tritonbnn.kernels.provenance import header
 from tritonbnn.models.registry import MODELS
 from tritonbnn.train.device import choose_device
+from tritonbnn.train.files import writable, write_json
 
 ROUNDS = 5
 TURN_STEPS = {"cuda": 20, "cpu": 2}
@@ -85,7 +86,7 @@ def main(argv: list[str]) -> int:
     with as_trainers_run():
         for result in measured(args, device, rivals):
             if path:
-                write_result(path, head | result)
+                write_json(path, head | result)
     return int(any(ours_failed(point, rivals) for point in result.get("points", ())))
 
 
