@@ -26,8 +26,8 @@ from benchmarks.output import command
 from benchmarks.rivals import Rival, parse
 from benchmarks.steps import CLASSES, Step, training_step
 from tritonbnn import cli
+from tritonbnn.files import writable, write_json
 from tritonbnn.kernels.provenance import header
-from tritonbnn.train.files import writable, write_json
 
 IMPLEMENTATIONS = ("obvious", "ours")
 STEPS = 3

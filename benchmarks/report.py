@@ -21,7 +21,7 @@ from benchmarks.tables import (
     sweep_table,
 )
 from tritonbnn import cli
-from tritonbnn.train.files import update
+from tritonbnn.files import update
 
 BEGIN = "<!-- Results: written by python -m benchmarks.report -->"
 END = "<!-- End of the results -->"

@@ -22,11 +22,11 @@ from benchmarks.output import command
 from benchmarks.traffic import ADAM_PASSES
 from tritonbnn import cli
 from tritonbnn.bits import words
+from tritonbnn.files import writable, write_json
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.provenance import header, own_device
 from tritonbnn.kernels.workload import model_layers
 from tritonbnn.models import build_model
-from tritonbnn.train.files import writable, write_json
 
 PLANS = ("keep", "recompute", "fused")
 STREAM_BYTES = {"fp32": 4, "bf16": 2}

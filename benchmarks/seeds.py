@@ -16,8 +16,8 @@ from pathlib import Path
 from statistics import mean
 
 from tritonbnn import cli
+from tritonbnn.files import writable, write_json
 from tritonbnn.kernels.provenance import header
-from tritonbnn.train.files import writable, write_json
 
 
 def train(trainer: str, recipe: str, seed: int, out: Path, flags: list[str]) -> list[dict]:

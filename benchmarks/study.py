@@ -7,9 +7,9 @@ from pathlib import Path
 
 from benchmarks.output import command, read_result
 from tritonbnn import cli
+from tritonbnn.files import writable, write_json
 from tritonbnn.kernels.provenance import header
 from tritonbnn.study.__main__ import main as study
-from tritonbnn.train.files import writable, write_json
 
 
 def main(argv: list[str]) -> int:

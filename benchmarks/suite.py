@@ -29,8 +29,8 @@ from benchmarks.machine import ROOT, folder_name
 from benchmarks.output import read_result
 from benchmarks.parts import MINUTES, Part, parts
 from tritonbnn import cli
+from tritonbnn.files import make_folder, write_json
 from tritonbnn.kernels.provenance import commit, header
-from tritonbnn.train.files import make_folder, write_json
 
 STATE = "suite.json"
 DONE = "done"

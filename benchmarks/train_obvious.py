@@ -13,13 +13,13 @@ from torch import nn
 
 from benchmarks.baseline import ObviousReActNetA
 from tritonbnn import cli
+from tritonbnn.files import make_folder
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.config import Config
 from tritonbnn.train.data import train_batches, val_batches
 from tritonbnn.train.device import choose_device
 from tritonbnn.train.distributed import World
 from tritonbnn.train.engine import Compute, evaluate, label_objective
-from tritonbnn.train.files import make_folder
 from tritonbnn.train.log import Line, write_log
 from tritonbnn.train.optim import learning_rate
 from tritonbnn.train.run import open_images

@@ -28,11 +28,11 @@ from benchmarks.point import Point
 from benchmarks.rivals import DEFAULTS, NETWORKS, OPTIONS, OWN, Rival, chosen
 from benchmarks.steps import as_trainers_run
 from tritonbnn import cli
+from tritonbnn.files import writable, write_json
 from tritonbnn.kernels.commands import positive
 from tritonbnn.kernels.provenance import header
 from tritonbnn.models.registry import MODELS
 from tritonbnn.train.device import choose_device
-from tritonbnn.train.files import writable, write_json
 
 ROUNDS = 5
 TURN_STEPS = {"cuda": 20, "cpu": 2}

@@ -10,7 +10,7 @@ import torch
 from torchvision.models import resnet34
 
 from tests.commands import EVALUATE, PREDICT, TRAIN, Result, run, write_tiny, write_tree
-from tritonbnn.train.files import FolderLock
+from tritonbnn.files import FolderLock
 
 
 @pytest.fixture

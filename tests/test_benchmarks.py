@@ -52,7 +52,7 @@ def test_other_models_have_rivals_of_our_own_only():
         (["--rivals", "obvious+compile+max-autotune"], "compiles twice"),
         (["--rivals", "ours,ours"], "names one twice"),
         (["--model", "reactnet_18", "--rivals", "twin"], "there is no twin of reactnet_18"),
-        (["--batches", "2,0"], "must be at least 1, not 0"),
+        (["--batches", "2,0"], "must be a whole number of at least 1, not .0."),
         (["--width", "0"], "--width must be above 0"),
         (["--teacher", "resnet34"], "--teacher needs images"),
         (["--data", "nowhere"], "nowhere"),

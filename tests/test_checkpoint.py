@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from tritonbnn.analysis import Recorder
 from tritonbnn.cli import UserError
+from tritonbnn.files import FolderLock, make_folder, write_atomically
 from tritonbnn.models import build_model
 from tritonbnn.nn import binary_weights
 from tritonbnn.train.checkpoint import encode, read
 from tritonbnn.train.distributed import World
-from tritonbnn.train.files import FolderLock, make_folder, write_atomically
 from tritonbnn.train.meters import TrainMeter
 from tritonbnn.train.optim import build_optimizer
 from tritonbnn.train.state import State
@@ -218,7 +218,7 @@ def test_a_write_is_on_the_disk_before_it_gets_its_name(tmp_path: Path, monkeypa
 
 def test_a_lock_is_seen_by_others_and_ends_with_its_process(tmp_path: Path):
     code = (
-        "import sys; from pathlib import Path; from tritonbnn.train.files import FolderLock\n"
+        "import sys; from pathlib import Path; from tritonbnn.files import FolderLock\n"
         "lock = FolderLock(Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(

@@ -9,12 +9,13 @@ import tritonbnn
 from tests.helpers import assert_runs_silently
 
 ROOT = Path(tritonbnn.__file__).parent
-BASE = {"bits", "layout", "checks", "cli"}
+BASE = {"bits", "layout", "checks", "cli", "files"}
 ALLOWED = {
     "bits": set(),
     "layout": set(),
     "checks": {"bits"},
     "cli": set(),
+    "files": {"cli"},
     "reference": set(),
     "eager": {"bits", "layout", "checks"},
     "kernels": BASE,

@@ -6,13 +6,13 @@ from pathlib import Path
 
 from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, at_least
+from tritonbnn.files import make_folder, write_atomically
 from tritonbnn.report.catalogue import CATALOGUE, Picture, draw
 from tritonbnn.report.measure import Wanted, measure
 from tritonbnn.report.page import compare, page
 from tritonbnn.report.read import read_runs
 from tritonbnn.train.device import choose_device
 from tritonbnn.train.engine import PRECISIONS, Compute
-from tritonbnn.train.files import make_folder, write_atomically
 
 logger = logging.getLogger("tritonbnn.analyze")
 

@@ -16,6 +16,7 @@ import triton
 from tqdm import tqdm
 
 from tritonbnn import cli
+from tritonbnn.files import writable, write_json
 from tritonbnn.kernels import aot, config, shipped
 from tritonbnn.kernels.candidates import candidates, spread
 from tritonbnn.kernels.commands import LIMIT_HELP, add_problem_arguments, named_problems, positive
@@ -25,7 +26,6 @@ from tritonbnn.kernels.shipped import check_target
 from tritonbnn.kernels.timing import time_callable
 from tritonbnn.kernels.truth import error_of
 from tritonbnn.kernels.workload import OPS, PLAN, STEP_OPS, Problem
-from tritonbnn.train.files import writable, write_json
 
 CHECK_BATCH = 2
 """Images that a candidate is checked on before it is timed."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tritonbnn import cli, eager
+from tritonbnn.files import writable, write_json
 from tritonbnn.kernels.commands import (
     add_problem_arguments,
     kernel_device,
@@ -32,7 +33,6 @@ from tritonbnn.kernels.shipped import describe
 from tritonbnn.kernels.timing import copy_bandwidth, matmul_rate, time_callable
 from tritonbnn.kernels.truth import error_of
 from tritonbnn.kernels.workload import DTYPES, VECTORS, Problem
-from tritonbnn.train.files import writable, write_json
 
 CHECK_BATCH = 2
 """Images that a launcher is checked on before it is timed."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tritonbnn import cli, eager
+from tritonbnn.files import writable, write_json
 from tritonbnn.kernels import aot, config, packed_matmul
 from tritonbnn.kernels.bench import measured_roofs
 from tritonbnn.kernels.candidates import candidates, spread
@@ -24,7 +25,6 @@ from tritonbnn.kernels.commands import LIMIT_HELP, kernel_device, positive
 from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.provenance import header
 from tritonbnn.kernels.timing import Timing, time_callable
-from tritonbnn.train.files import writable, write_json
 
 ROOFS = {"mma": "one_bit_ops_per_s", "wgmma": "one_bit_warpgroup_ops_per_s"}
 """What bounds a formulation on the one-bit tensor core."""

@@ -14,12 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tritonbnn import cli
+from tritonbnn.files import writable, write_json
 from tritonbnn.kernels import aot, config
 from tritonbnn.kernels.commands import add_problem_arguments, named_problems
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import Launch
 from tritonbnn.kernels.workload import DTYPES, SCALED, Problem
-from tritonbnn.train.files import writable, write_json
 
 META = torch.device("meta")
 

@@ -20,13 +20,13 @@ from tqdm import tqdm
 
 from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, at_least
+from tritonbnn.files import make_folder, update
 from tritonbnn.study.plan import STUDIES, VARIED, Variant
 from tritonbnn.study.summary import Results, markdown, measured, summary
 from tritonbnn.train.__main__ import main as train
 from tritonbnn.train.arguments import parse, read_recipe, resolve
 from tritonbnn.train.config import Config, differences
 from tritonbnn.train.distributed import launched
-from tritonbnn.train.files import make_folder, update
 from tritonbnn.train.log import LOG, Line
 from tritonbnn.train.rundir import CONFIG
 

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch
 
 from tritonbnn.cli import UserError
+from tritonbnn.files import make_folder, write_atomically
 from tritonbnn.train.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, encode, read
 from tritonbnn.train.distributed import World
-from tritonbnn.train.files import make_folder, write_atomically
 from tritonbnn.train.meters import FirstBad
 from tritonbnn.train.state import State
 from tritonbnn.train.stop import Stopped, StopSignals

@@ -8,7 +8,7 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from tritonbnn.train.files import cannot_write, update
+from tritonbnn.files import cannot_write, update
 
 LOG, ANALYSIS = "log.jsonl", "analysis.safetensors"
 Line = dict[str, Any]

@@ -11,11 +11,11 @@ import torchvision
 
 import tritonbnn
 from tritonbnn.cli import UserError
+from tritonbnn.files import FolderLock, make_folder, remove_leftovers, update
 from tritonbnn.train.arguments import read_recipe, resolve
 from tritonbnn.train.checkpoint import has_begun
 from tritonbnn.train.config import STEPS, Config, differences, to_toml
 from tritonbnn.train.distributed import attempt
-from tritonbnn.train.files import FolderLock, make_folder, remove_leftovers, update
 
 CONFIG = "config.toml"
 ENVIRONMENT = "environment.json"
