@@ -51,8 +51,8 @@ def unit_plan(
 def channel_moments(a: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel.
 
-    Those of integers are exact up to one rounding: the sums of a and of a^2 are integers below
-    2^63 for fewer than 2^36 values of at most 9216, which is the largest K here.
+    Those of integers are exact up to one rounding: the sums of a and of a^2 are integers, below
+    2^63 for fewer than 2^36 values of at most 9216, the largest K of the networks here.
 
     Args:
         a: (N, C, H, W) with at least one value per channel: int16, int32 or floating point.
@@ -69,7 +69,8 @@ def channel_moments(a: Tensor) -> tuple[Tensor, Tensor]:
     count = len(flat)
     total, squares = torch.zeros(2, a.shape[1], dtype=torch.int64, device=a.device)
     for part in image_chunks(flat):
-        wide = flat[part].to(torch.int32)  # 9216^2 < 2^31
+        # The square of an int16 fits int32.
+        wide = flat[part].to(torch.int32 if a.dtype == torch.int16 else torch.int64)
         total += wide.sum(0, dtype=torch.int64)
         squares += wide.mul_(wide).sum(0, dtype=torch.int64)
     # count * squares - total^2 may pass 2^63; float64 differs from it by rounding only.
