@@ -14,7 +14,7 @@ from tests.helpers import KERNEL_DEVICE, plus_minus, vectors
 from tests.test_conv import by_unfolding, operands
 from tests.warpgroup_numpy import BASE, wgmma_m64nk256
 from tritonbnn import eager, kernels
-from tritonbnn.kernels import config, conv, mma_operands, mma_peak
+from tritonbnn.kernels import config, conv, mma_operands, mma_peak, mma_warpgroup
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.config import Choice, TileConfig
 from tritonbnn.kernels.geometry import Geometry
@@ -146,6 +146,13 @@ def test_only_products_on_sm_90_have_candidates():
         assert tile.block_m == 16 * tile.num_warps
         assert tile.block_n >= 32
         assert tile.block_n * tile.block_k // 8 * tile.num_stages <= 227 * 1024
+    narrow = Geometry(64, 1, 1, 4096, 32, 1, 1, 0).key("conv_packed", "int32")
+    for each in candidates(narrow, 90):
+        if each.formulation == "wgmma":
+            layout = mma_warpgroup.sums_layout(
+                each.tile.num_warps, each.tile.block_n, each.tile.block_k // 256
+            )
+            assert min(layout.shape) > 0, each
     for key, capability in (
         (plain, 80),
         (Geometry(256, 14, 14, 512, 512, 3, 1, 1).key("conv_packed", "int32"), 90),

@@ -106,7 +106,7 @@ def _fits_warpgroup(key: ProblemKey, tile: TileConfig, capability: int) -> bool:
         capability == 90
         and (key.kernel_size, key.stride) == (1, 1)
         and tile.block_m == 16 * tile.num_warps
-        and tile.block_n >= 32
+        and tile.block_n >= max(32, tile.block_k // 32)  # a sum for every word of a stage
         and tile.block_k >= 512
         and registers <= min(255, 2**16 // (32 * tile.num_warps))
         and tile.block_n * tile.block_k // 8 * tile.num_stages <= aot.SHARED_MEMORY_LIMIT[90]

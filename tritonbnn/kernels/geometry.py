@@ -10,6 +10,9 @@ from tritonbnn.kernels.config import ProblemKey
 MAX_PIXELS = 2**31 - 2**12
 """Pixels are counted in int32, tails of a tile included; addresses are int64."""
 
+MAX_WEIGHTS = 2**31 - 1
+"""Addresses within a weight are int32."""
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -89,6 +92,9 @@ def check_geometry(geometry: Geometry) -> None:
     pixels = max(geometry.pixels, geometry.batch * geometry.height * geometry.width)
     if pixels > MAX_PIXELS:
         raise ValueError(f"at most {MAX_PIXELS} pixels in a batch, not {pixels}")
+    weights = geometry.out_channels * geometry.channels * geometry.kernel_size**2
+    if weights > MAX_WEIGHTS:
+        raise ValueError(f"at most {MAX_WEIGHTS} weights in a layer, not {weights}")
 
 
 def checked_geometry(
