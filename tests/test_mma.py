@@ -211,17 +211,17 @@ def test_layers_of_reactnet_a_on_the_gpu(gpu, one_bit_core, layer):
         padding=layer.padding,
         dtype=torch.int32,
     )
-    for choice in candidates(problem.key, 80):
-        if choice.formulation == "mma":
-            with config.using(choice):
-                (y,) = problem.run(inputs)
-            assert torch.equal(y.cpu().int(), truth), choice
+    choices = [choice for choice in candidates(problem.key, 80) if choice.formulation == "mma"]
+    for choice in choices[::4]:  # compiling takes longer than all else
+        with config.using(choice):
+            (y,) = problem.run(inputs)
+        assert torch.equal(y.cpu().int(), truth), choice
 
 
 @pytest.mark.gpu
-def test_200_random_problems_on_the_gpu(gpu, one_bit_core):
+def test_random_problems_on_the_gpu(gpu, one_bit_core):
     rng = random.Random(0)
-    for _ in range(200):
+    for _ in range(60):
         sizes = [rng.randint(1, high) for high in (5, 600, 20, 20, 150)]
         problem = (*sizes, rng.choice((1, 3)), rng.randint(1, 2))
         y, truth = convolve(problem, rng.choice(TILES), torch.int32)

@@ -36,13 +36,13 @@ def warpgroup_core(one_bit_core):
 
 
 def product(size, tile):
-    """a @ b^T on the warpgroup's tensor core, and the exact one in int64."""
+    """a @ b^T on the warpgroup's tensor core, and in float32, exact below 2^24 signs."""
     m, n, k = size
     a, b = plus_minus(m, k, seed=m), plus_minus(n, k, seed=n + 1)
     packed = [eager.pack_signs(each).to(KERNEL_DEVICE) for each in (a, b)]
     with config.using(Choice("wgmma", tile)):
         y = kernels.packed_matmul(*packed, k)
-    return y.cpu().long(), a.long() @ b.long().T
+    return y.cpu().long(), (a @ b.T).long()
 
 
 def test_the_emulated_instruction_is_the_ptx_isas():
@@ -169,9 +169,9 @@ def test_the_peak_counts_every_instruction(warpgroup_core):
 
 
 @pytest.mark.gpu
-def test_200_random_products_on_the_gpu(gpu, warpgroup_core):
+def test_random_products_on_the_gpu(gpu, warpgroup_core):
     rng = random.Random(0)
-    for _ in range(200):
+    for _ in range(60):
         size = (rng.randint(1, 2000), rng.randint(1, 2000), rng.randint(1, 9000))
         y, truth = product(size, rng.choice(TILES))
         assert torch.equal(y, truth), size
