@@ -190,9 +190,9 @@ def test_every_candidate_is_a_whole_number_of_tiles(capability):
     assert len(tiles) > 8
     for tile in (*tiles, *TILES, config.default_tile(key, "mma")):
         cut = mma_operands.block_tiles(tile)
-        assert cut["WARPS_O"] * cut["WARPS_P"] == tile.num_warps
-        assert 16 * cut["WARPS_O"] * cut["TILES_O"] == tile.block_n
-        assert 8 * cut["WARPS_P"] * cut["TILES_P"] == tile.block_m
+        assert cut.warps_o * cut.warps_p == tile.num_warps
+        assert 16 * cut.warps_o * cut.tiles_o == tile.block_n
+        assert 8 * cut.warps_p * cut.tiles_p == tile.block_m
 
 
 LAYERS = model_layers("reactnet_a", 4, 224)

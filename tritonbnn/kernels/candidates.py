@@ -1,6 +1,7 @@
 """The tiles worth trying for a problem."""
 
 from collections.abc import Iterator
+from dataclasses import astuple
 from itertools import product
 
 from tritonbnn.kernels import aot, config
@@ -86,7 +87,7 @@ def fits(key: ProblemKey, formulation: str, tile: TileConfig, capability: int) -
     if key.out_channels == 0 or formulation == "library" or key.op == "unit_plan":
         return True
     if formulation == "mma":  # it keeps its operands in registers
-        return elements <= MAX_ACCUMULATORS * threads and min(block_tiles(tile).values()) > 0
+        return elements <= MAX_ACCUMULATORS * threads and min(astuple(block_tiles(tile))) > 0
     if formulation == "wgmma":
         return _fits_warpgroup(key, tile, capability)
     operands = (tile.block_m + tile.block_n) * tile.block_k * _OPERAND_BYTES[key.dtype]
