@@ -62,12 +62,13 @@ def _conv_input_grad_kernel(
     first_x = (tl.program_id(1) % STRIDE + PADDING) % STRIDE
     taps_y = (KERNEL_SIZE - first_y + STRIDE - 1) // STRIDE
     taps_x = (KERNEL_SIZE - first_x + STRIDE - 1) // STRIDE
+    divisor = tl.maximum(taps_x, 1)  # a class may have no taps, and loads run ahead of the loop
     channel = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(taps_y * taps_x * CHUNKS):
         out = step % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
-        ky = first_y + step // CHUNKS // taps_x * STRIDE
-        kx = first_x + step // CHUNKS % taps_x * STRIDE
+        ky = first_y + step // CHUNKS // divisor * STRIDE
+        kx = first_x + step // CHUNKS % divisor * STRIDE
         # Exact, since a class has the taps that its pixels meet and no others.
         out_y = (y + PADDING - ky) // STRIDE
         out_x = (x + PADDING - kx) // STRIDE
