@@ -81,6 +81,9 @@ def test_kernels_name_bad_input():
         kernels.unit_forward(a, a.float(), *[vector] * 7, shortcut="pool", pack=False)
     with pytest.raises(TypeError, match="float64"):
         kernels.unit_forward(a, a.double(), *[vector] * 7, shortcut="identity", pack=False)
+    elsewhere = torch.zeros(8, device="meta")
+    with pytest.raises(ValueError, match="one device, not a on cpu, next_shift on meta"):
+        kernels.unit_forward(a, a.float(), *[vector] * 6, elsewhere, shortcut="identity", pack=True)
 
 
 def test_a_plan_is_looked_up_by_shape():

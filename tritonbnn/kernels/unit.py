@@ -232,6 +232,7 @@ def unit_forward(
     arguments = unit_arguments(a, stream, shortcut, **affine, **activation)
     rows, channels = arguments["a_ptr"].shape
     checks.check_per_channel(channels, next_shift=next_shift)
+    checks.check_same_device(a=a, next_shift=next_shift)
     z = torch.empty((rows, channels), dtype=stream.dtype, device=a.device)
     signs = torch.empty((rows, words(channels) if pack else 0), dtype=torch.int32, device=a.device)
     tile = config.choose(config.elementwise_key("unit_forward", a, stream), a.device).tile
