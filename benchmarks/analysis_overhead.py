@@ -17,15 +17,16 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.machine import header
-from benchmarks.output import command, writable, write_result
+from benchmarks.output import command
 from tritonbnn import cli
 from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
+from tritonbnn.kernels.provenance import header, own_device
 from tritonbnn.models import build_model
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.config import Config
 from tritonbnn.train.data import MicroBatch, train_steps
 from tritonbnn.train.engine import Compute, label_objective, train_one_epoch
+from tritonbnn.train.files import writable, write_json
 from tritonbnn.train.log import Board
 from tritonbnn.train.meters import FirstBad, TrainMeter
 from tritonbnn.train.optim import build_optimizer
@@ -142,9 +143,11 @@ def main(argv: list[str]) -> int:
         epilog="Any other flag goes to python -m tritonbnn.train.",
     )
     parser.add_argument("--recipe", default="digits", help="gives network, images and batch")
-    parser.add_argument("--images", type=int, default=1437, help="in an epoch, with its one record")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--images", type=cli.at_least(1), default=1437, help="in an epoch, with its one record"
+    )
+    parser.add_argument("--rounds", type=cli.at_least(1), default=7, help="of turns")
+    parser.add_argument("--device", default=own_device(), help="cpu or cuda")
     parser.add_argument("--json", type=Path, help="write the result here")
     args, flags = parser.parse_known_args(argv)
     path = writable(args.json)
@@ -153,7 +156,7 @@ def main(argv: list[str]) -> int:
     result = header(command("analysis_overhead", argv)) | result
     print(json.dumps(result, indent=2))
     if path:
-        write_result(path, result)
+        write_json(path, result)
     return 0
 
 

@@ -1,14 +1,11 @@
 """What a device can do at most, measured: bytes copied and products per second."""
 
 from dataclasses import asdict, dataclass
-from functools import partial
 
 import torch
 
 from tritonbnn.kernels.bench import one_bit_roofs
-from tritonbnn.kernels.timing import time_callable
-
-_RUNS = 20
+from tritonbnn.kernels.timing import copy_bandwidth, matmul_rate
 
 
 @dataclass(frozen=True)
@@ -43,23 +40,11 @@ class Ceilings:
 
 def measure(device: torch.device) -> Ceilings:
     """Measure all that a device has; seconds on a GPU or a CPU."""
-    cuda = device.type == "cuda"
-    source = torch.zeros(2**30 if cuda else 2**27, dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    copy = time_callable(lambda: target.copy_(source), device, runs=_RUNS).p50
-    size = 8192 if cuda else 1024
-    operands = torch.randn(size, size, device=device)
-    rates = {}
-    for dtype in (torch.float32, torch.bfloat16, torch.int8):
-        a = (operands * 8).to(dtype)
-        b = a.t().contiguous().t()  # int8 wants its second operand by columns
-        product = partial(torch._int_mm if dtype == torch.int8 else torch.mm, a, b)
-        rates[dtype] = 2 * size**3 / time_callable(product, device, runs=_RUNS).p50 / 1e6
     return Ceilings(
-        copy_gbs=round(2 * source.nbytes / copy / 1e3, 1),
-        fp32_tflops=round(rates[torch.float32], 3),
-        bf16_tflops=round(rates[torch.bfloat16], 3),
-        int8_tops=round(rates[torch.int8], 3),
+        copy_gbs=round(copy_bandwidth(device) / 1e9, 1),
+        fp32_tflops=round(matmul_rate(device, torch.float32) / 1e12, 3),
+        bf16_tflops=round(matmul_rate(device, torch.bfloat16) / 1e12, 3),
+        int8_tops=round(matmul_rate(device, torch.int8) / 1e12, 3),
         one_bit_tops=_one_bit_tops(device),
     )
 

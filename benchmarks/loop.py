@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that ask for the whole loop."""
     parser.add_argument("--data", type=Path, help="folder with train/ and val/: the whole loop")
     parser.add_argument("--teacher", help="of the loop: resnet34, a file, or none")
-    parser.add_argument("--workers", type=int, default=8, help="of the loader")
+    parser.add_argument("--workers", type=cli.at_least(0), default=8, help="of the loader")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="of the loop")
     parser.add_argument("--loop-steps", type=positive, default=50, help="timed steps of the loop")
 

@@ -1,4 +1,4 @@
-"""Result files: written whole or not at all, and refused before the work if they cannot be."""
+"""Result files: the command above them, and how they are read again."""
 
 import json
 import shlex
@@ -6,24 +6,6 @@ from pathlib import Path
 from typing import Any
 
 from tritonbnn import cli
-from tritonbnn.train.files import make_folder, write_atomically
-
-
-def writable(path: Path | None) -> Path | None:
-    """``path``, its folder made.
-
-    Raises:
-        cli.UserError: a file cannot be put there.
-    """
-    if path is None:
-        return None
-    make_folder(path.parent)
-    probe = path.with_name(path.name + ".probe")
-    write_atomically(probe, b"")
-    probe.unlink()
-    if path.is_dir():
-        raise cli.UserError(f"cannot write {path}: it is a folder; name a file")
-    return path
 
 
 def command(module: str, argv: list[str]) -> str:
@@ -33,11 +15,6 @@ def command(module: str, argv: list[str]) -> str:
         index = said.index("--json")
         del said[index : index + 2]
     return shlex.join(["python", "-m", f"benchmarks.{module}", *said])
-
-
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write a result as JSON."""
-    write_atomically(path, (json.dumps(result, indent=2) + "\n").encode())
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

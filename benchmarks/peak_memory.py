@@ -19,11 +19,12 @@ from unittest import mock
 
 import torch
 
-from benchmarks.machine import header
-from benchmarks.output import command, writable, write_result
+from benchmarks.output import command
 from benchmarks.rivals import Rival, parse
 from benchmarks.steps import CLASSES, Step, training_step
 from tritonbnn import cli
+from tritonbnn.kernels.provenance import header
+from tritonbnn.train.files import writable, write_json
 
 IMPLEMENTATIONS = ("obvious", "ours")
 STEPS = 3
@@ -101,7 +102,7 @@ def main(argv: list[str]) -> int:
             f" at most {row['largest_share']:.3f}{malloc}"
         )
     if path:
-        write_result(path, header(command("peak_memory", argv)) | result)
+        write_json(path, header(command("peak_memory", argv)) | result)
     return 0
 
 

@@ -85,7 +85,9 @@ def inserted(readme: str, results: str) -> str:
 
 def main(argv: list[str]) -> int:
     parser = cli.Parser(prog="python -m benchmarks.report", description=__doc__.split("\n")[0])
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder"
+    )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--check", action="store_true", help="write nothing; say if it differs")
     args = parser.parse_args(argv)

@@ -18,14 +18,15 @@ from pathlib import Path
 from benchmarks import ceilings
 from benchmarks.ceilings import Ceilings
 from benchmarks.families import ELEMENTWISE, ENDS, FORWARD, GRADIENTS, OPTIMIZER, PACK
-from benchmarks.machine import header, own_device
-from benchmarks.output import command, writable, write_result
+from benchmarks.output import command
 from benchmarks.traffic import ADAM_PASSES
 from tritonbnn import cli
 from tritonbnn.bits import words
 from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.provenance import header, own_device
 from tritonbnn.kernels.workload import model_layers
 from tritonbnn.models import build_model
+from tritonbnn.train.files import writable, write_json
 
 PLANS = ("keep", "recompute", "fused")
 STREAM_BYTES = {"fp32": 4, "bf16": 2}
@@ -190,14 +191,16 @@ def describe(floors: dict[str, dict]) -> Iterator[str]:
 
 def main(argv: list[str]) -> int:
     parser = cli.Parser(prog="python -m benchmarks.roofline", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="reactnet_a")
-    parser.add_argument("--batch", type=int, default=256, help="images of a step")
-    parser.add_argument("--size", type=int, default=224, help="height and width of an image")
+    parser.add_argument("--model", default="reactnet_a", help="a network's name")
+    parser.add_argument("--batch", type=cli.at_least(1), default=256, help="images of a step")
+    parser.add_argument(
+        "--size", type=cli.at_least(1), default=224, help="height and width of an image"
+    )
     parser.add_argument("--step", type=int, default=2, choices=(1, 2), help="of the schedule")
     parser.add_argument("--width", type=float, default=1.0, help="multiplies all channels")
     for name in Ceilings.__dataclass_fields__:
         flag = "--" + name.replace("_", "-")
-        parser.add_argument(flag, type=float, help="a ceiling; without any, measured here")
+        parser.add_argument(flag, type=float, help="a ceiling; without any, all are measured")
     parser.add_argument("--json", type=Path, help="write the result here")
     args = parser.parse_args(argv)
     path = writable(args.json)
@@ -219,7 +222,7 @@ def main(argv: list[str]) -> int:
     print("\n".join(describe(floors)))
     if path:
         head = header(command("roofline", argv))
-        write_result(path, head | {"ceilings": asdict(roofs), "floors": floors})
+        write_json(path, head | {"ceilings": asdict(roofs), "floors": floors})
     return 0
 
 

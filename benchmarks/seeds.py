@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.machine import header
-from benchmarks.output import writable, write_result
 from tritonbnn import cli
+from tritonbnn.kernels.provenance import header
+from tritonbnn.train.files import writable, write_json
 
 
 def train(trainer: str, recipe: str, seed: int, out: Path, flags: list[str]) -> list[dict]:
@@ -68,21 +68,19 @@ def main(argv: list[str]) -> int:
         epilog="Any other flag goes to the trainer.",
     )
     parser.add_argument("recipe", help="a recipe's name")
-    parser.add_argument("--seeds", type=int, default=5, help="how many, from 0")
+    parser.add_argument("--seeds", type=cli.at_least(1), default=5, help="how many, from 0")
     parser.add_argument("--obvious", action="store_true", help="train the obvious network")
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="folder of the runs")
     parser.add_argument("--json", type=Path, help="write the result here")
     args, flags = parser.parse_known_args(argv)
     path = writable(args.json)
-    if args.seeds < 1:
-        raise cli.UserError(f"--seeds must be at least 1, not {args.seeds}")
     trainer = "benchmarks.train_obvious" if args.obvious else "tritonbnn.train"
     logs = {seed: train(trainer, args.recipe, seed, args.out, flags) for seed in range(args.seeds)}
     said = [args.recipe, "--seeds", str(args.seeds), *["--obvious"] * args.obvious, *flags]
     result = header("python -m benchmarks.seeds " + " ".join(said)) | summary(logs)
     print(json.dumps(result, indent=2))
     if path:
-        write_result(path, result)
+        write_json(path, result)
     return 0
 
 

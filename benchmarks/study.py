@@ -5,10 +5,11 @@ python -m benchmarks.study optimizers decay steps --epochs 6 --out runs/study --
 
 from pathlib import Path
 
-from benchmarks.machine import header
-from benchmarks.output import command, read_result, writable, write_result
+from benchmarks.output import command, read_result
 from tritonbnn import cli
+from tritonbnn.kernels.provenance import header
 from tritonbnn.study.__main__ import main as study
+from tritonbnn.train.files import writable, write_json
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> int:
     code = study([*flags, "--out", str(args.out)])
     report = args.out / "study.json"
     if path and not code and (result := read_result(report)):
-        write_result(path, header(command("study", argv)) | result)
+        write_json(path, header(command("study", argv)) | result)
     return code
 
 

@@ -25,11 +25,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import ROOT, commit, folder_name, header
-from benchmarks.output import read_result, write_result
+from benchmarks.machine import ROOT, folder_name
+from benchmarks.output import read_result
 from benchmarks.parts import MINUTES, Part, parts
 from tritonbnn import cli
-from tritonbnn.train.files import make_folder
+from tritonbnn.kernels.provenance import commit, header
+from tritonbnn.train.files import make_folder, write_json
 
 STATE = "suite.json"
 DONE = "done"
@@ -88,7 +89,7 @@ class Suite:
             "fingerprint": code_of_now,
             "command": shlex.join(part.command),
         }
-        write_result(ROOT / self.folder / STATE, self.state)
+        write_json(ROOT / self.folder / STATE, self.state)
         if code is None:
             return f"stopped after {seconds / 60:.0f} minutes: run the same command again to go on"
         if code:

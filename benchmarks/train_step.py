@@ -23,14 +23,15 @@ import torch
 from torch._dynamo import config as dynamo_config
 
 from benchmarks import ceilings, loop, roofline
-from benchmarks.machine import header
 from benchmarks.measure import Point, has_failed, measure, trouble
-from benchmarks.output import command, writable, write_result
+from benchmarks.output import command
 from benchmarks.rivals import DEFAULTS, NETWORKS, OPTIONS, OWN, Rival, chosen
 from tritonbnn import cli
 from tritonbnn.kernels.commands import positive
+from tritonbnn.kernels.provenance import header
 from tritonbnn.models.registry import MODELS
 from tritonbnn.train.device import choose_device
+from tritonbnn.train.files import writable, write_json
 
 ROUNDS = 5
 MANY = 1000
@@ -80,7 +81,7 @@ def main(argv: list[str]) -> int:
     with as_trainers_run():
         for result in measured(args, device, rivals):
             if path:
-                write_result(path, head | result)
+                write_json(path, head | result)
     return int(any(ours_failed(point, rivals) for point in result.get("points", ())))
 
 

@@ -1,6 +1,10 @@
 """Comparisons and inputs that several tests share."""
 
+import subprocess
+import sys
+
 import numpy as np
+import pytest
 import torch
 
 from tritonbnn import kernels
@@ -13,6 +17,16 @@ OF_BOTH_STEPS = [(op, True) for op in (*OPS, PLAN)] + [
     (op, False) for op in (*OPS, PLAN) if op.startswith(("unit", "channel"))
 ]
 """What there is to launch, and whether by binary weights: step 1 has real ones."""
+
+INPUTS = [
+    pytest.param((2, 32, 7, 7), torch.float32, "channels_last", id="ordinary"),
+    pytest.param((2, 33, 5, 3), torch.bfloat16, "contiguous", id="odd"),
+    pytest.param((2, 31, 1, 7), torch.float16, "strided", id="strided"),
+    pytest.param((2, 96, 1, 1), torch.float32, "contiguous", id="one_pixel"),
+    pytest.param((3, 1, 5, 3), torch.float32, "channels_last", id="one_channel"),
+    pytest.param((5, 40), torch.bfloat16, "contiguous", id="matrix"),
+]
+"""Shape, dtype and layout of an activation."""
 
 
 def device_of(launchers):
@@ -84,3 +98,11 @@ def signs(weight):
 def flips(before, after):
     """The paper's sum of abs(sign - sign) / 2, layer by layer."""
     return [np.abs(signs(a) - signs(b)).sum() / 2 for a, b in zip(before, after, strict=True)]
+
+
+def assert_runs_silently(code):
+    """Assert that a process of its own runs the code and says nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

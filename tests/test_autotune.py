@@ -1,5 +1,6 @@
 """The tuner: candidates, the check before the clock, tables that can be gone on with."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -10,8 +11,8 @@ import torch
 
 from tests.helpers import KERNEL_DEVICE, OF_BOTH_STEPS
 from tritonbnn import cli
-from tritonbnn.kernels import aot, autotune, config, conv_unit, truth, workload
-from tritonbnn.kernels.candidates import candidates
+from tritonbnn.kernels import aot, autotune, config, conv_unit, provenance, truth, workload
+from tritonbnn.kernels.candidates import candidates, spread
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.timing import Timing
 from tritonbnn.kernels.workload import OPS, PLAN, Problem
@@ -53,6 +54,29 @@ def test_candidates_are_clipped_to_the_problem_and_to_shared_memory():
     tiles = {t: [c.tile for c in candidates(wide, t)] for t in aot.SHARED_MEMORY_LIMIT}
     assert len(tiles[80]) < len(tiles[90])
     assert set(tiles[80]) < set(tiles[90])
+
+
+@pytest.mark.parametrize("op", ["conv_packed", "conv_real", "pack_signs", PLAN])
+def test_a_limit_keeps_the_default_and_spreads_over_the_rest(op):
+    key = Problem(op, Geometry(256, 14, 14, 512, 512, 1, 1, 0), torch.bfloat16).key
+    found = candidates(key, 90)
+    for limit in (1, 2, 3, 4, 7, 16, 40, len(found) - 1, len(found), len(found) + 9):
+        chosen = spread(found, limit)
+        assert chosen[0] == found[0] == config.default(key)
+        assert len(set(chosen)) == len(chosen) == min(limit, len(found))
+        assert set(chosen) <= set(found)
+        if limit > len(config.FORMULATIONS[op]):
+            assert {c.formulation for c in chosen} == set(config.FORMULATIONS[op])
+    assert spread(found, None) == found
+
+
+def test_a_limit_leaves_no_wide_gap():
+    key = Problem("conv_real", Geometry(256, 14, 14, 512, 512, 3, 1, 1), torch.bfloat16).key
+    products = [c for c in candidates(key, 90)[1:] if c.formulation == "dot"]
+    places = [products.index(c) for c in spread([config.default(key), *products], 9)[1:]]
+    gaps = [b - a for a, b in itertools.pairwise([0, *places, len(products)])]
+    assert max(gaps) <= len(products) / 8 + 1
+    assert max(products[place].tile.block_m for place in places) == 256
 
 
 @pytest.fixture
@@ -173,7 +197,7 @@ def test_a_plan_is_chosen_on_the_launchers_as_tuned(monkeypatch, tmp_path):
     assert autotune.tune_all([UNIT], path, "test gpu", KERNEL_DEVICE, **options) == 1
     assert set(ran) == {(PLAN, "popcount")}
     plan = config.read_table(path, "test gpu")[UNIT.key.bucketed()]
-    assert plan.formulation in ("keep", "recompute")
+    assert plan.formulation in config.FORMULATIONS[PLAN]
 
 
 def test_a_table_is_written_read_and_gone_on_with(tmp_path):
@@ -188,7 +212,7 @@ def test_a_table_is_written_read_and_gone_on_with(tmp_path):
     table = config.read_table(path, "test gpu")
     assert set(table) == {problem.key.bucketed() for problem in problems}
     document = json.loads(first)
-    assert set(document) == {"gpu", "driver", "torch", "triton", "entries"}
+    assert set(document) == {"gpu", "entries", *provenance.versions(KERNEL_DEVICE)}
     for entry in document["entries"]:
         assert 0 < entry["time_us"] <= entry["default_us"]
 
@@ -213,7 +237,7 @@ def test_other_versions_tune_again_and_a_broken_table_stops(tmp_path):
         (["--layer", "99"], "--layer must be from 0 to 17"),
         (["--compile-only", "--target", "sm_10"], "target must be one of sm_80, sm_90"),
         (["--dtype", "int8"], "invalid choice"),
-        (["--batch", "0"], "must be at least 1, not 0"),
+        (["--batch", "0"], "must be a whole number of at least 1, not '0'"),
         (["--size", "33"], "multiple|divisible"),
         (["--gpu", "Some other GPU"], "no CUDA device|this GPU is"),
     ],

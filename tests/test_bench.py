@@ -8,7 +8,7 @@ import torch
 from tests.conftest import HAS_GPU
 from tests.helpers import KERNEL_DEVICE
 from tritonbnn import cli
-from tritonbnn.kernels import bench, timing, truth
+from tritonbnn.kernels import bench, commands, provenance, timing, truth
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.workload import OPS, Problem
 
@@ -23,7 +23,7 @@ def test_the_command_writes_a_results_file(tmp_path, capsys, monkeypatch):
     ops = ["--op", "pack_signs", "--op", "conv_packed", "--layer", "1", "--layer", "2"]
     assert bench.main([*tiny, *ops, "--json", str(path)]) == 0
     document = json.loads(path.read_text())
-    head = {"gpu", "driver", "torch", "triton", "commit", "command", "batch", "dtype", "runs"}
+    head = {*provenance.header("", KERNEL_DEVICE), "batch", "dtype", "runs"}
     assert set(document) == head | {"rows"} | set(ROOFS)
     assert [row["op"] for row in document["rows"]] == ["pack_signs", "conv_packed"] * 2
     assert document["rows"][1]["layer"] == "1x1 8>16 at 16x16"
@@ -94,13 +94,32 @@ def test_every_timed_run_is_one_call():
     assert 0 <= result.p20 <= result.p50 <= result.p80
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_roofs_are_measured_on_random_operands(monkeypatch, dtype):
+    """Zeros would flatter a GPU."""
+    results = []
+
+    def clock(call, device, runs):
+        results.append(call())
+        return timing.Timing(2e6, 2e6, 2e6)
+
+    monkeypatch.setattr(timing, "time_callable", clock)
+    rate = timing.matmul_rate(KERNEL_DEVICE, dtype)
+    size = len(results[0])
+    assert rate == size**3
+    assert len(results[0].unique()) > 100
+    assert results[0].dtype == (torch.int32 if dtype == torch.int8 else dtype)
+    assert timing.copy_bandwidth(KERNEL_DEVICE) == results[1].nbytes
+    assert len(results[1][: 2**16].unique()) == 256
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--model", "nonsense"], "unknown model 'nonsense'"),
         (["--op", "nonsense"], "invalid choice"),
-        (["--runs", "many"], "invalid positive value"),
-        (["--runs", "0"], "must be at least 1, not 0"),
+        (["--runs", "many"], "must be a whole number of at least 1, not 'many'"),
+        (["--runs", "0"], "must be a whole number of at least 1, not '0'"),
     ],
 )
 def test_a_user_error_is_one_line(arguments, message):
@@ -110,7 +129,15 @@ def test_a_user_error_is_one_line(arguments, message):
 
 
 def test_without_a_gpu_or_the_interpreter_the_remedy_is_named(monkeypatch):
-    monkeypatch.setattr(bench, "interpreted", lambda kernel: False)
+    monkeypatch.setattr(commands, "interpreted", lambda kernel: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(cli.UserError, match=r"no CUDA device; .* TRITON_INTERPRET=1"):
         bench.main([])
+
+
+def test_where_no_result_can_be_written_nothing_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "measured_roofs", lambda *_: pytest.fail("it measures"))
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path, tmp_path / "file" / "results.json"):
+        with pytest.raises(cli.UserError, match=r"folder"):
+            bench.main(["--json", str(place)])

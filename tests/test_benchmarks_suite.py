@@ -6,9 +6,10 @@ import os
 import pytest
 import torch
 
-from benchmarks import machine, parts, suite
+from benchmarks import parts, suite
 from benchmarks.parts import MINUTES, Part
 from tritonbnn import cli
+from tritonbnn.kernels import provenance
 
 TINY = ["--device", "cpu", "--tiny"]
 
@@ -48,7 +49,7 @@ def test_the_real_thing_at_a_tiny_size_and_again(tmp_path, capfd):
     assert "channel_moments" in out  # what the part printed is passed on, and kept
     assert "channel_moments" in (tmp_path / "log" / "layers-forward.log").read_text()
     state = json.loads((tmp_path / "suite.json").read_text())["layers-forward"]
-    assert (state["exit_code"], state["commit"]) == (0, machine.commit())
+    assert (state["exit_code"], state["commit"]) == (0, provenance.commit())
     assert json.loads((tmp_path / "layers_forward.json").read_text())["rows"]
     assert suite.main([*flags, "--dry-run"]) == 0
     assert "0 of 1 parts" in capfd.readouterr().out

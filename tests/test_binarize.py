@@ -4,18 +4,16 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.helpers import KERNEL_DEVICE, activation, assert_no_worse_than_eager, gradient, vectors
+from tests.helpers import (
+    INPUTS,
+    KERNEL_DEVICE,
+    activation,
+    assert_no_worse_than_eager,
+    gradient,
+    vectors,
+)
 from tritonbnn import kernels, reference
 from tritonbnn.kernels import elementwise
-
-INPUTS = [
-    pytest.param((2, 32, 7, 7), torch.float32, "channels_last", id="ordinary"),
-    pytest.param((2, 33, 5, 3), torch.bfloat16, "contiguous", id="odd"),
-    pytest.param((2, 31, 1, 7), torch.float16, "strided", id="strided"),
-    pytest.param((2, 96, 1, 1), torch.float32, "contiguous", id="one_pixel"),
-    pytest.param((3, 1, 5, 3), torch.float32, "channels_last", id="one_channel"),
-    pytest.param((5, 40), torch.bfloat16, "contiguous", id="matrix"),
-]
 
 
 @pytest.mark.parametrize(("shape", "dtype", "layout"), INPUTS)

@@ -108,7 +108,7 @@ def test_the_command_line_itself(tmp_path: Path):
     heads, first, second, where = result.stdout.splitlines()
     assert heads.split()[:3] == ["step", "weights", "epochs"]
     assert (first.split()[1], second.split()[1]) == ("real", "1-bit")
-    assert where == "best weights: runs/digits"
+    assert where == "best weights: runs/digits/step2/best.safetensors"
     # no progress bar where nobody looks
     assert "\r" not in result.stderr
     assert len(re.findall(r"^step [12] epoch 1/1: ", result.stderr, re.MULTILINE)) == 2

@@ -5,17 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import activation, device_of, gradient, vectors
+from tests.helpers import INPUTS, activation, device_of, gradient, vectors
 from tritonbnn import eager, kernels, ops
-
-INPUTS = [
-    pytest.param((2, 32, 7, 7), torch.float32, "channels_last", id="ordinary"),
-    pytest.param((2, 33, 5, 3), torch.bfloat16, "contiguous", id="odd"),
-    pytest.param((2, 31, 1, 7), torch.float16, "strided", id="strided"),
-    pytest.param((2, 96, 1, 1), torch.float32, "contiguous", id="one_pixel"),
-    pytest.param((3, 1, 5, 3), torch.float32, "channels_last", id="one_channel"),
-    pytest.param((5, 40), torch.float32, "contiguous", id="matrix"),
-]
 
 
 def bit_by_bit(x):

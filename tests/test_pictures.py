@@ -43,6 +43,17 @@ def test_curves(runs):
     assert loss.get_ylim() == loss2.get_ylim()
 
 
+def test_where_no_weight_moved_the_axis_of_flips_is_not_logarithmic(tmp_path):
+    log = write_record(tmp_path / "still", epochs=(1, 0))
+    log[0]["analysis"]["flip_flop"] = 0.0
+    write_lines(tmp_path / "still", log)
+    with style(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        panel = lines.quantities(read_runs([tmp_path / "still"])).axes[0]
+        assert panel.get_yscale() == "linear"
+    assert drawn(panel) == [([1], [0.0])]
+
+
 @pytest.mark.parametrize(("key", "bounds"), [("saturation", (0, 1)), ("flip_flop", None)])
 def test_layer_maps(runs, key, bounds):
     first, second, bar = maps.layer_map(runs, key, "label", bounds=bounds).axes

@@ -3,8 +3,14 @@
 import pytest
 import torch
 
-from tests.helpers import KERNEL_DEVICE, activation, assert_no_worse_than_eager, gradient, vectors
-from tests.test_binarize import INPUTS
+from tests.helpers import (
+    INPUTS,
+    KERNEL_DEVICE,
+    activation,
+    assert_no_worse_than_eager,
+    gradient,
+    vectors,
+)
 from tritonbnn import kernels, reference
 from tritonbnn.kernels import elementwise
 

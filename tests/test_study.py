@@ -10,6 +10,7 @@ from tests.commands import STUDY, TRAIN, Result, run, write_tiny
 from tests.test_resume import assert_same_run
 from tritonbnn.study.plan import HIGH, MEDIUM, NO_DECAY, STUDIES, TWO_STEP, TWO_STEP_SGD, Claim
 from tritonbnn.study.summary import markdown, measured, summary, verdict
+from tritonbnn.train.arguments import parse
 from tritonbnn.train.checkpoint import read
 
 ONE_SEED = ("--recipe", "tiny.toml", "--seeds", 1, "--sgd-lr", 2e-3)
@@ -131,7 +132,9 @@ def test_another_grid_in_the_folder_is_refused_and_its_report_kept(place: Path, 
     ("argv", "message"),
     [
         ("landscape", "invalid choice: 'landscape'"),
-        ("steps --seeds 0", "--seeds must be at least 1, not 0"),
+        ("steps --seeds 0", "--seeds: must be a whole number of at least 1, not '0'"),
+        ("steps --seed 3", "--seed is what a study sets itself"),
+        ("decay --step2.weight-decay=1e-4", "weight-decay=1e-4 is what a study sets itself"),
         ("steps --recipe none", "unknown recipe 'none'"),
         ("steps --epochs x", "--epochs must be a whole number, not 'x'"),
         ("steps --fresh", "--fresh has no meaning for a grid"),
@@ -146,11 +149,22 @@ def test_bad_flags_are_one_line(place: Path, argv: str, message: str):
     assert len(result.output.splitlines()) == 1
 
 
+def test_sgd_has_its_own_learning_rate_in_both_steps():
+    """Whatever the flags give Adam."""
+    argv = ["--step1.lr", "2e-3", "--step2.lr", "3e-3"]
+    own = TWO_STEP_SGD.flags(parse(["digits", *argv]).config, 0.05)
+    config = parse(["digits", *argv, *own]).config
+    assert (config.step1.lr, config.step2.lr) == (0.05, 0.05)
+
+
 def test_torchrun_is_refused(place: Path):
     environ = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     result = run(STUDY, "steps", cwd=place, environ={**environ, "MASTER_PORT": "1"})
     assert result.code == 2
     assert "start without torchrun" in result.output
+
+
+DENIED = "does not reproduce at this scale in the means, but the seeds overlap"
 
 
 def grid(**values: list[float]) -> dict:
@@ -165,7 +179,9 @@ def grid(**values: list[float]) -> dict:
         ([1, 3], [3, 4], [5, 6], "reproduces at this scale in the means, but the seeds overlap"),
         ([3, 4], [1, 2], [5, 6], "does not reproduce at this scale"),
         ([1, 2], [5, 6], [3, 4], "does not reproduce at this scale"),
-        ([1, 2], [1, 2], [3, 4], "does not reproduce at this scale"),
+        ([1, 2], [1, 2], [3, 4], DENIED),
+        ([1, 5], [2, 3], [6, 7], DENIED),
+        ([3], [1, 2], [5, 6], "does not reproduce at this scale, in one seed"),
         ([1, 2], [], [3, 4], "cannot be told: runs are missing"),
         ([1, 2], [3], [5, 6], "reproduces at this scale, in one seed"),
     ],

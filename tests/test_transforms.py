@@ -52,10 +52,11 @@ def test_a_crop_that_cannot_fit_falls_back_to_the_centre(size, box):
     assert random_resized_box(*size, torch.Generator().manual_seed(0)) == box
 
 
-def test_crop_flip_is_torchvisions_when_equally_seeded():
+@pytest.mark.parametrize("flips", [[], [tv.RandomHorizontalFlip()]])
+def test_crop_and_flip_are_torchvisions_when_equally_seeded(flips):
     image = photo(32, 32)
-    oracle = tv.Compose([tv.RandomCrop(32, padding=4), tv.RandomHorizontalFlip(), NORMALISE])
-    ours = TrainTransform("crop-flip", "none", 32)
+    oracle = tv.Compose([tv.RandomCrop(32, padding=4), *flips, NORMALISE])
+    ours = TrainTransform("crop-flip" if flips else "crop", "none", 32)
     for seed in range(20):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -70,7 +71,7 @@ def test_imagenet_eval_view_is_resize_256_crop_224(size):
     assert torch.equal(EvalTransform("imagenet", 224)(image), oracle(image))
 
 
-@pytest.mark.parametrize("augment", ["crop-flip", "none"])
+@pytest.mark.parametrize("augment", ["crop-flip", "crop", "none"])
 def test_small_images_keep_their_borders_in_evaluation(augment):
     image = photo(32, 32, mode="L")
     expected = (torch.from_numpy(np.array(image)).float() / 255 - 0.5) / 0.5

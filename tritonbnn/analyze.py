@@ -50,11 +50,9 @@ def _parser() -> Parser:
         type=_points,
         default=11,
         metavar="N",
-        help="loss landscape on N x N points, N odd; 0 leaves it out (default: 11)",
+        help="loss landscape on N x N points, N odd; 0 leaves it out",
     )
-    parser.add_argument(
-        "--images", type=at_least(2), default=128, help="of the landscape's batch (default: 128)"
-    )
+    parser.add_argument("--images", type=at_least(2), default=128, help="of the landscape's batch")
     parser.add_argument(
         "--confusion",
         action=BooleanOptionalAction,
@@ -63,7 +61,9 @@ def _parser() -> Parser:
     )
     parser.add_argument("--data-dir", type=Path, help="where the data are now")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
+    parser.add_argument(
+        "--precision", choices=list(PRECISIONS), default="fp32", help="of activations"
+    )
     parser.add_argument("--workers", type=at_least(0), default=0, help="processes that read images")
     return parser
 

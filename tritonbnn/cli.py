@@ -1,10 +1,10 @@
-"""What every command line here shares: one-line errors, their exit code, and logging."""
+"""What every command line here shares: help, one-line errors, their exit code, and logging."""
 
 import argparse
 import logging
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 USAGE_ERROR = 2
 
@@ -13,8 +13,19 @@ class UserError(Exception):
     """A user's mistake. The message is one line that names the thing and the remedy."""
 
 
+class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says what is taken where a flag is not given, unless that is nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        absent = action.default is None or action.default is False
+        return action.help if absent else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
-    """An argument parser that reports a bad flag as one line, like any other user's mistake."""
+    """A parser whose help names defaults, and that reports a bad flag as one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(formatter_class=_Formatter, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see --help)")

@@ -1,20 +1,25 @@
-"""``python -m tritonbnn.evaluate RUN|FILE``: score a checkpoint on its validation images."""
+"""``python -m tritonbnn.evaluate RUN|FILE``: score a checkpoint on its validation images.
+
+FILE may also be a published one of AdamBNN: ``model_best.pth.tar --step 2 --data-dir IMAGENET``.
+"""
 
 from pathlib import Path
 
 from tritonbnn import cli
 from tritonbnn.cli import Parser, at_least
+from tritonbnn.train.config import STEPS
 from tritonbnn.train.data import val_batches
 from tritonbnn.train.device import choose_device
 from tritonbnn.train.distributed import World
 from tritonbnn.train.engine import PRECISIONS, Compute, evaluate
-from tritonbnn.train.weights import load_network, open_data
+from tritonbnn.train.weights import network_with_weights, open_data, read_any
 
 
 def main(argv: list[str]) -> int:
     """Print the scores. Returns the exit code."""
     given = _parser().parse_args(argv)
-    model, checkpoint = load_network(given.checkpoint)
+    checkpoint = read_any(given.checkpoint, given.step)
+    model = network_with_weights(checkpoint)
     compute = Compute(choose_device(given.device), given.precision)
     source = open_data(checkpoint, given.data_dir)
     batches = val_batches(source.val, batch_size=given.batch_size, workers=given.workers)
@@ -33,11 +38,19 @@ def _parser() -> Parser:
     parser.add_argument(
         "checkpoint", type=Path, metavar="RUN|FILE", help="a run's folder, or a checkpoint file"
     )
+    parser.add_argument(
+        "--step",
+        type=int,
+        choices=STEPS,
+        help="of a published file: 1 takes its weights as they are, 2 binarises them",
+    )
     parser.add_argument("--data-dir", type=Path, help="where the data are now")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--batch-size", type=at_least(1), default=128, help="images at a time")
     parser.add_argument("--workers", type=at_least(0), default=0, help="processes that read images")
-    parser.add_argument("--precision", choices=list(PRECISIONS), default="fp32")
+    parser.add_argument(
+        "--precision", choices=list(PRECISIONS), default="fp32", help="of activations"
+    )
     return parser
 
 

@@ -49,9 +49,9 @@ def sign_backward(
     dx = empty_pixels(x, x.dtype)
     dshift = torch.zeros(x.shape[1], dtype=accumulator(x.dtype), device=x.device)
     for part in image_chunks(x):
-        out = flat_pixels(dx[part])
-        ds = torch.abs(shifted(x[part], shift), out=scratch(out, dshift.dtype))
-        ds.mul_(-2).add_(2).clamp_(min=0).mul_(flat_pixels(channels_last(grad[part])))
+        out, g = flat_pixels(dx[part]), flat_pixels(channels_last(grad[part]))
+        slope = torch.rsub(shifted(x[part], shift).abs(), 2, alpha=2).clamp_(min=0)
+        ds = torch.mul(slope, g, out=scratch(out, dshift.dtype))
         dshift += ds.sum(0)
         if residual is not None:
             _add_shortcut_grad(ds, channels_last(residual[part]), shortcut)

@@ -111,13 +111,18 @@ def conv_input_grad(
     if alpha is None:
         real = weight.to(grad.dtype).to(acc)
     else:
-        real = unpack_signs(weight, channels, acc) * alpha.view(-1, 1, 1, 1)
-    dx = empty_channels_last((len(grad), channels, height, width), grad.dtype, grad.device)
+        real = unpack_signs(weight, channels, acc).mul_(alpha.view(-1, 1, 1, 1))
+    size, mask = (channels, height, width), [True, False, False]
+
+    def convolved(grad: Tensor) -> Tensor:
+        like = empty_channels_last((len(grad), *size), acc, grad.device)
+        return _convolution_backward(grad, like, real, stride, padding, mask)[0]
+
+    if grad.dtype == acc:
+        return channels_last(convolved(grad))
+    dx = empty_channels_last((len(grad), *size), grad.dtype, grad.device)
     for part in chunks(len(grad), channels * height * width):
-        like = torch.empty_like(dx[part], dtype=acc)
-        mask = [True, False, False]
-        result = _convolution_backward(grad[part].to(acc), like, real, stride, padding, mask)
-        dx[part].copy_(result[0])
+        dx[part].copy_(convolved(grad[part].to(acc)))
     return dx
 
 

@@ -83,7 +83,10 @@ def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         The packed signs, int32 (O, kh, kw, words) or (O, words), and alpha, (O,) float32
         (float64 for a float64 weight).
     """
-    alpha = weight.abs().mean(dim=tuple(range(1, weight.dim())), dtype=accumulator(weight.dtype))
+    alpha = weight.new_empty(len(weight), dtype=accumulator(weight.dtype))
+    rest = tuple(range(1, weight.dim()))
+    for part in image_chunks(weight):
+        alpha[part] = weight[part].abs().mean(dim=rest, dtype=alpha.dtype)
     return pack_signs(weight), alpha
 
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tritonbnn.bits import words
 from tritonbnn.eager.common import accumulator, image_chunks, scratch
 from tritonbnn.eager.pack import pack_signs
+from tritonbnn.eager.rprelu import prelu_backward
 from tritonbnn.layout import channels_last, empty_pixels, flat_pixels
 
 
@@ -69,10 +71,10 @@ def channel_moments(a: Tensor) -> tuple[Tensor, Tensor]:
     count = len(flat)
     total, squares = torch.zeros(2, a.shape[1], dtype=torch.int64, device=a.device)
     for part in image_chunks(flat):
-        # The square of an int16 fits int32.
-        wide = flat[part].to(torch.int32 if a.dtype == torch.int16 else torch.int64)
-        total += wide.sum(0, dtype=torch.int64)
-        squares += wide.mul_(wide).sum(0, dtype=torch.int64)
+        # Torch adds int64 slowly. In float64 2^20 squares of int16 are exact: they end below 2^53.
+        wide = flat[part].to(torch.float64 if a.dtype == torch.int16 else torch.int64)
+        total += wide.sum(0).long()
+        squares += wide.mul_(wide).sum(0).long()
     # count * squares - total^2 may pass 2^63; float64 differs from it by rounding only.
     mean = total.double() / count
     return mean, (squares.double() / count - mean * mean).clamp_(min=0)
@@ -89,7 +91,7 @@ def _add_shortcut(t: Tensor, stream: Tensor, kind: str) -> Tensor:
 
 
 def _pre_activation(
-    a: Tensor,
+    values: Tensor,
     stream: Tensor,
     mean: Tensor,
     scale: Tensor,
@@ -97,11 +99,15 @@ def _pre_activation(
     shift_mid: Tensor | None,
     shortcut: str,
 ) -> Tensor:
-    """t = (a - mean) * scale + offset + shortcut(stream) + shift_mid, as (pixels, O)."""
-    acc = accumulator(stream.dtype)
+    """t = (a - mean) * scale + offset + shortcut(stream) + shift_mid, with a as (pixels, O)."""
     constant = offset - mean * scale if shift_mid is None else offset - mean * scale + shift_mid
-    t = torch.addcmul(constant.to(acc), flat_pixels(channels_last(a)).to(acc), scale.to(acc))
+    t = torch.addcmul(constant.to(values.dtype), values, scale.to(values.dtype))
     return _add_shortcut(t, stream, shortcut)
+
+
+def _values(a: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, O, H', W') as (pixels, O) in the dtype of the sums."""
+    return flat_pixels(channels_last(a)).to(accumulator(dtype))
 
 
 def unit_forward(
@@ -138,15 +144,19 @@ def unit_forward(
         z, (N, O, H', W') in ``stream``'s dtype and channels_last memory; and its packed signs,
         int32 (N, H', W', words), or with no words if they are not wanted.
     """
+    n, _, height, width = a.shape
     z = empty_pixels(a, stream.dtype)
+    signs = a.new_empty((n, height, width, words(a.shape[1]) if pack else 0), dtype=torch.int32)
     for part in image_chunks(a):
-        t = _pre_activation(a[part], stream[part], mean, scale, offset, shift_mid, shortcut)
+        values = _values(a[part], stream.dtype)
+        t = _pre_activation(values, stream[part], mean, scale, offset, shift_mid, shortcut)
         out = flat_pixels(z[part])
         if slope is not None and shift_out is not None:
             t = torch.add(F.prelu(t, slope.to(t.dtype)), shift_out, out=scratch(out, t.dtype))
         out.copy_(t)
-    n, _, height, width = z.shape
-    return z, pack_signs(z, next_shift) if pack else a.new_empty((n, height, width, 0)).int()
+        if pack:  # while they are in the caches
+            signs[part] = pack_signs(z[part], next_shift)
+    return z, signs
 
 
 def unit_activation_backward(
@@ -176,15 +186,14 @@ def unit_activation_backward(
     du = empty_pixels(grad, grad.dtype)
     sums = torch.zeros(4, a.shape[1], dtype=accumulator(grad.dtype), device=a.device)
     for part in image_chunks(a):
-        g = flat_pixels(channels_last(grad[part])).to(sums.dtype)
-        centred = flat_pixels(channels_last(a[part])).to(g.dtype) - mean.to(g.dtype)
+        g, values = _values(grad[part], grad.dtype), _values(a[part], grad.dtype)
         out, d = flat_pixels(du[part]), g
         if slope is not None:
-            t = _pre_activation(a[part], stream[part], mean, scale, offset, shift_mid, shortcut)
-            d = torch.where(t > 0, g, g * slope, out=scratch(out, g.dtype))
-            sums[2] += t.clamp_(max=0).mul_(g).sum(0)
+            t = _pre_activation(values, stream[part], mean, scale, offset, shift_mid, shortcut)
+            d, dslope = prelu_backward(g, t, slope, out=scratch(out, g.dtype))
+            sums[2] += dslope
         sums[0] += d.sum(0)
-        sums[1] += centred.mul_(d).sum(0)
+        sums[1] += (values - mean.to(g.dtype)).mul_(d).sum(0)
         sums[3] += g.sum(0)
         out.copy_(d)
     return du, sums
@@ -207,8 +216,8 @@ def unit_norm_backward(
     du_scale, a_scale, constant = (v.to(acc) for v in (du_scale, a_scale, constant))
     dy = empty_pixels(du, du.dtype)
     for part in image_chunks(a):
-        d = flat_pixels(channels_last(du[part])).to(acc)
-        out, values = flat_pixels(dy[part]), flat_pixels(channels_last(a[part])).to(acc)
+        d, values = _values(du[part], du.dtype), _values(a[part], du.dtype)
+        out = flat_pixels(dy[part])
         result = torch.addcmul(constant, values, a_scale, out=scratch(out, acc))
         out.copy_(result.addcmul_(d, du_scale))
     return dy

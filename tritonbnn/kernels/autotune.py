@@ -17,13 +17,15 @@ from tqdm import tqdm
 
 from tritonbnn import cli
 from tritonbnn.kernels import aot, config, shipped
-from tritonbnn.kernels.candidates import candidates
-from tritonbnn.kernels.commands import add_problem_arguments, named_problems, positive
+from tritonbnn.kernels.candidates import candidates, spread
+from tritonbnn.kernels.commands import LIMIT_HELP, add_problem_arguments, named_problems, positive
 from tritonbnn.kernels.mma_operands import CAPABILITIES, has_one_bit_core
+from tritonbnn.kernels.provenance import versions
 from tritonbnn.kernels.shipped import check_target
-from tritonbnn.kernels.timing import measured_on, time_callable
+from tritonbnn.kernels.timing import time_callable
 from tritonbnn.kernels.truth import error_of
 from tritonbnn.kernels.workload import OPS, PLAN, STEP_OPS, Problem
+from tritonbnn.train.files import writable, write_json
 
 CHECK_BATCH = 2
 """Images that a candidate is checked on before it is timed."""
@@ -101,13 +103,8 @@ def read_entries(path: Path, head: dict[str, Any]) -> dict[config.ProblemKey, di
 def write_table(
     path: Path, head: dict[str, Any], entries: dict[config.ProblemKey, dict[str, Any]]
 ) -> None:
-    """Write a table, sorted, under a temporary name first."""
-    document = {**head, "entries": [entries[key] for key in sorted(entries)]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    text = json.dumps(document, indent=1, sort_keys=True)
-    partial.write_text(text + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write a table, its entries sorted."""
+    write_json(path, {**head, "entries": [entries[key] for key in sorted(entries)]})
 
 
 def tune_all(
@@ -124,7 +121,7 @@ def tune_all(
 
     Whole units come last, on the launchers as tuned.
     """
-    head = {**measured_on(device), "gpu": gpu}
+    head = {"gpu": gpu, **versions(device)}
     entries = read_entries(path, head)
     todo = {problem.key.bucketed(): problem for problem in problems}
     todo = {key: problem for key, problem in todo.items() if key not in entries}
@@ -137,7 +134,7 @@ def tune_all(
             or has_one_bit_core(device, choice.formulation)
         ]
         table = dict(config.parse_entry(entry) for entry in entries.values())
-        entries[key] = tune(problem, choices[:limit], device, runs, table).as_json()
+        entries[key] = tune(problem, spread(choices, limit), device, runs, table).as_json()
         write_table(path, head, entries)
     return len(todo)
 
@@ -146,9 +143,9 @@ def rank(problem: Problem, target: str, limit: int | None) -> list[dict[str, Any
     """Compile the candidates and sort them: no spills first, then by tensor-core share."""
     capability = aot.parse_target(target)
     ranked = []
-    for choice in candidates(problem.key, capability)[:limit]:
-        if choice.formulation == "library" or problem.op == PLAN:  # nothing of ours to compile
-            continue
+    choices = candidates(problem.key, capability) if problem.op != PLAN else []
+    compiled = [choice for choice in choices if choice.formulation != "library"]
+    for choice in spread(compiled, limit):
         launch = shipped.launches_of(problem, choice)[-1]
         made = aot.compile_launch(launch, capability)
         if made.shared_bytes > aot.SHARED_MEMORY_LIMIT[capability]:
@@ -185,6 +182,7 @@ def main(argv: list[str]) -> int:
     if arguments.gpu not in ("auto", gpu):
         raise cli.UserError(f"this GPU is {gpu!r}, not {arguments.gpu!r}")
     path = arguments.output or config.table_path(gpu)
+    writable(path)
     limits = {"capability": aot.nearest_capability(device), "limit": arguments.limit}
     tuned = tune_all(problems, path, gpu, device, **limits)
     print(f"tuned {tuned} of {len(problems)} problems: {path}")
@@ -192,10 +190,10 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser(prog="tritonbnn.kernels.autotune", description=__doc__)
+    parser = cli.Parser(prog="python -m tritonbnn.kernels.autotune", description=__doc__)
     add_problem_arguments(parser, "reactnet_a", (*OPS, PLAN))
     parser.add_argument("--gpu", default="auto", help="the GPU's name, to be sure of it")
-    parser.add_argument("--limit", type=positive, help="try at most so many candidates a problem")
+    parser.add_argument("--limit", type=positive, help=f"{LIMIT_HELP}, for each problem")
     parser.add_argument("--output", type=Path, help="the table, instead of the package's own")
     parser.add_argument("--compile-only", action="store_true", help="rank without a GPU")
     parser.add_argument("--target", default="sm_90", help="of --compile-only: sm_80 or sm_90")

@@ -7,7 +7,6 @@ and operations set. Without a GPU it runs at small sizes under TRITON_INTERPRET=
 
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -19,16 +18,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tritonbnn import cli, eager
-from tritonbnn.kernels import tiles
-from tritonbnn.kernels.commands import add_problem_arguments, named_problems, positive
+from tritonbnn.kernels.commands import (
+    add_problem_arguments,
+    kernel_device,
+    named_problems,
+    positive,
+)
 from tritonbnn.kernels.formulas import plain_formulas
-from tritonbnn.kernels.launch import interpreted
 from tritonbnn.kernels.library import convolution, convolution_backward
 from tritonbnn.kernels.mma_operands import has_one_bit_core
+from tritonbnn.kernels.provenance import header
 from tritonbnn.kernels.shipped import describe
-from tritonbnn.kernels.timing import copy_bandwidth, matmul_rate, measured_on, time_callable
+from tritonbnn.kernels.timing import copy_bandwidth, matmul_rate, time_callable
 from tritonbnn.kernels.truth import error_of
 from tritonbnn.kernels.workload import DTYPES, VECTORS, Problem
+from tritonbnn.train.files import writable, write_json
 
 CHECK_BATCH = 2
 """Images that a launcher is checked on before it is timed."""
@@ -149,27 +153,15 @@ def one_bit_roofs(device: torch.device) -> dict[str, float]:
     return roofs
 
 
-def commit() -> str:
-    """The commit of this checkout, marked if the tree differs from it; "unknown" outside of one."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    folder = Path(__file__).parent
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def main(argv: list[str]) -> int:
     """Command line."""
     arguments = _parser().parse_args(argv)
-    problems = named_problems(arguments)
-    if not torch.cuda.is_available() and not interpreted(tiles.popcount):
-        raise cli.UserError(
-            "no CUDA device; to try the command, set TRITON_INTERPRET=1 and a small --size"
-        )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    path, problems = writable(arguments.json), named_problems(arguments)
+    device = kernel_device()
     roofs = measured_roofs(device, DTYPES[arguments.dtype])
     command = f"python -m tritonbnn.kernels.bench {' '.join(argv)}"
-    head = {**measured_on(device), "commit": commit(), "command": command, **roofs}
-    head |= {"batch": arguments.batch, "dtype": arguments.dtype, "runs": arguments.runs}
+    options = {"batch": arguments.batch, "dtype": arguments.dtype, "runs": arguments.runs}
+    head = {**header(command, device), **roofs, **options}
     compiled = device.type == "cuda" and not arguments.no_compile
     rows: list[dict[str, Any]] = []
     print(json.dumps(head))
@@ -177,14 +169,13 @@ def main(argv: list[str]) -> int:
         row = measure(problem, device, roofs, runs=arguments.runs, compiled=compiled)
         rows.append(row)
         tqdm.write(_line(row), file=sys.stdout)
-        if arguments.json:
-            text = json.dumps({**head, "rows": rows}, indent=1)
-            arguments.json.write_text(text + "\n", encoding="utf-8")
+        if path:
+            write_json(path, {**head, "rows": rows})
     return 1 if any("wrong" in row for row in rows) else 0
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser(prog="tritonbnn.kernels.bench", description=__doc__)
+    parser = cli.Parser(prog="python -m tritonbnn.kernels.bench", description=__doc__)
     parser.add_argument("--json", type=Path, help="write header and rows to this file")
     add_problem_arguments(parser, "reactnet_a")
     parser.add_argument("--runs", type=positive, default=50, help="timed runs of each contender")

@@ -17,13 +17,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tritonbnn import cli, eager
-from tritonbnn.kernels import aot, config, packed_matmul, tiles
-from tritonbnn.kernels.bench import commit, measured_roofs
-from tritonbnn.kernels.candidates import candidates
-from tritonbnn.kernels.commands import positive
-from tritonbnn.kernels.launch import interpreted
+from tritonbnn.kernels import aot, config, packed_matmul
+from tritonbnn.kernels.bench import measured_roofs
+from tritonbnn.kernels.candidates import candidates, spread
+from tritonbnn.kernels.commands import LIMIT_HELP, kernel_device, positive
 from tritonbnn.kernels.mma_operands import has_one_bit_core
-from tritonbnn.kernels.timing import Timing, measured_on, time_callable
+from tritonbnn.kernels.provenance import header
+from tritonbnn.kernels.timing import Timing, time_callable
+from tritonbnn.train.files import writable, write_json
 
 ROOFS = {"mma": "one_bit_ops_per_s", "wgmma": "one_bit_warpgroup_ops_per_s"}
 """What bounds a formulation on the one-bit tensor core."""
@@ -51,7 +52,7 @@ def best(
     choices = [config.default(key, formulation)]
     choices += [choice for choice in known if choice.formulation == formulation]
     found: list[tuple[config.TileConfig, Timing]] = []
-    for choice in list(dict.fromkeys(choices))[:limit]:
+    for choice in spread(list(dict.fromkeys(choices)), limit):
         with config.using(choice):
             try:
                 if not torch.equal(packed_matmul(a, b, size), truth):
@@ -102,29 +103,29 @@ def main(argv: list[str]) -> int:
     sizes = arguments.size or [8192]
     if any(size % 8 or size < 32 for size in sizes):
         raise cli.UserError("--size must be a multiple of 8 and at least 32, for torch._int_mm")
-    if not torch.cuda.is_available() and not interpreted(tiles.popcount):
-        raise cli.UserError(
-            "no CUDA device; to try the command, set TRITON_INTERPRET=1 and a small --size"
-        )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, path = kernel_device(), writable(arguments.json)
     roofs = measured_roofs(device, torch.bfloat16)
     command = f"python -m tritonbnn.kernels.bench_matmul {' '.join(argv)}"
-    head = {**measured_on(device), "commit": commit(), "command": command, **roofs}
+    head = {**header(command, device), **roofs}
     rows: list[dict[str, Any]] = []
     print(json.dumps(head))
     for size in tqdm(sizes, unit="size", disable=None):
         rows.append(measure(size, device, roofs, limit=arguments.limit, runs=arguments.runs))
         tqdm.write(json.dumps(rows[-1]), file=sys.stdout)
-        if arguments.json:
-            text = json.dumps({**head, "rows": rows}, indent=1)
-            arguments.json.write_text(text + "\n", encoding="utf-8")
+        if path:
+            write_json(path, {**head, "rows": rows})
     return 0
 
 
 def _parser() -> cli.Parser:
-    parser = cli.Parser(prog="tritonbnn.kernels.bench_matmul", description=__doc__)
-    parser.add_argument("--size", type=positive, action="append", help="repeat for several; 8192")
-    parser.add_argument("--limit", type=positive, help="try at most so many tiles a formulation")
+    parser = cli.Parser(prog="python -m tritonbnn.kernels.bench_matmul", description=__doc__)
+    parser.add_argument(
+        "--size",
+        type=positive,
+        action="append",
+        help="of both matrices, 8192 if none is given; repeat for several",
+    )
+    parser.add_argument("--limit", type=positive, help=f"{LIMIT_HELP}, for each formulation")
     parser.add_argument("--runs", type=positive, default=30, help="timed runs of each contender")
     parser.add_argument("--json", type=Path, help="write header and rows to this file")
     return parser

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import astuple
-from itertools import product
+from itertools import groupby, product
 
 from tritonbnn.kernels import aot, config
 from tritonbnn.kernels.config import Choice, ProblemKey, TileConfig, power_of_two
@@ -28,6 +28,25 @@ def candidates(key: ProblemKey, capability: int) -> list[Choice]:
             if fits(key, formulation, tile, capability):
                 found.append(Choice(formulation, tile))
     return list(dict.fromkeys(found))
+
+
+def spread(choices: list[Choice], limit: int | None) -> list[Choice]:
+    """At most ``limit`` of the choices: the first, and an equal share of every formulation's.
+
+    A share is taken at equal distances, for neighbours in the list are alike. What a formulation
+    has too few choices for goes to the others.
+    """
+    if limit is None:
+        return choices
+    first, *rest = choices
+    groups = [list(group) for _, group in groupby(rest, key=lambda choice: choice.formulation)]
+    taken, left = {first}, limit - 1
+    for behind, group in enumerate(sorted(groups, key=len)):
+        share = min(len(group), left // (len(groups) - behind))
+        # from the middle of each of so many equal parts
+        taken |= {group[(2 * i + 1) * len(group) // (2 * share)] for i in range(share)}
+        left -= share
+    return [choice for choice in choices if choice in taken]
 
 
 def _tiles(key: ProblemKey, formulation: str) -> Iterator[TileConfig]:

@@ -1,31 +1,51 @@
-"""What the commands on these kernels share: naming the problems to work on."""
+"""What the commands on these kernels share: where to run, and which problems to work on."""
 
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from tritonbnn import cli
+from tritonbnn.kernels import tiles
 from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.launch import interpreted
+from tritonbnn.kernels.provenance import own_device
 from tritonbnn.kernels.workload import DTYPES, OPS, Problem, model_layers
 
+LIMIT_HELP = "try at most so many candidates: the default, and others spread over all"
 
-def positive(text: str) -> int:
-    """A positive integer of a command line."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+positive = cli.at_least(1)
+
+
+def kernel_device() -> torch.device:
+    """The GPU; or the CPU, where Triton's interpreter runs kernels.
+
+    Raises:
+        UserError: kernels run on neither.
+    """
+    device = own_device()
+    if device.type == "cpu" and not interpreted(tiles.popcount):
+        raise cli.UserError(
+            "no CUDA device; to try the command, set TRITON_INTERPRET=1 and a small --size"
+        )
+    return device
 
 
 def add_problem_arguments(parser: cli.Parser, model: str | None, ops: Sequence[str] = OPS) -> None:
     """Add the options that name a network's layers, operations and dtype."""
-    parser.add_argument("--model", default=model, help="the network whose layers count")
-    parser.add_argument("--batch", type=positive, default=256)
+    model_help = "the network whose layers count"
+    if model is None:
+        model_help += "; without, a few layers that stand for all, of their own sizes"
+    parser.add_argument("--model", default=model, help=model_help)
+    parser.add_argument("--batch", type=positive, default=256, help="images")
     parser.add_argument("--size", type=positive, default=224, help="of the images")
     parser.add_argument("--width", type=float, default=1.0, help="of the network")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16")
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of activations")
     parser.add_argument("--op", action="append", choices=sorted(ops), help="only these")
-    parser.add_argument("--layer", type=int, action="append", help="only these, by index")
+    parser.add_argument(
+        "--layer", type=int, action="append", help="only these of its layers, by index"
+    )
 
 
 def named_problems(

@@ -19,6 +19,7 @@ from tritonbnn.kernels.commands import add_problem_arguments, named_problems
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import Launch
 from tritonbnn.kernels.workload import DTYPES, SCALED, Problem
+from tritonbnn.train.files import writable, write_json
 
 META = torch.device("meta")
 
@@ -141,19 +142,20 @@ def describe(layer: Geometry) -> str:
 
 def main(argv: list[str]) -> int:
     """Command line."""
-    parser = cli.Parser(prog="tritonbnn.kernels.shipped", description=__doc__)
-    parser.add_argument("--target", action="append", help="sm_80 or sm_90; repeat for both")
+    parser = cli.Parser(prog="python -m tritonbnn.kernels.shipped", description=__doc__)
+    parser.add_argument(
+        "--target", action="append", help="sm_80, or sm_90 if none is given; repeat for both"
+    )
     add_problem_arguments(parser, None)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args(argv)
-    targets = arguments.target or ["sm_90"]
+    path, targets = writable(arguments.json), arguments.target or ["sm_90"]
     for target in targets:
         check_target(target)
     problems = named_problems(arguments, layers=REPRESENTATIVE, both_steps=True)
     rows = list(compile_all(tqdm(problems, unit="problem", disable=None), targets))
-    if arguments.json:
-        text = json.dumps([row.as_json() for row in rows], indent=1)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+    if path:
+        write_json(path, [row.as_json() for row in rows])
     broken = [row for row in rows if row.problems]
     for row in rows:
         print(_line(row))

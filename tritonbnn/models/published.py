@@ -1,14 +1,15 @@
 """Load the published AdamBNN and ReActNet-A weights, strictly and without running any code."""
 
 import logging
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tritonbnn.models.blocks import BinaryNetwork
+from tritonbnn.models.reactnet import STEM_CHANNELS
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +38,10 @@ _PAIRS = {
     "bn": ("bn2_1", "bn2_2"),
 }
 _STEM = {"0.weight": "conv1.weight", "1": "bn1"}
+_PREFIX = "module."  # that of DataParallel
+_FIRST, _HEAD = "feature.0.conv1.weight", "fc.weight"
+_NAMED = 3
+"""Tensors that an error names; another network's file may have hundreds that do not fit."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +81,8 @@ def load_adambnn(model: nn.Module, source: str | Path | dict[str, Tensor]) -> Lo
     if not (isinstance(model, BinaryNetwork) and "blocks.0.0.weight" in model.state_dict()):
         raise TypeError('model must come from build_model("reactnet_a", ...)')
     name = "state dict" if isinstance(source, dict) else str(source)
-    published = dict(source) if isinstance(source, dict) else _read(Path(source))
-    published = {key.removeprefix("module."): value for key, value in published.items()}
+    state_dict = source if isinstance(source, dict) else read_adambnn(Path(source))
+    published = {key.removeprefix(_PREFIX): value for key, value in state_dict.items()}
     sources = _published_names(model, published)
     _check_names(name, sources, published)
     own = model.state_dict()
@@ -85,7 +90,7 @@ def load_adambnn(model: nn.Module, source: str | Path | dict[str, Tensor]) -> Lo
     state = {}
     for key, names in sources.items():
         merged += len(names) > 1
-        state[key] = _join(name, key, [published[n] for n in names], own[key])
+        state[key] = _join(name, {n: published[n] for n in names}, own[key])
     model.load_state_dict(state)
     report = LoadReport(name, len(published), merged)
     logger.info(
@@ -97,19 +102,47 @@ def load_adambnn(model: nn.Module, source: str | Path | dict[str, Tensor]) -> Lo
     return report
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def read_adambnn(path: Path) -> dict[str, Tensor]:
+    """The state dict of a published file, its names without the prefix ``module.``.
+
+    Raises:
+        ValueError: it is not a checkpoint that loads without running code.
+    """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    # the unpickler raises almost anything on damaged bytes
+    except Exception as error:
         raise ValueError(
-            f"{path} is not a checkpoint that can be loaded without running code"
+            f"{path} is damaged, or no checkpoint that can be loaded without running code"
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
         raise ValueError(f"{path} holds no state dict of tensors")
-    return state
+    return {key.removeprefix(_PREFIX): value for key, value in state.items()}
+
+
+def adambnn_network(published: dict[str, Tensor]) -> dict[str, Any]:
+    """The arguments of ``build_model`` for a published state dict, classes and width by its shapes.
+
+    Which step it is of, no shape tells.
+
+    Raises:
+        ValueError: it is of another network.
+    """
+    for name, dims in ((_FIRST, 4), (_HEAD, 2)):
+        if name not in published or published[name].dim() != dims:
+            raise ValueError(f"not a published ReActNet-A: it has no {name} of {dims} dimensions")
+    return {
+        "name": "reactnet_a",
+        "num_classes": published[_HEAD].shape[0],
+        "width": published[_FIRST].shape[0] / STEM_CHANNELS,
+        "in_channels": published[_FIRST].shape[1],
+        "small_images": False,
+    }
 
 
 def _published_names(model: nn.Module, published: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:
@@ -147,7 +180,8 @@ def _check_names(
     wanted = {n for names in sources.values() for n in names}
     missing, unused = sorted(wanted - published.keys()), sorted(published.keys() - wanted)
     problems = [
-        f"{what} {', '.join(names)}"
+        f"{what} {', '.join(names[:_NAMED])}"
+        + (f" and {len(names) - _NAMED} more" if len(names) > _NAMED else "")
         for what, names in (("missing", missing), ("not used", unused))
         if names
     ]
@@ -155,16 +189,15 @@ def _check_names(
         raise ValueError(f"{name} does not fit the model: {'; '.join(problems)}")
 
 
-def _join(name: str, key: str, parts: list[Tensor], own: Tensor) -> Tensor:
+def _join(name: str, parts: dict[str, Tensor], own: Tensor) -> Tensor:
     """One entry of ours from its published parts, in order; shifts lose their singleton axes."""
+    shape = (own.shape[0] // len(parts), *own.shape[1:]) if own.dim() else ()
+    for key, part in parts.items():
+        if tuple(part.shape) not in (shape, (1, *shape, 1, 1)):
+            raise ValueError(
+                f"{name} does not fit the model: {key} must have shape {shape},"
+                f" not {tuple(part.shape)}"
+            )
     if own.dim() == 0:  # num_batches_tracked, which both halves of a pair count alike
-        return parts[0]
-    joined = torch.cat(parts)
-    if own.dim() == 1 and joined.shape == (1, own.numel(), 1, 1):
-        joined = joined.flatten()
-    if joined.shape != own.shape:
-        raise ValueError(
-            f"{name} does not fit the model: {key} must have shape {tuple(own.shape)}, "
-            f"not {tuple(joined.shape)}"
-        )
-    return joined
+        return next(iter(parts.values())).reshape(())
+    return torch.cat([part.reshape(shape) for part in parts.values()])

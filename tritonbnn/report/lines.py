@@ -91,10 +91,11 @@ def _lines(runs: Sequence[RunRecord], rows: Sequence[Row], styles: Sequence[Dash
                         if key:
                             _line(axis, run.steps[number].series(key), index, line)
         count_epochs(axes[-1])
-    for axis, row in zip(grid[:, 0], rows, strict=True):
-        axis.set_ylabel(row.label)
-        if row.log:
-            axis.set_yscale("log", nonpositive="mask")
+    for axes, row in zip(grid, rows, strict=True):
+        axes[0].set_ylabel(row.label)
+        # a run of one epoch, which is at learning rate 0, has nothing that a logarithm could show
+        if row.log and any((line.get_ydata() > 0).any() for axis in axes for line in axis.lines):
+            axes[0].set_yscale("log", nonpositive="mask")
     figure.align_ylabels(grid[:, 0])
     return figure
 

@@ -19,8 +19,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from tritonbnn import cli
-from tritonbnn.cli import Parser, UserError
-from tritonbnn.study.plan import STUDIES, Variant
+from tritonbnn.cli import Parser, UserError, at_least
+from tritonbnn.study.plan import STUDIES, VARIED, Variant
 from tritonbnn.study.summary import Results, markdown, measured, summary
 from tritonbnn.train.__main__ import main as train
 from tritonbnn.train.arguments import parse, read_recipe, resolve
@@ -83,21 +83,20 @@ def _parser() -> Parser:
     parser.add_argument(
         "studies", nargs="+", choices=list(STUDIES), metavar="STUDY", help=", ".join(STUDIES)
     )
-    parser.add_argument("--recipe", default="digits", help="as for training (default: digits)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 (default: 3)")
-    parser.add_argument(
-        "--sgd-lr", type=float, default=0.025, help="learning rate of SGD (default: 0.025)"
-    )
+    parser.add_argument("--recipe", default="digits", help="as for training")
+    parser.add_argument("--seeds", type=at_least(1), default=3, help="how many, from 0")
+    parser.add_argument("--sgd-lr", type=float, default=0.025, help="learning rate of SGD")
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/study-RECIPE)")
     return parser
 
 
 def _checked(given: Namespace, flags: list[str]) -> Config:
     """The configuration that all runs vary."""
-    if given.seeds < 1:
-        raise UserError(f"--seeds must be at least 1, not {given.seeds}")
     if "--fresh" in flags:
         raise UserError("--fresh has no meaning for a grid: choose another --out")
+    for flag in flags:
+        if flag.partition("=")[0] in VARIED:
+            raise UserError(f"{flag} is what a study sets itself: leave it out")
     if launched():
         raise UserError("a study trains one run at a time in one process: start without torchrun")
     config = parse([given.recipe, *flags]).config

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 
 from tritonbnn.train.config import SCRATCH, Config
 
+VARIED = (
+    *("--seed", "--optimizer", "--step", "--init-from"),
+    *("--weight-decay", "--step1.weight-decay", "--step2.weight-decay"),
+)
+"""Flags of training that a variant sets."""
+
 
 @dataclass(frozen=True, eq=False)
 class Variant:
@@ -38,7 +44,7 @@ class Variant:
         """
         flags = ["--optimizer", self.optimizer]
         if self.optimizer == "sgd":
-            flags += ["--lr", str(sgd_lr)]
+            flags += ["--step1.lr", str(sgd_lr), "--step2.lr", str(sgd_lr)]
         first, second = config.step1.epochs, config.step2.epochs
         if self.two_step:
             flags += ["--step", "0", "--step1.epochs", str(first), "--step2.epochs", str(second)]
@@ -47,24 +53,21 @@ class Variant:
         return [*flags, "--step2.weight-decay", str(self.decay)]
 
 
-TWO_STEP = Variant(
-    *("two-step-adam", "two steps, Adam, decay 5e-6 then 0", "adam", 5e-6, True),
-    {"flip_flop": 4.50e-4, "top1": 63.23},
-)
-TWO_STEP_SGD = Variant(
-    *("two-step-sgd", "two steps, SGD, decay 5e-6 then 0", "sgd", 5e-6, True), {}
-)
-NO_DECAY, MEDIUM, HIGH = (
-    Variant(
-        *(f"one-step-decay-{decay:g}", f"one step, Adam, decay {decay:g}", "adam", decay, False),
-        {"flip_flop": flip_flop, "top1": top1},
-    )
-    for decay, flip_flop, top1 in (
-        (0.0, 2.86e-4, 61.49),
-        (5e-6, 1.62e-3, 61.89),
-        (1e-5, 2.33e-3, 61.73),
-    )
-)
+def _two_step(optimizer: str, name: str, published: dict[str, float]) -> Variant:
+    title = f"two steps, {name}, decay 5e-6 then 0"
+    return Variant(f"two-step-{optimizer}", title, optimizer, 5e-6, True, published)
+
+
+def _one_step(decay: float, published: dict[str, float]) -> Variant:
+    title = f"one step, Adam, decay {decay:g}"
+    return Variant(f"one-step-decay-{decay:g}", title, "adam", decay, False, published)
+
+
+TWO_STEP = _two_step("adam", "Adam", {"flip_flop": 4.50e-4, "top1": 63.23})
+TWO_STEP_SGD = _two_step("sgd", "SGD", {})
+NO_DECAY = _one_step(0.0, {"flip_flop": 2.86e-4, "top1": 61.49})
+MEDIUM = _one_step(5e-6, {"flip_flop": 1.62e-3, "top1": 61.89})
+HIGH = _one_step(1e-5, {"flip_flop": 2.33e-3, "top1": 61.73})
 
 
 @dataclass(frozen=True)

@@ -71,13 +71,15 @@ def verdict(claim: Claim, results: Results) -> str:
     if len(known) < len(rows):
         return "cannot be told: runs are missing"
     pairs = list(pairwise(known))
-    if not all(low["mean"] < high["mean"] for low, high in pairs):
-        return "does not reproduce at this scale"
+    if all(low["mean"] < high["mean"] for low, high in pairs):
+        said = "reproduces at this scale"
+        apart = all(low["highest"] < high["lowest"] for low, high in pairs)
+    else:
+        said = "does not reproduce at this scale"
+        apart = any(high["highest"] < low["lowest"] for low, high in pairs)
     if min(len(row["by_seed"]) for row in known) < 2:
-        return "reproduces at this scale, in one seed"
-    if all(low["highest"] < high["lowest"] for low, high in pairs):
-        return "reproduces at this scale"
-    return "reproduces at this scale in the means, but the seeds overlap"
+        return f"{said}, in one seed"
+    return said if apart else f"{said} in the means, but the seeds overlap"
 
 
 def summary(studies: Iterable[str], results: Results, failed: dict[str, str]) -> dict[str, Any]:

@@ -5,11 +5,12 @@ import logging
 from tritonbnn import cli
 from tritonbnn.train import distributed
 from tritonbnn.train.arguments import parse
+from tritonbnn.train.checkpoint import BEST
 from tritonbnn.train.device import choose_device
 from tritonbnn.train.engine import Compute
 from tritonbnn.train.log import table
 from tritonbnn.train.run import StepRun, open_images
-from tritonbnn.train.rundir import RunFolder
+from tritonbnn.train.rundir import RunFolder, step_folder
 from tritonbnn.train.stop import Stopped, StopSignals
 
 logger = logging.getLogger("tritonbnn.train")
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
         return stopped.code
     if world.leads:
         print(table(history, published=config.recipe == "imagenet"))
-        print(f"best weights: {folder}")
+        print(f"best weights: {step_folder(folder, config.steps[-1]) / BEST}")
     distributed.leave()
     return 0
 

@@ -51,13 +51,14 @@ def _parser() -> Parser:
     parser = Parser(
         prog="python -m tritonbnn.train",
         description="Train a binary network in two steps: binary activations, then weights too.",
+        epilog="What is not given is as the recipe has it.",
         allow_abbrev=False,
     )
     parser.add_argument(
         "recipe",
         nargs="?",
         default="digits",
-        help=f"one of {', '.join(shipped_recipes())}, or a .toml file (default: digits)",
+        help=f"one of {', '.join(shipped_recipes())}, or a .toml file",
     )
     parser.add_argument("--out", help="the run's folder (default: runs/RECIPE)")
     parser.add_argument(

@@ -46,7 +46,9 @@ class Config:
     data_dir: str = setting("", "folder with train/ and val/, or with Fashion-MNIST's files")
     skip_bad_images: bool = setting(False, "count and list unreadable images, do not stop")
     image_size: int = setting(32, "height and width of the network's input", least=1)
-    augment: str = setting("none", "training views", choices=("imagenet", "crop-flip", "none"))
+    augment: str = setting(
+        "none", "training views", choices=("imagenet", "crop-flip", "crop", "none")
+    )
     lighting: str = setting("none", "colour noise", choices=("published", "pca", "none"))
     model: str = setting(
         "reactnet_a", "network", choices=("reactnet_a", "reactnet_18", "birealnet_18")
@@ -69,8 +71,8 @@ class Config:
     sync_bn: bool = setting(False, "BatchNorm statistics over all processes (CUDA)")
     init_from: str = setting(
         "",
-        "checkpoint or run whose weights the first step starts from; with --step 2, scratch:"
-        " random weights, as convolutions in torch begin",
+        "checkpoint (a published one of AdamBNN too) or run whose weights the first step starts"
+        " from; with --step 2, scratch: random weights, as convolutions in torch begin",
     )
     step: int = setting(0, "1 or 2 runs that step alone, 0 both", choices=(0, 1, 2))
     seed: int = setting(0, "of weights, order and views", least=0)

@@ -2,9 +2,11 @@
 
 import errno
 import fcntl
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tritonbnn.cli import UserError
 
@@ -40,6 +42,28 @@ def update(path: Path, content: bytes) -> None:
     """:func:`write_atomically`, unless the file says so already: a full disk is no matter then."""
     if not (path.is_file() and path.read_bytes() == content):
         write_atomically(path, content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """:func:`write_atomically` of JSON."""
+    write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def writable(path: Path | None) -> Path | None:
+    """``path``, its folder made: before the work whose result it shall hold.
+
+    Raises:
+        UserError: a file cannot be put there.
+    """
+    if path is None:
+        return None
+    make_folder(path.parent)
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder; name a file")
+    probe = path.with_name(path.name + ".probe")
+    write_atomically(probe, b"")
+    probe.unlink()
+    return path
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:

@@ -19,7 +19,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 
-AUGMENTATIONS = ("imagenet", "crop-flip", "none")
+AUGMENTATIONS = ("imagenet", "crop-flip", "crop", "none")
+_FLIPPED = ("imagenet", "crop-flip")
 LIGHTINGS = ("published", "pca", "none")
 
 _NORMALISATION = {
@@ -57,8 +58,8 @@ class TrainTransform:
 
     Args:
         augment: ``"imagenet"`` (random-resized crop and flip), ``"crop-flip"`` (the image fitted to
-            ``image_size``, shifted by up to an eighth of it over a black border, and flipped) or
-            ``"none"``.
+            ``image_size``, shifted by up to an eighth of it over a black border, and flipped),
+            ``"crop"`` (the same without the flip, which would change a digit) or ``"none"``.
         lighting: colour noise along ImageNet's principal components, std 0.1. ``"pca"`` adds it to
             pixels in [0, 1], as it was meant. ``"published"`` adds the same numbers to 8-bit
             pixels and truncates, as AdamBNN's code did: in effect each channel drops by one grey
@@ -73,7 +74,7 @@ class TrainTransform:
     def __call__(self, image: Image.Image, generator: torch.Generator) -> Tensor:
         image = self._crop(image, generator)
         shift = None if self.lighting == "none" else _colour_shift(generator)
-        if self.augment != "none" and torch.rand(1, generator=generator).item() < 0.5:
+        if self.augment in _FLIPPED and torch.rand(1, generator=generator).item() < 0.5:
             image = F.hflip(image)
         if shift is None:
             return _normalise(F.to_tensor(image))
@@ -87,7 +88,7 @@ class TrainTransform:
             box = random_resized_box(image.width, image.height, generator)
             return F.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR)
         image = _fit(image, size)
-        if self.augment == "crop-flip":
+        if self.augment in ("crop-flip", "crop"):
             border = size // 8
             top = int(torch.randint(0, 2 * border + 1, (1,), generator=generator))
             left = int(torch.randint(0, 2 * border + 1, (1,), generator=generator))

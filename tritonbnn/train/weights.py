@@ -10,6 +10,7 @@ from tritonbnn.cli import UserError
 from tritonbnn.models import build_model
 from tritonbnn.models.blocks import BinaryNetwork
 from tritonbnn.train.checkpoint import BEST, Checkpoint, read
+from tritonbnn.train.published import is_published, read_published
 from tritonbnn.train.sources import Source, open_source
 
 logger = logging.getLogger(__name__)
@@ -61,9 +62,37 @@ def load_network(place: Path) -> tuple[BinaryNetwork, Checkpoint]:
         UserError: the checkpoint is missing, damaged, or not what it says.
     """
     checkpoint = read(find_checkpoint(place))
+    return network_with_weights(checkpoint), checkpoint
+
+
+def network_with_weights(checkpoint: Checkpoint) -> BinaryNetwork:
+    """The network of a checkpoint that has been read.
+
+    Raises:
+        UserError: the checkpoint is not what it says.
+    """
     model = build(network_of(checkpoint))
     load_strictly(model, checkpoint)
-    return model, checkpoint
+    return model
+
+
+def read_any(place: Path, step: int | None) -> Checkpoint:
+    """A checkpoint of this package, or a file in the format of AdamBNN's authors.
+
+    Args:
+        place: file or run.
+        step: of a published file, which does not tell; None for a checkpoint of this package.
+
+    Raises:
+        UserError: it is missing, damaged, or of neither kind, or a step is missing or too much.
+    """
+    path = find_checkpoint(place)
+    if is_published(path):
+        return read_published(path, step)
+    checkpoint = read(path)
+    if step is not None:
+        raise UserError(f"--step is for published files, and {path} knows its own: leave it out")
+    return checkpoint
 
 
 def open_data(checkpoint: Checkpoint, data_dir: Path | None) -> Source:
@@ -86,10 +115,12 @@ def open_data(checkpoint: Checkpoint, data_dir: Path | None) -> Source:
         seed=0,
         step=1,
     )
-    if list(source.classes) != data["classes"]:
+    count = network_of(checkpoint)["num_classes"]
+    names = list(source.classes) if data["classes"] is None else data["classes"]
+    if list(source.classes) != names or len(names) != count:
         raise UserError(
             f"the data have other classes than {checkpoint.path}"
-            f" ({len(source.classes)} and {len(data['classes'])}): choose another --data-dir"
+            f" ({len(source.classes)} and {count}): choose another --data-dir"
         )
     return source
 
@@ -126,17 +157,19 @@ def check_same_network(checkpoint: Checkpoint, network: dict[str, Any]) -> None:
 
 
 def initialise_from(model: nn.Module, network: dict[str, Any], place: Path) -> None:
-    """Start from another run's weights; where it had other classes, the head stays as it is.
+    """Start from weights at hand; where they are of other classes, the head stays as it is.
 
     Args:
         model: freshly built.
         network: what it was built from.
-        place: file or run.
+        place: a run, a checkpoint file, or a published one.
 
     Raises:
         UserError: the checkpoint is of another architecture or width.
     """
-    checkpoint = read(find_checkpoint(place))
+    path = find_checkpoint(place)
+    step = 1 + network["binary_weights"]  # whatever it was published for, its weights are real
+    checkpoint = read_any(path, step if is_published(path) else None)
     before, after = network_of(checkpoint)["num_classes"], network["num_classes"]
     check_same_network(checkpoint, {**network, "num_classes": before})
     if before == after:
