@@ -80,9 +80,13 @@ def _with_result(part: Part, folder: Path) -> Part:
 def _tests(cuda: bool, tiny: bool) -> Iterator[Part]:
     options = ("-q", "-p", "no:cacheprovider")
     files = tuple(f"tests/test_{name}.py" for name in (("matmul",) if tiny else KERNEL_TESTS))
-    yield Part("tests-kernels", ("pytest", *options, *files), minutes=6, tuned=False)
+    # Most of their time goes into compiling, and what is compiled stays on disk for the next turn.
+    turns = {"turns": 3, "tuned": False}
+    yield Part("tests-kernels", ("pytest", *options, *files), minutes=6, **turns)
     if cuda:
-        yield Part("tests-gpu", ("pytest", *options, "-m", "gpu"), minutes=6, tuned=False)
+        gpu, shapes = ("pytest", *options, "-m", "gpu"), "tests/test_real_shapes.py"
+        yield Part("tests-gpu", (*gpu, f"--ignore={shapes}"), minutes=5, **turns)
+        yield Part("tests-gpu-shapes", (*gpu, shapes), minutes=5, **turns)
         small = ("tests/test_pack.py", "tests/test_conv.py", "tests/test_unit.py")
         memcheck = ("compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9")
         command = ("pytest", *options, "-m", "not gpu", "-k", "kernels", *small)

@@ -5,6 +5,7 @@ An interpreted kernel cannot be compiled, and these tests run beside interpreted
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -153,6 +154,22 @@ def test_float32_products_stay_off_the_tensor_core(tmp_path):
     products = json.loads(path.read_text())
     assert {row["op"] for row in products} == set(ops)
     assert not any(row["tensor_core"] for row in products)
+
+
+def test_what_runs_ahead_of_a_loop_divides_by_no_zero():
+    """Pixels of a 1x1 convolution of stride 2 may meet no tap, but loads run ahead of the loop."""
+    code = """
+import torch
+from tritonbnn.kernels import aot, shipped
+from tritonbnn.kernels.geometry import Geometry
+problem = shipped.Problem("conv_input_grad", Geometry(4, 28, 28, 64, 64, 1, 2, 0), torch.bfloat16)
+print(aot.compile_kernel(shipped.launches_of(problem)[-1], 90).asm["ttgir"])
+"""
+    ir = run_python(code)
+    divisors = set(re.findall(r"arith\.(?:div|rem)si %\w+, (%\w+) : i32", ir))
+    counted = {each for each in divisors if not re.fullmatch(r"%c[1-9]\d*_i32", each)}
+    assert counted
+    assert all(f"{each} = arith.maxsi" in ir for each in counted)
 
 
 def test_an_unknown_target_is_one_line():

@@ -114,6 +114,22 @@ def test_every_default_passes_the_check(op, binary_weight, dtype):
         assert "is allowed" in truth.error_of(problem, inputs, wrong)
 
 
+@pytest.mark.parametrize("op", ["conv_real", "conv_weight_grad", PLAN])
+def test_the_yardstick_of_float32_is_no_tf32(monkeypatch, op):
+    seen = []
+    convolve = truth.reference.binary_conv2d
+
+    def look(*args, **kwargs):
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return convolve(*args, **kwargs)
+
+    monkeypatch.setattr(truth.reference, "binary_conv2d", look)
+    problem = Problem(op, UNIT.layer, torch.float32)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        truth.plain(problem, problem.inputs(torch.device("cpu")), torch.float32)
+    assert seen == [False]
+
+
 def test_the_fastest_right_candidate_wins(monkeypatch):
     wrong = config.Choice("popcount", config.TileConfig(16, 16, 32, 4, 1))
     right = config.Choice("int8", config.TileConfig(32, 32, 64, 4, 1))

@@ -170,5 +170,8 @@ def test_bad_input_is_named():
         kernels.conv_packed(x.float(), weight, None, **good)
     with pytest.raises(TypeError, match=r"dtype is float64.*tritonbnn.eager"):
         kernels.conv_packed(x, weight, None, **{**good, "dtype": torch.float64})
+    wide, many = (torch.empty(n, 1, 1, 2048, dtype=torch.int32, device="meta") for n in (1, 2**15))
+    with pytest.raises(ValueError, match="at most 2147483647 weights in a layer, not 2147483648"):
+        kernels.conv_packed(wide, many, None, **{**good, "channels": 2**16, "padding": 0})
     with pytest.raises(ValueError, match="one device, not x on cpu, weight on meta"):
         kernels.conv_packed(x, weight.to("meta"), None, **good)

@@ -190,9 +190,9 @@ def test_every_candidate_is_a_whole_number_of_tiles(capability):
     assert len(tiles) > 8
     for tile in (*tiles, *TILES, config.default_tile(key, "mma")):
         cut = mma_operands.block_tiles(tile)
-        assert cut["WARPS_O"] * cut["WARPS_P"] == tile.num_warps
-        assert 16 * cut["WARPS_O"] * cut["TILES_O"] == tile.block_n
-        assert 8 * cut["WARPS_P"] * cut["TILES_P"] == tile.block_m
+        assert cut.warps_o * cut.warps_p == tile.num_warps
+        assert 16 * cut.warps_o * cut.tiles_o == tile.block_n
+        assert 8 * cut.warps_p * cut.tiles_p == tile.block_m
 
 
 LAYERS = model_layers("reactnet_a", 4, 224)
@@ -211,17 +211,17 @@ def test_layers_of_reactnet_a_on_the_gpu(gpu, one_bit_core, layer):
         padding=layer.padding,
         dtype=torch.int32,
     )
-    for choice in candidates(problem.key, 80):
-        if choice.formulation == "mma":
-            with config.using(choice):
-                (y,) = problem.run(inputs)
-            assert torch.equal(y.cpu().int(), truth), choice
+    choices = [choice for choice in candidates(problem.key, 80) if choice.formulation == "mma"]
+    for choice in choices[::4]:  # compiling takes longer than all else
+        with config.using(choice):
+            (y,) = problem.run(inputs)
+        assert torch.equal(y.cpu().int(), truth), choice
 
 
 @pytest.mark.gpu
-def test_200_random_problems_on_the_gpu(gpu, one_bit_core):
+def test_random_problems_on_the_gpu(gpu, one_bit_core):
     rng = random.Random(0)
-    for _ in range(200):
+    for _ in range(60):
         sizes = [rng.randint(1, high) for high in (5, 600, 20, 20, 150)]
         problem = (*sizes, rng.choice((1, 3)), rng.randint(1, 2))
         y, truth = convolve(problem, rng.choice(TILES), torch.int32)

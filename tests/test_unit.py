@@ -8,12 +8,13 @@ from tritonbnn import eager, kernels
 from tritonbnn.kernels import config, elementwise
 
 
-@pytest.mark.parametrize("dtype", [torch.int16, torch.int32])
-def test_moments_of_integers_are_exact(launchers, device, monkeypatch, dtype):
+@pytest.mark.parametrize(("dtype", "largest"), [(torch.int16, 9216), (torch.int32, 9 * 8192)])
+def test_moments_of_integers_are_exact(launchers, device, monkeypatch, dtype, largest):
     monkeypatch.setattr(elementwise, "MAX_PARTIALS", 3)
     generator = torch.Generator().manual_seed(0)
-    a = torch.randint(-9216, 9217, (7, 33, 11, 13), generator=generator, dtype=dtype)
-    a[:, 5] = 9216
+    a = torch.randint(-largest, largest + 1, (7, 33, 11, 13), generator=generator, dtype=dtype)
+    a[:, 5] = largest
+    a = a.contiguous(memory_format=torch.channels_last)  # which no launcher needs to copy
     mean, variance = (m.cpu() for m in launchers.channel_moments(a.to(device)))
     values = a.transpose(0, 1).reshape(33, -1).tolist()
     total = [sum(v) for v in values]
@@ -21,8 +22,8 @@ def test_moments_of_integers_are_exact(launchers, device, monkeypatch, dtype):
     spread = [sum(x * x for x in v) * count - s * s for v, s in zip(values, total, strict=True)]
     assert mean.tolist() == [s / count for s in total]
     exact = torch.tensor([s / count**2 for s in spread], dtype=torch.float64)
-    # One rounding of mean^2, which is at most 9216^2.
-    assert (variance - exact).abs().max() <= 2**-52 * 9216**2
+    # One rounding of mean^2, which is at most largest^2.
+    assert (variance - exact).abs().max() <= 2**-52 * largest**2
     assert variance[5] == 0
 
 
@@ -80,6 +81,9 @@ def test_kernels_name_bad_input():
         kernels.unit_forward(a, a.float(), *[vector] * 7, shortcut="pool", pack=False)
     with pytest.raises(TypeError, match="float64"):
         kernels.unit_forward(a, a.double(), *[vector] * 7, shortcut="identity", pack=False)
+    elsewhere = torch.zeros(8, device="meta")
+    with pytest.raises(ValueError, match="one device, not a on cpu, next_shift on meta"):
+        kernels.unit_forward(a, a.float(), *[vector] * 6, elsewhere, shortcut="identity", pack=True)
 
 
 def test_a_plan_is_looked_up_by_shape():

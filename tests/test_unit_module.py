@@ -130,10 +130,10 @@ def test_bad_input_is_named(change, message):
         ops.binary_unit(**(arguments | change))
 
 
-def test_the_plan_comes_from_the_tuning_table(launchers, monkeypatch):
+def test_the_plan_comes_from_the_tuning_table(launchers, device, monkeypatch):
     """A unit saves its convolution's output iff the plan for its shapes says so."""
-    unit = BinaryUnit(8, 8, 3)
-    x = torch.randn(2, 8, 4, 4, requires_grad=True)
+    unit = BinaryUnit(8, 8, 3).to(device)
+    x = torch.randn(2, 8, 4, 4, device=device, requires_grad=True)
     asked, saved = [], []
 
     def save(tensor):

@@ -1,6 +1,7 @@
 """The tiles worth trying for a problem."""
 
 from collections.abc import Iterator
+from dataclasses import astuple
 from itertools import groupby, product
 
 from tritonbnn.kernels import aot, config
@@ -105,7 +106,7 @@ def fits(key: ProblemKey, formulation: str, tile: TileConfig, capability: int) -
     if key.out_channels == 0 or formulation == "library" or key.op == "unit_plan":
         return True
     if formulation == "mma":  # it keeps its operands in registers
-        return elements <= MAX_ACCUMULATORS * threads and min(block_tiles(tile).values()) > 0
+        return elements <= MAX_ACCUMULATORS * threads and min(astuple(block_tiles(tile))) > 0
     if formulation == "wgmma":
         return _fits_warpgroup(key, tile, capability)
     operands = (tile.block_m + tile.block_n) * tile.block_k * _OPERAND_BYTES[key.dtype]
@@ -125,7 +126,7 @@ def _fits_warpgroup(key: ProblemKey, tile: TileConfig, capability: int) -> bool:
         capability == 90
         and (key.kernel_size, key.stride) == (1, 1)
         and tile.block_m == 16 * tile.num_warps
-        and tile.block_n >= 32
+        and tile.block_n >= max(32, tile.block_k // 32)  # a sum for every word of a stage
         and tile.block_k >= 512
         and registers <= min(255, 2**16 // (32 * tile.num_warps))
         and tile.block_n * tile.block_k // 8 * tile.num_stages <= aot.SHARED_MEMORY_LIMIT[90]

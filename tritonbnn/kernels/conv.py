@@ -30,15 +30,7 @@ def _conv_dot_kernel(
     alpha_ptr,
     y_ptr,
     pixels,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OUT_HEIGHT: tl.constexpr,
-    OUT_WIDTH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OUT_CHANNELS: tl.constexpr,
-    KERNEL_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
+    shape: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -51,8 +43,10 @@ def _conv_dot_kernel(
     """
     OPERAND: tl.constexpr = weight_ptr.dtype.element_ty
     ACCUMULATOR: tl.constexpr = tl.int32 if OPERAND.is_int() else tl.float32
+    CHANNELS: tl.constexpr = shape.channels
+    OUT_CHANNELS: tl.constexpr = shape.out_channels
     WORDS: tl.constexpr = (CHANNELS + 31) // 32
-    TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
+    TAPS: tl.constexpr = shape.kernel_size * shape.kernel_size
     CHUNKS: tl.constexpr = (CHANNELS + BLOCK_K - 1) // BLOCK_K
     pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(OUT_CHANNELS, BLOCK_N))
     pixel = (pid_m * BLOCK_M).to(tl.int32) + tl.arange(0, BLOCK_M)
@@ -61,9 +55,7 @@ def _conv_dot_kernel(
     for step in range(TAPS * CHUNKS):
         tap = step // CHUNKS
         chunk = step % CHUNKS
-        source, inside = window(
-            pixel, pixels, tap, HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, KERNEL_SIZE, STRIDE, PADDING
-        )
+        source, inside = window(pixel, pixels, tap, shape)
         word = chunk * (BLOCK_K // 32) + tl.arange(0, BLOCK_K // 32)
         x_mask = inside[:, None] & (word < WORDS)[None, :]
         bits = tl.load(x_ptr + source[:, None] * WORDS + word[None, :], mask=x_mask, other=0)
@@ -74,22 +66,11 @@ def _conv_dot_kernel(
         w = tl.load(weight_ptr + offs_w, mask=w_mask, other=0)
         acc = tl.dot(signs(bits, OPERAND), w, acc, input_precision="ieee", out_dtype=ACCUMULATOR)
     known = out < OUT_CHANNELS
-    if PADDING > 0:
+    if shape.padding > 0:
         # A tap outside the image was all -1 above; giving back its sum once costs less than
         # masking every sign.
         for tap in range(TAPS):
-            _, inside = window(
-                pixel,
-                pixels,
-                tap,
-                HEIGHT,
-                WIDTH,
-                OUT_HEIGHT,
-                OUT_WIDTH,
-                KERNEL_SIZE,
-                STRIDE,
-                PADDING,
-            )
+            _, inside = window(pixel, pixels, tap, shape)
             tap_sum = tl.load(tap_sum_ptr + out * TAPS + tap, mask=known, other=0)
             acc += tl.where(inside[:, None], 0, tap_sum[None, :])
     y = acc
@@ -107,15 +88,7 @@ def _conv_popcount_kernel(
     alpha_ptr,
     y_ptr,
     pixels,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OUT_HEIGHT: tl.constexpr,
-    OUT_WIDTH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OUT_CHANNELS: tl.constexpr,
-    KERNEL_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
+    shape: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -124,8 +97,10 @@ def _conv_popcount_kernel(
     x (N H W, words) int32; weight (O, kh kw, words) int32; alpha (O,) float32 or None; y
     (N H' W', O) of any number dtype.
     """
+    CHANNELS: tl.constexpr = shape.channels
+    OUT_CHANNELS: tl.constexpr = shape.out_channels
     WORDS: tl.constexpr = (CHANNELS + 31) // 32
-    TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
+    TAPS: tl.constexpr = shape.kernel_size * shape.kernel_size
     pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(OUT_CHANNELS, BLOCK_N))
     pixel = (pid_m * BLOCK_M).to(tl.int32) + tl.arange(0, BLOCK_M)
     out = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -133,9 +108,7 @@ def _conv_popcount_kernel(
     differing = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
     valid_taps = tl.zeros((BLOCK_M,), tl.int32)
     for tap in range(TAPS):
-        source, inside = window(
-            pixel, pixels, tap, HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, KERNEL_SIZE, STRIDE, PADDING
-        )
+        source, inside = window(pixel, pixels, tap, shape)
         valid_taps += inside.to(tl.int32)
         # x ^ w & keep is one three-input instruction, so the padding costs nothing.
         keep = tl.where(inside, -1, 0)[:, None]
@@ -233,7 +206,7 @@ def _launch_dot(
         alpha_ptr=alpha,
         y_ptr=y,
         pixels=geometry.pixels,
-        **geometry.constants,
+        shape=geometry.shape,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=max(tile.block_k, WORD_BITS),
@@ -259,7 +232,7 @@ def _launch_popcount(
         alpha_ptr=alpha,
         y_ptr=y,
         pixels=geometry.pixels,
-        **geometry.constants,
+        shape=geometry.shape,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
     )

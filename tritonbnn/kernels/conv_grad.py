@@ -32,15 +32,7 @@ def _conv_input_grad_kernel(
     weight_ptr,
     dx_ptr,
     batch,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OUT_HEIGHT: tl.constexpr,
-    OUT_WIDTH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OUT_CHANNELS: tl.constexpr,
-    KERNEL_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
+    shape: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -51,39 +43,45 @@ def _conv_input_grad_kernel(
     a pixel meets only the taps of its parity, so axis 1 of the grid is the parity class and a
     program's pixels share their taps.
     """
+    CHANNELS: tl.constexpr = shape.channels
+    OUT_CHANNELS: tl.constexpr = shape.out_channels
+    KERNEL_SIZE: tl.constexpr = shape.kernel_size
+    STRIDE: tl.constexpr = shape.stride
+    PADDING: tl.constexpr = shape.padding
     TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
     CHUNKS: tl.constexpr = (OUT_CHANNELS + BLOCK_K - 1) // BLOCK_K
-    ROWS: tl.constexpr = (HEIGHT + STRIDE - 1) // STRIDE
-    COLUMNS: tl.constexpr = (WIDTH + STRIDE - 1) // STRIDE
+    ROWS: tl.constexpr = (shape.height + STRIDE - 1) // STRIDE
+    COLUMNS: tl.constexpr = (shape.width + STRIDE - 1) // STRIDE
     pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(CHANNELS, BLOCK_N))
     pixel = (pid_m * BLOCK_M).to(tl.int32) + tl.arange(0, BLOCK_M)
     image = pixel // (ROWS * COLUMNS)
     y = pixel // COLUMNS % ROWS * STRIDE + tl.program_id(1) // STRIDE
     x = pixel % COLUMNS * STRIDE + tl.program_id(1) % STRIDE
-    exists = (image < batch) & (y < HEIGHT) & (x < WIDTH)
+    exists = (image < batch) & (y < shape.height) & (x < shape.width)
     first_y = (tl.program_id(1) // STRIDE + PADDING) % STRIDE
     first_x = (tl.program_id(1) % STRIDE + PADDING) % STRIDE
     taps_y = (KERNEL_SIZE - first_y + STRIDE - 1) // STRIDE
     taps_x = (KERNEL_SIZE - first_x + STRIDE - 1) // STRIDE
+    divisor = tl.maximum(taps_x, 1)  # a class may have no taps, and loads run ahead of the loop
     channel = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(taps_y * taps_x * CHUNKS):
         out = step % CHUNKS * BLOCK_K + tl.arange(0, BLOCK_K)
-        ky = first_y + step // CHUNKS // taps_x * STRIDE
-        kx = first_x + step // CHUNKS % taps_x * STRIDE
+        ky = first_y + step // CHUNKS // divisor * STRIDE
+        kx = first_x + step // CHUNKS % divisor * STRIDE
         # Exact, since a class has the taps that its pixels meet and no others.
         out_y = (y + PADDING - ky) // STRIDE
         out_x = (x + PADDING - kx) // STRIDE
-        inside = exists & (out_y >= 0) & (out_y < OUT_HEIGHT)
-        inside &= (out_x >= 0) & (out_x < OUT_WIDTH)
-        source = (image * OUT_HEIGHT + out_y).to(tl.int64) * OUT_WIDTH + out_x
+        inside = exists & (out_y >= 0) & (out_y < shape.out_height)
+        inside &= (out_x >= 0) & (out_x < shape.out_width)
+        source = (image * shape.out_height + out_y).to(tl.int64) * shape.out_width + out_x
         g_mask = inside[:, None] & (out < OUT_CHANNELS)[None, :]
         g = tl.load(grad_ptr + source[:, None] * OUT_CHANNELS + out[None, :], mask=g_mask, other=0)
         offs_w = (out[:, None] * TAPS + ky * KERNEL_SIZE + kx) * CHANNELS + channel[None, :]
         w_mask = (out < OUT_CHANNELS)[:, None] & (channel < CHANNELS)[None, :]
         w = tl.load(weight_ptr + offs_w, mask=w_mask, other=0)
         acc = tl.dot(g, w, acc, input_precision="ieee")
-    target = (image * HEIGHT + y).to(tl.int64) * WIDTH + x
+    target = (image * shape.height + y).to(tl.int64) * shape.width + x
     mask = exists[:, None] & (channel < CHANNELS)[None, :]
     dx = acc.to(dx_ptr.dtype.element_ty)
     tl.store(dx_ptr + target[:, None] * CHANNELS + channel[None, :], dx, mask=mask)
@@ -96,15 +94,7 @@ def _conv_weight_grad_kernel(
     partial_ptr,
     pixels,
     steps,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OUT_HEIGHT: tl.constexpr,
-    OUT_WIDTH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    OUT_CHANNELS: tl.constexpr,
-    KERNEL_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
+    shape: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -116,8 +106,10 @@ def _conv_weight_grad_kernel(
     blocks of BLOCK_K pixels each.
     """
     OPERAND: tl.constexpr = grad_ptr.dtype.element_ty
+    CHANNELS: tl.constexpr = shape.channels
+    OUT_CHANNELS: tl.constexpr = shape.out_channels
     WORDS: tl.constexpr = (CHANNELS + 31) // 32
-    TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
+    TAPS: tl.constexpr = shape.kernel_size * shape.kernel_size
     pid_m, pid_n = tile_of(tl.program_id(0), tl.cdiv(CHANNELS, BLOCK_N))
     tap = tl.program_id(1)
     split = tl.program_id(2)
@@ -127,9 +119,7 @@ def _conv_weight_grad_kernel(
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for step in range(split * steps, split * steps + steps):
         pixel = step * BLOCK_K + tl.arange(0, BLOCK_K)
-        source, inside = window(
-            pixel, pixels, tap, HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, KERNEL_SIZE, STRIDE, PADDING
-        )
+        source, inside = window(pixel, pixels, tap, shape)
         offs_g = pixel.to(tl.int64)[None, :] * OUT_CHANNELS + out[:, None]
         # A tap outside the image adds nothing: dropping its gradient is free, masking signs is not.
         g_mask = inside[None, :] & (out < OUT_CHANNELS)[:, None]
@@ -203,7 +193,7 @@ def _launch_input_grad(
         weight_ptr=weight,
         dx_ptr=dx,
         batch=geometry.batch,
-        **geometry.constants,
+        shape=geometry.shape,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
@@ -272,7 +262,7 @@ def _launch_weight_grad(
         partial_ptr=partial,
         pixels=geometry.pixels,
         steps=triton.cdiv(blocks, splits),
-        **geometry.constants,
+        shape=geometry.shape,
         BLOCK_M=tile.block_m,
         BLOCK_N=max(tile.block_n, WORD_BITS),
         BLOCK_K=tile.block_k,

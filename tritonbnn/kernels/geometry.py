@@ -10,6 +10,27 @@ from tritonbnn.kernels.config import ProblemKey
 MAX_PIXELS = 2**31 - 2**12
 """Pixels are counted in int32, tails of a tile included; addresses are int64."""
 
+MAX_WEIGHTS = 2**31 - 1
+"""Addresses within a weight are int32."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A convolution as kernels know it: one constant, so that dividing by a size is multiplying.
+
+    Fields alone, no properties: what a kernel compiled to is found again by their values.
+    """
+
+    height: int
+    width: int
+    out_height: int
+    out_width: int
+    channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int
+    padding: int
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -48,19 +69,19 @@ class Geometry:
         return self.batch, self.out_channels, self.out_height, self.out_width
 
     @property
-    def constants(self) -> dict[str, int]:
-        """The kernels' constexpr arguments: division by a constant is a multiplication."""
-        return {
-            "HEIGHT": self.height,
-            "WIDTH": self.width,
-            "OUT_HEIGHT": self.out_height,
-            "OUT_WIDTH": self.out_width,
-            "CHANNELS": self.channels,
-            "OUT_CHANNELS": self.out_channels,
-            "KERNEL_SIZE": self.kernel_size,
-            "STRIDE": self.stride,
-            "PADDING": self.padding,
-        }
+    def shape(self) -> Shape:
+        """What kernels know of it."""
+        return Shape(
+            self.height,
+            self.width,
+            self.out_height,
+            self.out_width,
+            self.channels,
+            self.out_channels,
+            self.kernel_size,
+            self.stride,
+            self.padding,
+        )
 
     def key(self, op: str, dtype: str) -> ProblemKey:
         """The tuning table's name for an operation on this problem."""
@@ -89,6 +110,9 @@ def check_geometry(geometry: Geometry) -> None:
     pixels = max(geometry.pixels, geometry.batch * geometry.height * geometry.width)
     if pixels > MAX_PIXELS:
         raise ValueError(f"at most {MAX_PIXELS} pixels in a batch, not {pixels}")
+    weights = geometry.out_channels * geometry.channels * geometry.kernel_size**2
+    if weights > MAX_WEIGHTS:
+        raise ValueError(f"at most {MAX_WEIGHTS} weights in a layer, not {weights}")
 
 
 def checked_geometry(

@@ -10,7 +10,7 @@ from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.layout import channels_last
 
 
-def _contract() -> AbstractContextManager[None]:
+def contract() -> AbstractContextManager[None]:
     """cuDNN as our contracts want it: deterministic, and real float32 products."""
     return torch.backends.cudnn.flags(
         enabled=True,
@@ -22,7 +22,7 @@ def _contract() -> AbstractContextManager[None]:
 
 def convolution(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """torch's conv2d in the operands' own dtype, whatever autocast would make of it."""
-    with _contract(), torch.autocast(x.device.type, enabled=False):
+    with contract(), torch.autocast(x.device.type, enabled=False):
         y = F.conv2d(x, weight, stride=geometry.stride, padding=geometry.padding)
     return channels_last(y)
 
@@ -32,7 +32,7 @@ def convolution_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch's gradients of a convolution to (input, weight, bias), those that ``mask`` asks for."""
     stride, padding = [geometry.stride] * 2, [geometry.padding] * 2
-    with _contract():
+    with contract():
         return torch.ops.aten.convolution_backward(
             channels_last(grad), x, weight, None, stride, padding, [1, 1], False, [0, 0], 1, mask
         )

@@ -23,7 +23,7 @@ from tritonbnn.kernels.mma_operands import (
     window_bases,
     window_ones,
 )
-from tritonbnn.kernels.mma_tile import output_layout, signed_sums, store_scaled
+from tritonbnn.kernels.mma_tile import signed_sums, store_scaled
 
 
 @gluon.jit
@@ -35,56 +35,16 @@ def _conv_mma_kernel(
     alpha_ptr,
     y_ptr,
     pixels,
-    HEIGHT: gl.constexpr,
-    WIDTH: gl.constexpr,
-    OUT_HEIGHT: gl.constexpr,
-    OUT_WIDTH: gl.constexpr,
-    CHANNELS: gl.constexpr,
-    OUT_CHANNELS: gl.constexpr,
-    KERNEL_SIZE: gl.constexpr,
-    STRIDE: gl.constexpr,
-    PADDING: gl.constexpr,
-    WARPS_O: gl.constexpr,
-    TILES_O: gl.constexpr,
-    WARPS_P: gl.constexpr,
-    TILES_P: gl.constexpr,
+    shape: gl.constexpr,
+    cut: gl.constexpr,
 ):
     """y[p, o] = alpha[o] (base[border[p], o] - 2 ones[p] + 4 popcount(x & w)).
 
     x (N H W, words) int32; weight, base and patch as :mod:`tritonbnn.kernels.mma_operands` makes
     them; alpha (O,) float32 or None; y (N H' W', O) of any number dtype.
     """
-    OUTPUT: gl.constexpr = output_layout(WARPS_O, TILES_O, WARPS_P, TILES_P)
-    BLOCK_P: gl.constexpr = WARPS_P * TILES_P * 8
-    BLOCK_O: gl.constexpr = WARPS_O * TILES_O * 16
-    blocks_o: gl.constexpr = (OUT_CHANNELS + BLOCK_O - 1) // BLOCK_O
-    pid_p = gl.program_id(0) // blocks_o
-    pid_o = gl.program_id(0) % blocks_o
-    y = signed_sums(
-        x_ptr,
-        weight_ptr,
-        base_ptr,
-        patch_ptr,
-        pixels,
-        pid_p,
-        pid_o,
-        HEIGHT,
-        WIDTH,
-        OUT_HEIGHT,
-        OUT_WIDTH,
-        CHANNELS,
-        OUT_CHANNELS,
-        KERNEL_SIZE,
-        STRIDE,
-        PADDING,
-        WARPS_O,
-        TILES_O,
-        WARPS_P,
-        TILES_P,
-    )
-    pixel = pid_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, OUTPUT))
-    out = pid_o * BLOCK_O + gl.arange(0, BLOCK_O, gl.SliceLayout(0, OUTPUT))
-    store_scaled(y, y_ptr, alpha_ptr, pixel, out, pixels, OUT_CHANNELS)
+    y, pixel, out = signed_sums(x_ptr, weight_ptr, base_ptr, patch_ptr, pixels, shape, cut)
+    store_scaled(y, y_ptr, alpha_ptr, pixel, out, pixels, shape.out_channels)
 
 
 def conv_mma(
@@ -125,10 +85,10 @@ def product_arguments(
     tiles = blocks_o * tile.block_n // 16
     return triton.cdiv(geometry.pixels, tile.block_m) * blocks_o, {
         "x_ptr": x,
-        "weight_ptr": weight_fragments(weight, geometry, cut["TILES_O"], tiles),
+        "weight_ptr": weight_fragments(weight, geometry, cut.tiles_o, tiles),
         "base_ptr": window_bases(weight, geometry),
         "patch_ptr": window_ones(x, geometry),
         "pixels": geometry.pixels,
-        **geometry.constants,
-        **cut,
+        "shape": geometry.shape,
+        "cut": cut,
     }

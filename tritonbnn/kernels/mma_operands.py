@@ -5,6 +5,7 @@ Bytes: ``patch`` costs 8 an output pixel, written and read, and one more pass ov
 the others are about as small as the packed weight.
 """
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -137,14 +138,7 @@ def _patch_kernel(
     x_ptr,
     patch_ptr,
     pixels,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OUT_HEIGHT: tl.constexpr,
-    OUT_WIDTH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    KERNEL_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
+    shape: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_WORDS: tl.constexpr,
 ):
@@ -152,35 +146,43 @@ def _patch_kernel(
 
     x (N H W, words) int32; patch (N H' W') int32.
     """
-    WORDS: tl.constexpr = (CHANNELS + 31) // 32
+    WORDS: tl.constexpr = (shape.channels + 31) // 32
     pixel = (tl.program_id(0) * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
     word = tl.arange(0, BLOCK_WORDS)[None, :]
     ones = tl.zeros((BLOCK,), tl.int32)
-    for tap in range(KERNEL_SIZE * KERNEL_SIZE):
-        source, inside = window(
-            pixel, pixels, tap, HEIGHT, WIDTH, OUT_HEIGHT, OUT_WIDTH, KERNEL_SIZE, STRIDE, PADDING
-        )
+    for tap in range(shape.kernel_size * shape.kernel_size):
+        source, inside = window(pixel, pixels, tap, shape)
         mask = inside[:, None] & (word < WORDS)
         x = tl.load(x_ptr + source[:, None] * WORDS + word, mask=mask, other=0)
         ones += tl.sum(popcount(x), axis=1)
-    row = pixel // OUT_WIDTH % OUT_HEIGHT * STRIDE - PADDING
-    column = pixel % OUT_WIDTH * STRIDE - PADDING
-    border = (row < 0).to(tl.int32) + 2 * (row + KERNEL_SIZE > HEIGHT).to(tl.int32)
-    border += 4 * (column < 0).to(tl.int32) + 8 * (column + KERNEL_SIZE > WIDTH).to(tl.int32)
+    row = pixel // shape.out_width % shape.out_height * shape.stride - shape.padding
+    column = pixel % shape.out_width * shape.stride - shape.padding
+    below, right = row + shape.kernel_size > shape.height, column + shape.kernel_size > shape.width
+    border = (row < 0).to(tl.int32) + 2 * below.to(tl.int32)
+    border += 4 * (column < 0).to(tl.int32) + 8 * right.to(tl.int32)
     tl.store(patch_ptr + pixel, 16 * ones + border, mask=pixel < pixels)
 
 
-def block_tiles(tile: TileConfig) -> dict[str, int]:
-    """How a block's warps share it, as the kernels' constants.
+@dataclass(frozen=True)
+class Cut:
+    """How a block's warps share it, in tiles of 16 channels by 8 pixels: a kernel's constant."""
 
-    Channels first, at most 64 a warp, then pixels: 16 channels by 8 pixels are one tile. A count
-    is 0 where the block is too small for its warps.
+    warps_o: int
+    tiles_o: int
+    warps_p: int
+    tiles_p: int
+
+
+def block_tiles(tile: TileConfig) -> Cut:
+    """How warps share a block: channels first, at most 64 a warp, then pixels.
+
+    A count is 0 where the block is too small for its warps.
     """
     tiles_o = min(4, tile.block_n // 16)
     warps_o = tile.block_n // (16 * tiles_o)
     warps_p = tile.num_warps // warps_o
     tiles_p = tile.block_m // (8 * warps_p) if warps_p else 0
-    return {"WARPS_O": warps_o, "TILES_O": tiles_o, "WARPS_P": warps_p, "TILES_P": tiles_p}
+    return Cut(warps_o, tiles_o, warps_p, tiles_p)
 
 
 def takes(formulation: str, geometry: Geometry) -> bool:
@@ -292,7 +294,6 @@ def window_ones(x: Tensor, geometry: Geometry) -> Tensor:
     patch = torch.empty(geometry.pixels, dtype=torch.int32, device=x.device)
     block_words = power_of_two(x.shape[-1])
     block = max(1, 1024 // block_words)
-    constants = {k: v for k, v in geometry.constants.items() if k != "OUT_CHANNELS"}
     launch(
         _patch_kernel,
         triton.cdiv(geometry.pixels, block),
@@ -300,7 +301,7 @@ def window_ones(x: Tensor, geometry: Geometry) -> Tensor:
         x_ptr=x,
         patch_ptr=patch,
         pixels=geometry.pixels,
-        **constants,
+        shape=geometry.shape,
         BLOCK=block,
         BLOCK_WORDS=block_words,
     )

@@ -9,6 +9,7 @@ from triton.experimental.gluon.language.nvidia import hopper
 
 from tritonbnn.kernels.config import TileConfig
 from tritonbnn.kernels.launch import launch
+from tritonbnn.kernels.mma_operands import Cut
 from tritonbnn.kernels.mma_tile import (
     add_common_ones,
     as_matrix,
@@ -38,21 +39,20 @@ WARPGROUP_STEP_OPERATIONS = WARPS // 4 * WARPGROUP_STEPS * (2 * 64 * 256 * 256)
 
 
 @gluon.jit
-def _peak_kernel(words_ptr, sums_ptr, steps, WARPS: gl.constexpr, TILES: gl.constexpr):
+def _peak_kernel(words_ptr, sums_ptr, steps, cut: gl.constexpr):
     """sums[b, p, o] = steps popcount(x & w), of two chunks of 256 bits, a block b a program.
 
-    words (32, 4) int32, the operands by lane and register; sums (programs, 8 WARPS TILES, 16 TILES)
-    int32.
+    words (32, 4) int32, the operands by lane and register; sums (programs, pixels, channels) int32.
     """
-    LAYOUT: gl.constexpr = fragment_layout(1, TILES, WARPS, TILES)
+    LAYOUT: gl.constexpr = fragment_layout(cut)
     X: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))
     W: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))
-    OUTPUT: gl.constexpr = output_layout(1, TILES, WARPS, TILES)
-    PIXELS: gl.constexpr = 8 * WARPS * TILES
-    CHANNELS: gl.constexpr = 16 * TILES
+    OUTPUT: gl.constexpr = output_layout(cut)
+    PIXELS: gl.constexpr = OUTPUT.shape[0]
+    CHANNELS: gl.constexpr = OUTPUT.shape[1]
     x = gl.load(words_ptr + (steps_along(32, 2, X) * 4 + steps_along(4, 3, X)))
     w = gl.load(words_ptr + (steps_along(32, 2, W) * 4 + steps_along(4, 3, W)))
-    acc = gl.full([1, TILES, WARPS, TILES, 32, 4], 0, gl.int32, LAYOUT)
+    acc = gl.full(LAYOUT.shape, 0, gl.int32, LAYOUT)
     for _ in range(steps):
         acc = add_common_ones(w, w, x, acc)
     pixel = gl.program_id(0) * PIXELS + gl.arange(0, PIXELS, gl.SliceLayout(1, OUTPUT))
@@ -68,7 +68,7 @@ def run_steps(blocks: int, steps: int, device: torch.device) -> torch.Tensor:
     sums = torch.empty(shape, dtype=torch.int32, device=device)
     tile = TileConfig(shape[1], shape[2], 1, WARPS, 1)
     arguments = {"words_ptr": words, "sums_ptr": sums, "steps": steps}
-    launch(_peak_kernel, blocks, tile, **arguments, WARPS=WARPS, TILES=TILES)
+    launch(_peak_kernel, blocks, tile, **arguments, cut=Cut(1, TILES, WARPS, TILES))
     return sums
 
 

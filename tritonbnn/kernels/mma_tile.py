@@ -35,27 +35,27 @@ def bits(size, axis, scale=1, rank=2):
 
 
 @gluon.constexpr_function
-def fragment_layout(warps_o, tiles_o, warps_p, tiles_p):
+def fragment_layout(cut):
     """Accumulators by (channel warp, channel tile, pixel warp, pixel tile, lane, register)."""
     return gl.DistributedLinearLayout(
-        bits(4, 5, rank=6) + bits(tiles_p, 3, rank=6) + bits(tiles_o, 1, rank=6),
+        bits(4, 5, rank=6) + bits(cut.tiles_p, 3, rank=6) + bits(cut.tiles_o, 1, rank=6),
         bits(32, 4, rank=6),
-        bits(warps_p, 2, rank=6) + bits(warps_o, 0, rank=6),
+        bits(cut.warps_p, 2, rank=6) + bits(cut.warps_o, 0, rank=6),
         [],
-        [warps_o, tiles_o, warps_p, tiles_p, 32, 4],
+        [cut.warps_o, cut.tiles_o, cut.warps_p, cut.tiles_p, 32, 4],
     )
 
 
 @gluon.constexpr_function
-def output_layout(warps_o, tiles_o, warps_p, tiles_p):
+def output_layout(cut):
     """The same accumulators as pixels x channels; a thread has 2 tiles_o channels side by side."""
-    channels, pixels = 2 * tiles_o, 8 * tiles_p
+    channels, pixels = 2 * cut.tiles_o, 8 * cut.tiles_p
     return gl.DistributedLinearLayout(
-        bits(channels, 1) + bits(2, 0) + bits(tiles_p, 0, 8),
+        bits(channels, 1) + bits(2, 0) + bits(cut.tiles_p, 0, 8),
         bits(4, 0, 2) + bits(8, 1, channels),
-        bits(warps_p, 0, pixels) + bits(warps_o, 1, 8 * channels),
+        bits(cut.warps_p, 0, pixels) + bits(cut.warps_o, 1, 8 * channels),
         [],
-        [warps_p * pixels, warps_o * 8 * channels],
+        [cut.warps_p * pixels, cut.warps_o * 8 * channels],
     )
 
 
@@ -78,32 +78,25 @@ def steps_along(size: gl.constexpr, axis: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _taps_inside(row, column, HEIGHT: gl.constexpr, WIDTH: gl.constexpr):
+def _taps_inside(row, column, shape: gl.constexpr):
     """Which taps of a 3x3 window at (row, column) lie inside the image: a bit each."""
-    first, last = (column >= 0).to(gl.int32), (column + 2 < WIDTH).to(gl.int32)
+    first, last = (column >= 0).to(gl.int32), (column + 2 < shape.width).to(gl.int32)
     line = first + 2 + last * 4
-    above, below = (row >= 0).to(gl.int32), (row + 2 < HEIGHT).to(gl.int32)
+    above, below = (row >= 0).to(gl.int32), (row + 2 < shape.height).to(gl.int32)
     return line * (above + 8 + below * 64)
 
 
 @gluon.jit
-def _window_words(
-    x_ptr,
-    start,
-    inside,
-    position,
-    WIDTH: gl.constexpr,
-    WORDS: gl.constexpr,
-    KERNEL_SIZE: gl.constexpr,
-    PADDING: gl.constexpr,
-):
+def _window_words(x_ptr, start, inside, position, shape: gl.constexpr):
     """The words of x at ``position`` among a window's; 0 outside the image.
 
     Beyond K it is some word of the last tap: the weight is 0 there.
     """
-    tap = gl.minimum(position // WORDS, KERNEL_SIZE * KERNEL_SIZE - 1)
-    word = tap // KERNEL_SIZE * (WIDTH * WORDS) + tap % KERNEL_SIZE * WORDS + position % WORDS
-    if PADDING == 0:
+    WORDS: gl.constexpr = (shape.channels + 31) // 32
+    SIZE: gl.constexpr = shape.kernel_size
+    tap = gl.minimum(position // WORDS, SIZE * SIZE - 1)
+    word = tap // SIZE * (shape.width * WORDS) + tap % SIZE * WORDS + position % WORDS
+    if shape.padding == 0:
         return gl.load(x_ptr + (start + word))
     return gl.load(x_ptr + (start + word), mask=(inside >> tap) % 2 != 0, other=0)
 
@@ -175,59 +168,53 @@ def store_scaled(y, y_ptr, alpha_ptr, pixel, out, pixels, OUT_CHANNELS: gl.const
 
 
 @gluon.jit
+def block_of_program(shape: gl.constexpr, cut: gl.constexpr):
+    """Which block of pixels and which of channels. Channels run fastest: neighbours share x."""
+    BLOCK_O: gl.constexpr = cut.warps_o * cut.tiles_o * 16
+    blocks_o: gl.constexpr = (shape.out_channels + BLOCK_O - 1) // BLOCK_O
+    return gl.program_id(0) // blocks_o, gl.program_id(0) % blocks_o
+
+
+@gluon.jit
 def signed_sums(
-    x_ptr,
-    weight_ptr,
-    base_ptr,
-    patch_ptr,
-    pixels,
-    pid_p,
-    pid_o,
-    HEIGHT: gl.constexpr,
-    WIDTH: gl.constexpr,
-    OUT_HEIGHT: gl.constexpr,
-    OUT_WIDTH: gl.constexpr,
-    CHANNELS: gl.constexpr,
-    OUT_CHANNELS: gl.constexpr,
-    KERNEL_SIZE: gl.constexpr,
-    STRIDE: gl.constexpr,
-    PADDING: gl.constexpr,
-    WARPS_O: gl.constexpr,
-    TILES_O: gl.constexpr,
-    WARPS_P: gl.constexpr,
-    TILES_P: gl.constexpr,
+    x_ptr, weight_ptr, base_ptr, patch_ptr, pixels, shape: gl.constexpr, cut: gl.constexpr
 ):
-    """A block of the convolution, (pixels, channels) int32 in :func:`output_layout`.
+    """A program's block of the convolution: sums, pixels, channels.
+
+    The sums are (pixels, channels) int32 in :func:`output_layout`, the others the indices of its
+    axes. Beyond the last pixel and the last channel a sum is anything.
 
     x (N H W, words) int32; weight, base and patch as :mod:`tritonbnn.kernels.mma_operands` makes
-    them. Beyond the last pixel and the last channel it holds anything.
+    them; ``shape`` a :class:`tritonbnn.kernels.geometry.Shape`, ``cut`` a
+    :class:`tritonbnn.kernels.mma_operands.Cut`.
     """
-    WORDS: gl.constexpr = (CHANNELS + 31) // 32
-    CHUNKS: gl.constexpr = (KERNEL_SIZE * KERNEL_SIZE * WORDS + 15) // 16
-    LAYOUT: gl.constexpr = fragment_layout(WARPS_O, TILES_O, WARPS_P, TILES_P)
+    WORDS: gl.constexpr = (shape.channels + 31) // 32
+    CHUNKS: gl.constexpr = (shape.kernel_size * shape.kernel_size * WORDS + 15) // 16
+    LAYOUT: gl.constexpr = fragment_layout(cut)
     X: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))
     W: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))
-    OUTPUT: gl.constexpr = output_layout(WARPS_O, TILES_O, WARPS_P, TILES_P)
-    BLOCK_P: gl.constexpr = WARPS_P * TILES_P * 8
-    BLOCK_O: gl.constexpr = WARPS_O * TILES_O * 16
+    OUTPUT: gl.constexpr = output_layout(cut)
+    BLOCK_P: gl.constexpr = cut.warps_p * cut.tiles_p * 8
+    BLOCK_O: gl.constexpr = cut.warps_o * cut.tiles_o * 16
+    pid_p, pid_o = block_of_program(shape, cut)
 
-    tile = steps_along(WARPS_P, 0, X) * TILES_P + steps_along(TILES_P, 1, X)
+    tile = steps_along(cut.warps_p, 0, X) * cut.tiles_p + steps_along(cut.tiles_p, 1, X)
     lane = steps_along(32, 2, X)
     pixel = gl.minimum(pid_p * BLOCK_P + tile * 8 + lane // 4, pixels - 1)
-    row = pixel // OUT_WIDTH % OUT_HEIGHT * STRIDE - PADDING
-    column = pixel % OUT_WIDTH * STRIDE - PADDING
-    image = pixel // (OUT_WIDTH * OUT_HEIGHT)
-    start = ((image * HEIGHT + row) * WIDTH + column).to(gl.int64) * WORDS
-    inside = _taps_inside(row, column, HEIGHT, WIDTH)
+    row = pixel // shape.out_width % shape.out_height * shape.stride - shape.padding
+    column = pixel % shape.out_width * shape.stride - shape.padding
+    image = pixel // (shape.out_width * shape.out_height)
+    start = ((image * shape.height + row) * shape.width + column).to(gl.int64) * WORDS
+    inside = _taps_inside(row, column, shape)
     position = lane % 4 * 4 + steps_along(4, 3, X)
 
-    tile = (pid_o * WARPS_O + steps_along(WARPS_O, 0, W)) * TILES_O + steps_along(TILES_O, 1, W)
+    tile = pid_o * cut.warps_o + steps_along(cut.warps_o, 0, W)
+    tile = tile * cut.tiles_o + steps_along(cut.tiles_o, 1, W)
     fragment = tile * (CHUNKS * 256) + steps_along(32, 2, W) * 4 + steps_along(4, 3, W)
 
-    acc = gl.full([WARPS_O, TILES_O, WARPS_P, TILES_P, 32, 4], 0, gl.int32, LAYOUT)
+    acc = gl.full(LAYOUT.shape, 0, gl.int32, LAYOUT)
     for chunk in range(CHUNKS):
-        words = chunk * 16 + position
-        x = _window_words(x_ptr, start, inside, words, WIDTH, WORDS, KERNEL_SIZE, PADDING)
+        x = _window_words(x_ptr, start, inside, chunk * 16 + position, shape)
         w0 = gl.load(weight_ptr + (chunk * 256 + fragment))
         w1 = gl.load(weight_ptr + (chunk * 256 + 128 + fragment))
         acc = add_common_ones(w0, w1, x, acc)
@@ -235,4 +222,7 @@ def signed_sums(
     pixel = pid_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, OUTPUT))
     out = pid_o * BLOCK_O + gl.arange(0, BLOCK_O, gl.SliceLayout(0, OUTPUT))
     common = as_matrix(acc, OUTPUT)
-    return sums_of_signs(common, base_ptr, patch_ptr, pixel, out, pixels, OUT_CHANNELS, PADDING)
+    channels: gl.constexpr = shape.out_channels
+    padding: gl.constexpr = shape.padding
+    y = sums_of_signs(common, base_ptr, patch_ptr, pixel, out, pixels, channels, padding)
+    return y, pixel, out

@@ -17,7 +17,7 @@ from tritonbnn.kernels.config import default_tile
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import launch
 from tritonbnn.kernels.mma import product_arguments
-from tritonbnn.kernels.mma_tile import output_layout, signed_sums
+from tritonbnn.kernels.mma_tile import block_of_program, signed_sums
 from tritonbnn.kernels.unit import moments_of, per_channel, shortcut_value
 from tritonbnn.layout import flat_pixels, from_flat
 
@@ -30,60 +30,21 @@ def _moments_mma_kernel(
     patch_ptr,
     sums_ptr,
     pixels,
-    HEIGHT: gl.constexpr,
-    WIDTH: gl.constexpr,
-    OUT_HEIGHT: gl.constexpr,
-    OUT_WIDTH: gl.constexpr,
-    CHANNELS: gl.constexpr,
-    OUT_CHANNELS: gl.constexpr,
-    KERNEL_SIZE: gl.constexpr,
-    STRIDE: gl.constexpr,
-    PADDING: gl.constexpr,
-    WARPS_O: gl.constexpr,
-    TILES_O: gl.constexpr,
-    WARPS_P: gl.constexpr,
-    TILES_P: gl.constexpr,
+    shape: gl.constexpr,
+    cut: gl.constexpr,
 ):
     """Each block's share of the sums over pixels of y and y^2, y as the convolution has it.
 
     Operands as :func:`tritonbnn.kernels.mma_tile.signed_sums` takes them; sums (blocks of pixels,
     2, O) int64.
     """
-    OUTPUT: gl.constexpr = output_layout(WARPS_O, TILES_O, WARPS_P, TILES_P)
-    BLOCK_P: gl.constexpr = WARPS_P * TILES_P * 8
-    BLOCK_O: gl.constexpr = WARPS_O * TILES_O * 16
-    blocks_o: gl.constexpr = (OUT_CHANNELS + BLOCK_O - 1) // BLOCK_O
-    pid_p = gl.program_id(0) // blocks_o
-    pid_o = gl.program_id(0) % blocks_o
-    y = signed_sums(
-        x_ptr,
-        weight_ptr,
-        base_ptr,
-        patch_ptr,
-        pixels,
-        pid_p,
-        pid_o,
-        HEIGHT,
-        WIDTH,
-        OUT_HEIGHT,
-        OUT_WIDTH,
-        CHANNELS,
-        OUT_CHANNELS,
-        KERNEL_SIZE,
-        STRIDE,
-        PADDING,
-        WARPS_O,
-        TILES_O,
-        WARPS_P,
-        TILES_P,
-    )
-    pixel = pid_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, OUTPUT))
-    out = pid_o * BLOCK_O + gl.arange(0, BLOCK_O, gl.SliceLayout(0, OUTPUT))
+    y, pixel, out = signed_sums(x_ptr, weight_ptr, base_ptr, patch_ptr, pixels, shape, cut)
     y = gl.where((pixel < pixels)[:, None], y, 0)
     wide = y.to(gl.int64)  # 9216^2 times a block's pixels passes 2^31
-    sums = sums_ptr + (pid_p.to(gl.int64) * (2 * OUT_CHANNELS) + out)
-    gl.store(sums, gl.sum(y, axis=0).to(gl.int64), mask=out < OUT_CHANNELS)
-    gl.store(sums + OUT_CHANNELS, gl.sum(wide * wide, axis=0), mask=out < OUT_CHANNELS)
+    pid_p, _ = block_of_program(shape, cut)
+    sums = sums_ptr + (pid_p.to(gl.int64) * (2 * shape.out_channels) + out)
+    gl.store(sums, gl.sum(y, axis=0).to(gl.int64), mask=out < shape.out_channels)
+    gl.store(sums + shape.out_channels, gl.sum(wide * wide, axis=0), mask=out < shape.out_channels)
 
 
 @gluon.jit
@@ -103,19 +64,8 @@ def _unit_mma_kernel(
     z_ptr,
     signs_ptr,
     pixels,
-    HEIGHT: gl.constexpr,
-    WIDTH: gl.constexpr,
-    OUT_HEIGHT: gl.constexpr,
-    OUT_WIDTH: gl.constexpr,
-    CHANNELS: gl.constexpr,
-    OUT_CHANNELS: gl.constexpr,
-    KERNEL_SIZE: gl.constexpr,
-    STRIDE: gl.constexpr,
-    PADDING: gl.constexpr,
-    WARPS_O: gl.constexpr,
-    TILES_O: gl.constexpr,
-    WARPS_P: gl.constexpr,
-    TILES_P: gl.constexpr,
+    shape: gl.constexpr,
+    cut: gl.constexpr,
     SHORTCUT: gl.constexpr,
 ):
     """z = PReLU((y - mean) scale + offset + shortcut + shift_mid) + shift_out, and z's signs.
@@ -123,59 +73,38 @@ def _unit_mma_kernel(
     Operands of y as :func:`tritonbnn.kernels.mma_tile.signed_sums` takes them, the others as the
     epilogue of :mod:`tritonbnn.kernels.unit` does.
     """
-    OUTPUT: gl.constexpr = output_layout(WARPS_O, TILES_O, WARPS_P, TILES_P)
-    BLOCK_P: gl.constexpr = WARPS_P * TILES_P * 8
-    BLOCK_O: gl.constexpr = WARPS_O * TILES_O * 16
-    blocks_o: gl.constexpr = (OUT_CHANNELS + BLOCK_O - 1) // BLOCK_O
-    pid_p = gl.program_id(0) // blocks_o
-    pid_o = gl.program_id(0) % blocks_o
-    y = signed_sums(
-        x_ptr,
-        weight_ptr,
-        base_ptr,
-        patch_ptr,
-        pixels,
-        pid_p,
-        pid_o,
-        HEIGHT,
-        WIDTH,
-        OUT_HEIGHT,
-        OUT_WIDTH,
-        CHANNELS,
-        OUT_CHANNELS,
-        KERNEL_SIZE,
-        STRIDE,
-        PADDING,
-        WARPS_O,
-        TILES_O,
-        WARPS_P,
-        TILES_P,
-    )
-    pixel = pid_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, OUTPUT))
+    y, pixel, out = signed_sums(x_ptr, weight_ptr, base_ptr, patch_ptr, pixels, shape, cut)
     row = pixel.to(gl.int64)[:, None]
-    out = pid_o * BLOCK_O + gl.arange(0, BLOCK_O, gl.SliceLayout(0, OUTPUT))[None, :]
-    known = out < OUT_CHANNELS
+    out = out[None, :]
+    known = out < shape.out_channels
     mask = (row < pixels) & known
     t = (y.to(gl.float32) - per_channel(mean_ptr, out, known)) * per_channel(scale_ptr, out, known)
     t += per_channel(offset_ptr, out, known)
-    t += shortcut_value(stream_ptr, row, out, mask, OUT_CHANNELS, OUT_HEIGHT, OUT_WIDTH, SHORTCUT)
+    t += shortcut_value(
+        stream_ptr, row, out, mask, shape.out_channels, shape.out_height, shape.out_width, SHORTCUT
+    )
     if slope_ptr is not None:
         t += per_channel(shift_mid_ptr, out, known)
         t = gl.where(t > 0, t, t * per_channel(slope_ptr, out, known))
         t += per_channel(shift_out_ptr, out, known)
     z = t.to(z_ptr.dtype.element_ty)
-    gl.store(z_ptr + (row * OUT_CHANNELS + out), z, mask=mask)
+    gl.store(z_ptr + (row * shape.out_channels + out), z, mask=mask)
     if signs_ptr is not None:
         s = z.to(gl.float32)
         if next_shift_ptr is not None:
             s += per_channel(next_shift_ptr, out, known)
         bits = ((s >= 0) & known).to(gl.int32) << out % 32
-        PACKED: gl.constexpr = gl.BlockedLayout([1, 1], [32, 1], [WARPS_O * WARPS_P, 1], [1, 0])
+        BLOCK_P: gl.constexpr = bits.shape[0]
+        BLOCK_O: gl.constexpr = bits.shape[1]
+        PACKED: gl.constexpr = gl.BlockedLayout(
+            [1, 1], [32, 1], [cut.warps_o * cut.warps_p, 1], [1, 0]
+        )
         packed = gl.sum(bits.reshape([BLOCK_P, BLOCK_O // 32, 32]), axis=2)
         packed = gl.convert_layout(packed, PACKED)
+        pid_p, pid_o = block_of_program(shape, cut)
         pixel = pid_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, PACKED))
         word = pid_o * (BLOCK_O // 32) + gl.arange(0, BLOCK_O // 32, gl.SliceLayout(0, PACKED))
-        words: gl.constexpr = (OUT_CHANNELS + 31) // 32
+        words: gl.constexpr = (shape.out_channels + 31) // 32
         inside = (pixel < pixels)[:, None] & (word < words)[None, :]
         offset = pixel.to(gl.int64)[:, None] * words + word[None, :]
         gl.store(signs_ptr + offset, packed, mask=inside)

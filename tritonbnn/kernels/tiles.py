@@ -31,23 +31,12 @@ def tile_of(program, tiles_n):
 
 
 @triton.jit
-def window(
-    pixel,
-    pixels,
-    tap,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OUT_HEIGHT: tl.constexpr,
-    OUT_WIDTH: tl.constexpr,
-    KERNEL_SIZE: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PADDING: tl.constexpr,
-):
+def window(pixel, pixels, tap, shape: tl.constexpr):
     """The input pixel (flat, int64) that a tap of an output pixel reads, and whether it exists."""
-    column = pixel % OUT_WIDTH
-    row = pixel // OUT_WIDTH % OUT_HEIGHT
-    image = pixel // (OUT_WIDTH * OUT_HEIGHT)
-    y = row * STRIDE - PADDING + tap // KERNEL_SIZE
-    x = column * STRIDE - PADDING + tap % KERNEL_SIZE
-    inside = (pixel < pixels) & (y >= 0) & (y < HEIGHT) & (x >= 0) & (x < WIDTH)
-    return (image * HEIGHT + y).to(tl.int64) * WIDTH + x, inside
+    column = pixel % shape.out_width
+    row = pixel // shape.out_width % shape.out_height
+    image = pixel // (shape.out_width * shape.out_height)
+    y = row * shape.stride - shape.padding + tap // shape.kernel_size
+    x = column * shape.stride - shape.padding + tap % shape.kernel_size
+    inside = (pixel < pixels) & (y >= 0) & (y < shape.height) & (x >= 0) & (x < shape.width)
+    return (image * shape.height + y).to(tl.int64) * shape.width + x, inside

@@ -71,15 +71,16 @@ def _channel_moments_kernel(
 ):
     """Each program's share of sum(d) and sum(d^2), d = a - a[0]; of integers, d = a.
 
-    a (rows, CHANNELS) int or float; sums (programs, 2, CHANNELS) int64 or float32. Integers are at
-    most 9216 in size, so a square fits int32; sums over rows are int64. Reals are taken relative to
-    the first row, so that a mean far from 0 costs the variance no digits.
+    a (rows, CHANNELS) int or float; sums (programs, 2, CHANNELS) int64 or float32. The square of an
+    int16 fits int32, that of a wider integer needs int64. Reals are taken relative to the first
+    row, so that a mean far from 0 costs the variance no digits.
     """
     pid, pid_n = tile_of(tl.program_id(0), tl.cdiv(CHANNELS, BLOCK_N))
     programs = tl.num_programs(0) // tl.cdiv(CHANNELS, BLOCK_N)
     channel = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     known = channel < CHANNELS
     accumulator: tl.constexpr = tl.int64 if EXACT else tl.float32
+    square: tl.constexpr = tl.int32 if a_ptr.dtype.element_ty == tl.int16 else tl.int64
     total = tl.zeros((1, BLOCK_N), accumulator)
     squares = tl.zeros((1, BLOCK_N), accumulator)
     for block in range(pid, tl.cdiv(rows, BLOCK_M), programs):
@@ -87,7 +88,7 @@ def _channel_moments_kernel(
         mask = (row < rows) & known
         value = tl.load(a_ptr + row * CHANNELS + channel, mask=mask, other=0)
         if EXACT:
-            d = value.to(tl.int32)
+            d = value.to(square)
         else:
             pivot = tl.load(a_ptr + channel, mask=known, other=0.0).to(tl.float32)
             d = tl.where(mask, value.to(tl.float32) - pivot, 0.0)
@@ -231,6 +232,7 @@ def unit_forward(
     arguments = unit_arguments(a, stream, shortcut, **affine, **activation)
     rows, channels = arguments["a_ptr"].shape
     checks.check_per_channel(channels, next_shift=next_shift)
+    checks.check_same_device(a=a, next_shift=next_shift)
     z = torch.empty((rows, channels), dtype=stream.dtype, device=a.device)
     signs = torch.empty((rows, words(channels) if pack else 0), dtype=torch.int32, device=a.device)
     tile = config.choose(config.elementwise_key("unit_forward", a, stream), a.device).tile
