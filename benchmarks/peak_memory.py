@@ -8,7 +8,8 @@ what torch imports late, is not.
 
 glibc keeps some freed memory resident, and how much hangs on the order of sizes: the same code
 peaked between 2.1 and 3.4 GB. So the numbers are taken with a fixed M_MMAP_THRESHOLD, with which
-every tensor freed goes back to the system; those of malloc's defaults are given beside them.
+every tensor freed goes back to the system; those of malloc's defaults, and of memory that is kept
+as the trainer has it, are given beside them.
 """
 
 import multiprocessing
@@ -31,7 +32,11 @@ from tritonbnn.kernels.provenance import header
 
 IMPLEMENTATIONS = ("obvious", "ours")
 STEPS = 3
-MALLOCS = {"returning": {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)}, "default": {}}
+MALLOCS = {
+    "returning": {"MALLOC_MMAP_THRESHOLD_": str(256 * 1024)},
+    "default": {},
+    "keeping": {"MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_MMAP_MAX_": "0"},
+}
 
 
 def resident_megabytes(line: str) -> float:
@@ -92,7 +97,7 @@ def in_fresh_process(name: str, batch: int, size: int, threads: int) -> float:
 
 
 def measure(batch: int, size: int, threads: int, processes: int) -> dict:
-    """Peaks of both implementations in fresh processes, for both ways of malloc."""
+    """Peaks of both implementations in fresh processes, for all ways of malloc."""
     result = {}
     for malloc, variables in MALLOCS.items():
         peaks: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
@@ -107,7 +112,7 @@ def measure(batch: int, size: int, threads: int, processes: int) -> dict:
             "largest_share": round(max(peaks["ours"]) / min(peaks["obvious"]), 3),
             "mb_by_process": peaks,
         }
-    return {**result["returning"], "with_default_malloc": result["default"]}
+    return {**result.pop("returning"), "with_malloc": result}
 
 
 def main(argv: list[str]) -> int:
@@ -125,12 +130,13 @@ def main(argv: list[str]) -> int:
         raise cli.UserError("--threads and --processes must be at least 1")
     torch.set_num_threads(args.threads)  # for the header
     result = measure(args.batch, args.size, args.threads, args.processes)
-    for malloc, row in (("", result), (" with malloc's defaults", result["with_default_malloc"])):
+    for malloc, row in {"returning": result, **result["with_malloc"]}.items():
+        print(f"malloc: {malloc}")
         for name, peaks in row["mb_by_process"].items():
-            print(f"{name:8s} {median(peaks):8.1f} MB ({min(peaks)} to {max(peaks)}){malloc}")
+            print(f"  {name:8s} {median(peaks):8.1f} MB ({min(peaks)} to {max(peaks)})")
         print(
-            f"ours takes {row['share']:.3f} of the obvious implementation's,"
-            f" at most {row['largest_share']:.3f}{malloc}"
+            f"  ours takes {row['share']:.3f} of the obvious implementation's,"
+            f" at most {row['largest_share']:.3f}"
         )
     if path:
         write_json(path, header(command("peak_memory", argv)) | result)

@@ -19,6 +19,7 @@ from benchmarks.rivals import Rival
 from benchmarks.rounds import Turn
 from benchmarks.runner import RivalError, Runner
 from benchmarks.steps import as_trainers_run
+from tritonbnn.train.device import keep_freed_memory
 
 GRACE_SECONDS = 5
 """For a process to end by itself: what a compiler left about is then cleared away."""
@@ -102,6 +103,7 @@ def _deaf_to_interrupts() -> Iterator[None]:
 def _serve(pipe: Connection, threads: int, point: Point, rival: Rival) -> None:
     """The process: ask a runner what comes through the pipe, until nobody is at its other end."""
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as the trainer does
     runner = Runner(point, rival)
     with as_trainers_run(), suppress(EOFError, ConnectionError):
         while True:

@@ -194,7 +194,7 @@ def test_a_plan_is_chosen_on_the_launchers_as_tuned(monkeypatch, tmp_path):
         return run(problem, inputs)
 
     monkeypatch.setattr(Problem, "run", noted)
-    assert autotune.tune_all([UNIT], path, "test gpu", KERNEL_DEVICE, **options) == 1
+    assert autotune.tune_all([UNIT], path, "test gpu", KERNEL_DEVICE, **options) == (1, 0)
     assert set(ran) == {(PLAN, "popcount")}
     plan = config.read_table(path, "test gpu")[UNIT.key.bucketed()]
     assert plan.formulation in config.FORMULATIONS[PLAN]
@@ -204,10 +204,10 @@ def test_a_table_is_written_read_and_gone_on_with(tmp_path):
     path = tmp_path / "gpu.json"
     problems = [FORWARD, Problem("pack_signs", LAYER, torch.float32)]
     options = {"capability": 90, "limit": 2, "runs": 1}
-    assert autotune.tune_all(problems[:1], path, "test gpu", KERNEL_DEVICE, **options) == 1
-    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == 1
+    assert autotune.tune_all(problems[:1], path, "test gpu", KERNEL_DEVICE, **options) == (1, 0)
+    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == (1, 0)
     first = path.read_text()
-    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == 0
+    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == (0, 0)
     assert path.read_text() == first
     table = config.read_table(path, "test gpu")
     assert set(table) == {problem.key.bucketed() for problem in problems}
@@ -217,6 +217,29 @@ def test_a_table_is_written_read_and_gone_on_with(tmp_path):
         assert 0 < entry["time_us"] <= entry["default_us"]
 
 
+def test_what_cannot_run_is_said_and_the_rest_is_tuned(tmp_path, monkeypatch, capsys):
+    pack = Problem("pack_signs", LAYER, torch.float32)
+    broken = {config.default(FORWARD.key)}
+    run = Problem.run
+
+    def fragile(problem, inputs):
+        if problem.op == FORWARD.op and config.choose(problem.key, KERNEL_DEVICE) in broken:
+            raise RuntimeError("PassManager::run failed\nand more")
+        return run(problem, inputs)
+
+    monkeypatch.setattr(Problem, "run", fragile)
+    path, options = tmp_path / "gpu.json", {"capability": 90, "limit": 2, "runs": 1}
+    tuned = autotune.tune_all([FORWARD, pack], path, "test gpu", KERNEL_DEVICE, **options)
+    assert tuned == (1, 1)
+    assert set(config.read_table(path, "test gpu")) == {pack.key.bucketed()}
+    said = capsys.readouterr().out + capsys.readouterr().err
+    assert "cannot run: PassManager::run failed\n" in said
+    assert "is wrong or cannot run" in said
+    broken.clear()
+    tuned = autotune.tune_all([FORWARD, pack], path, "test gpu", KERNEL_DEVICE, **options)
+    assert tuned == (1, 0)
+
+
 def test_other_versions_tune_again_and_a_broken_table_stops(tmp_path):
     path = tmp_path / "gpu.json"
     options = {"capability": 90, "limit": 1, "runs": 1}
@@ -224,7 +247,7 @@ def test_other_versions_tune_again_and_a_broken_table_stops(tmp_path):
     autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options)
     document = json.loads(path.read_text())
     path.write_text(json.dumps({**document, "triton": "1.0"}))
-    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == 1
+    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == (1, 0)
     path.write_text("{")
     with pytest.raises(cli.UserError, match=r"gpu.json: not JSON.*; mend or remove the file"):
         autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options)

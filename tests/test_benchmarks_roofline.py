@@ -109,9 +109,11 @@ def test_the_count_agrees_with_what_the_operators_are_given(word, plan, step):
     for family in (FORWARD, GRADIENTS, OPTIMIZER):
         assert counted[family] == pytest.approx(total(launches, "bytes", family), rel=1e-3)
     assert counted[PACK] == pytest.approx(total(launches, "bytes", PACK), rel=0.05)
-    # what is left to torch takes several passes where one would do
+    # what is left to torch takes several passes where one would do, but the stem's BatchNorm is
+    # counted once for the three tensors that it reads twice
     least = total(launches, "bytes", ELEMENTWISE)
-    assert least < counted[ELEMENTWISE] < 1.4 * least
+    twice = 3 * 8 * 32 * 112**2 * roofline.STREAM_BYTES["bf16" if rival.bf16 else "fp32"]
+    assert least - twice < counted[ELEMENTWISE] < 1.3 * least
 
 
 def test_traffic_is_operands_read_and_results_written():

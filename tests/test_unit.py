@@ -84,6 +84,9 @@ def test_kernels_name_bad_input():
     elsewhere = torch.zeros(8, device="meta")
     with pytest.raises(ValueError, match="one device, not a on cpu, next_shift on meta"):
         kernels.unit_forward(a, a.float(), *[vector] * 6, elsewhere, shortcut="identity", pack=True)
+    grad = torch.zeros(2, 8, 4, 4, device="meta")
+    with pytest.raises(ValueError, match="one device, not a on cpu, grad on meta"):
+        kernels.unit_activation_backward(grad, a, a.float(), *[vector] * 5, shortcut="identity")
 
 
 def test_a_plan_is_looked_up_by_shape():

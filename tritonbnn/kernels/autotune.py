@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from tqdm import tqdm
+from triton.errors import TritonError
+from triton.runtime import OutOfResources
 
 from tritonbnn import cli
 from tritonbnn.files import writable, write_json
@@ -49,6 +50,10 @@ class Entry:
         }
 
 
+class UntunableError(Exception):
+    """There is no right time of the default to compare with."""
+
+
 def tune(
     problem: Problem,
     choices: Iterable[config.Choice],
@@ -64,6 +69,9 @@ def tune(
         device: where.
         runs: timed runs.
         table: what the launchers inside a whole unit run as; None for the defaults.
+
+    Raises:
+        UntunableError: the default is wrong or cannot run.
     """
     small = problem.with_batch(min(CHECK_BATCH, problem.layer.batch))
     small_inputs, inputs = small.inputs(device), problem.inputs(device)
@@ -76,12 +84,16 @@ def tune(
                     tqdm.write(f"{problem.op} as {choice} is wrong: {wrong}")
                     continue
                 timing = time_callable(lambda: problem.run(inputs), device, runs=runs)
-            except triton.runtime.OutOfResources:
+            except OutOfResources:
                 continue  # the count that pruned it before compiling was too kind
+            except (TritonError, RuntimeError) as error:  # a compiler's, or the device's
+                said = (str(error).strip() or repr(error)).splitlines()[0]
+                tqdm.write(f"{problem.op} as {choice} cannot run: {said}")
+                continue
         times[choice] = timing.p50
     default = config.default(problem.key)
     if default not in times:
-        raise RuntimeError(f"the default of {problem.key} is wrong or does not fit: {default}")
+        raise UntunableError(f"the default of {problem.key} is wrong or cannot run: {default}")
     best = min(times, key=lambda choice: (times[choice], choice))
     return Entry(problem.key.bucketed(), best, times[best], times[default])
 
@@ -116,15 +128,19 @@ def tune_all(
     capability: int,
     limit: int | None = None,
     runs: int = 30,
-) -> int:
-    """Tune what the table at ``path`` misses, write it after every problem; how many were tuned.
+) -> tuple[int, int]:
+    """Tune what the table at ``path`` misses, and write it after every problem.
 
     Whole units come last, on the launchers as tuned.
+
+    Returns:
+        How many problems were tuned, and how many could not be.
     """
     head = {"gpu": gpu, **versions(device)}
     entries = read_entries(path, head)
     todo = {problem.key.bucketed(): problem for problem in problems}
     todo = {key: problem for key, problem in todo.items() if key not in entries}
+    failed = 0
     ordered = sorted(todo.items(), key=lambda item: item[1].op == PLAN)
     for key, problem in tqdm(ordered, unit="problem", disable=None):
         choices = [
@@ -134,9 +150,14 @@ def tune_all(
             or has_one_bit_core(device, choice.formulation)
         ]
         table = dict(config.parse_entry(entry) for entry in entries.values())
-        entries[key] = tune(problem, spread(choices, limit), device, runs, table).as_json()
-        write_table(path, head, entries)
-    return len(todo)
+        try:
+            entries[key] = tune(problem, spread(choices, limit), device, runs, table).as_json()
+        except UntunableError as error:
+            failed += 1
+            tqdm.write(str(error))
+        else:
+            write_table(path, head, entries)
+    return len(todo) - failed, failed
 
 
 def rank(problem: Problem, target: str, limit: int | None) -> list[dict[str, Any]]:
@@ -184,9 +205,9 @@ def main(argv: list[str]) -> int:
     path = arguments.output or config.table_path(gpu)
     writable(path)
     limits = {"capability": aot.nearest_capability(device), "limit": arguments.limit}
-    tuned = tune_all(problems, path, gpu, device, **limits)
-    print(f"tuned {tuned} of {len(problems)} problems: {path}")
-    return 0
+    tuned, failed = tune_all(problems, path, gpu, device, **limits)
+    print(f"tuned {tuned} of {len(problems)} problems, {failed} could not be: {path}")
+    return int(failed > 0)
 
 
 def _parser() -> cli.Parser:

@@ -124,6 +124,7 @@ def unit_activation_backward(
     """du and its sums: the twin of :func:`tritonbnn.eager.unit_activation_backward`."""
     check_kernel_dtype("grad", grad.dtype)
     checks.check_same_shape(a=a, grad=grad)
+    checks.check_same_device(a=a, grad=grad)
     affine = {"mean": mean, "scale": scale, "offset": offset}
     arguments = unit_arguments(a, stream, shortcut, **affine, shift_mid=shift_mid, slope=slope)
     du = torch.empty(flat_pixels(channels_last(a)).shape, dtype=grad.dtype, device=a.device)

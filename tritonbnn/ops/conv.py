@@ -65,9 +65,10 @@ class _BinaryConv2d(torch.autograd.Function):
 
 
 def clipped_weight_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient to a latent weight: 0 where abs(w) > 1 (AdamBNN 1.3), in one pass."""
-    above_one = 1 + torch.finfo(grad.dtype).eps  # hardtanh's gradient is 0 from its bounds on
-    return torch.ops.aten.hardtanh_backward(grad, weight.to(grad.dtype), -above_one, above_one)
+    """The gradient to a latent weight, in ``grad``'s memory: 0 where abs(w) > 1 (AdamBNN 1.3)."""
+    edge = 1 + torch.finfo(grad.dtype).eps  # hardtanh's gradient is 0 from its bounds on
+    real = weight.to(grad.dtype)
+    return torch.ops.aten.hardtanh_backward(grad, real, -edge, edge, grad_input=grad)
 
 
 def binary_conv2d(

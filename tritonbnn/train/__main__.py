@@ -6,7 +6,7 @@ from tritonbnn import cli
 from tritonbnn.train import distributed
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.checkpoint import BEST
-from tritonbnn.train.device import choose_device
+from tritonbnn.train.device import choose_device, keep_freed_memory
 from tritonbnn.train.engine import Compute
 from tritonbnn.train.log import table
 from tritonbnn.train.run import StepRun, open_images
@@ -21,6 +21,8 @@ def main(argv: list[str]) -> int:
     arguments = parse(argv)
     config = arguments.config
     device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     signals = StopSignals(patient=distributed.launched())
     world = distributed.join(device)
     run: RunFolder | None = world.lead(
