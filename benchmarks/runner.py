@@ -79,7 +79,7 @@ class Runner:
             if capacity.fits(lambda: answers.append(call())):
                 return answers[0]
             facts = self._out_of_memory()
-        except RuntimeError as error:  # most often a compiler's
+        except (RuntimeError, ValueError) as error:  # a compiler's, or of a size that it refuses
             said = str(error).strip() or repr(error)
             facts = {"failed": said.splitlines()[0][:200]}
         raise RivalError(facts)

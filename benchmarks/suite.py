@@ -34,7 +34,7 @@ from tritonbnn.kernels.provenance import commit, header
 
 STATE = "suite.json"
 DONE = "done"
-FAILED, INTERRUPTED = 1, 130
+FAILED = 1
 GRACE_SECONDS = 60
 """Between asking a part to stop and ending it: a training run saves first."""
 
@@ -204,7 +204,7 @@ def _run_all(suite: Suite, todo: list[Part]) -> int:
             outcome = suite.run(part)
         except KeyboardInterrupt:
             print(f"stopped in {part.name}: run the same command again to go on")
-            return INTERRUPTED
+            return cli.INTERRUPTED
         print(f"[{number}/{len(todo)}] {part.name}: {outcome}", flush=True)
         if outcome != DONE and not outcome.startswith("left out"):
             unfinished[part.name] = outcome

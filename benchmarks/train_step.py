@@ -12,6 +12,7 @@ and student.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -35,6 +36,8 @@ from tritonbnn.models.registry import MODELS
 from tritonbnn.train.device import choose_device
 
 ROUNDS = 5
+STRIDE = 32
+"""Pixels of an image for one of a network's last layer."""
 TURN_STEPS = {"cuda": 20, "cpu": 2}
 """Steps of a turn, by device: a GPU's turn is then long beside the clock's grain, and of a CPU's
 steps, which take seconds, most are timed."""
@@ -80,14 +83,28 @@ def main(argv: list[str]) -> int:
     if args.floor is None:  # on a CPU other kernels run than are counted
         args.floor = device.type == "cuda"
     rivals = chosen(args.rivals, device, args.model)
-    if args.width <= 0:
-        raise cli.UserError(f"--width must be above 0, not {args.width}")
+    check_sizes(args)
     head = header(command("train_step", argv), device)
     with as_trainers_run():
         for result in measured(args, device, rivals):
             if path:
                 write_json(path, head | result)
     return int(any(ours_failed(point, rivals) for point in result.get("points", ())))
+
+
+def check_sizes(args: argparse.Namespace) -> None:
+    """Refuse what no rival can train on, before a process is started for each to say so.
+
+    Raises:
+        cli.UserError: the width is no size, or BatchNorm would see one value per channel.
+    """
+    if not 0 < args.width < math.inf:
+        raise cli.UserError(f"--width must be above 0 and finite, not {args.width}")
+    if 1 in args.batch and min(args.size) <= STRIDE:
+        raise cli.UserError(
+            f"one image of {min(args.size)} x {min(args.size)} ends as one value per channel, which"
+            f" BatchNorm cannot train on: take a --batch above 1 or a --size above {STRIDE}"
+        )
 
 
 def ours_failed(point: dict, rivals: dict[str, Rival]) -> bool:

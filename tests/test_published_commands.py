@@ -134,6 +134,16 @@ def bad_files(place):
     }
     yield "half-a-network", some, "more"
     odd = {**state, "module.feature.2.bn2_1.weight": torch.tensor(1.0)}
+    head = "module.fc.weight"
+    yield "sparse", {**state, head: state[head].to_sparse()}, "of plain tensors"
+    yield "elsewhere", {**state, head: state[head].to("meta")}, "of plain tensors"
+    yield "complex", {**state, head: state[head].cfloat()}, "of plain tensors"
+    petabyte = torch.zeros(1, 1).expand(2**40, 256)
+    yield "petabyte", {**state, head: petabyte}, "of plain tensors"
+    yield "twice", {**state, "fc.weight": state[head]}, "a tensor twice"
+    yield "escape", {**state, "\x1b[31m\n": state[head]}, "not used \\x1b[31m\\n"
+    grey = {**state, "module.feature.0.conv1.weight": torch.zeros(8, 1, 3, 3)}
+    yield "grey", grey, "3 channels where"
     yield "odd-shape", odd, "feature.2.bn2_1.weight must have shape (16,), not ()"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 USAGE_ERROR = 2
+INTERRUPTED = 130
 
 
 class UserError(Exception):
@@ -55,11 +56,23 @@ def log_to_stderr() -> None:
 
 
 def run(main: Callable[[list[str]], int]) -> NoReturn:
-    """Run ``main(argv)`` and exit with its code; a :class:`UserError` is one line and code 2."""
+    """Run ``main(argv)`` and exit with its code.
+
+    A :class:`UserError` is one line and code 2, whatever the names in it hold; so is Ctrl-C, with
+    code 130.
+    """
     log_to_stderr()
     try:
         code = main(sys.argv[1:])
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_printable(str(error))}", file=sys.stderr)
         code = USAGE_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = INTERRUPTED
     sys.exit(code)
+
+
+def _printable(text: str) -> str:
+    """Line ends and a terminal's commands as their escapes: a file's name may hold them."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

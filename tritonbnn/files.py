@@ -27,6 +27,7 @@ def write_atomically(path: Path, content: bytes, *, keep: Path | None = None) ->
     """
     temporary = path.with_name(path.name + _TEMPORARY)
     try:
+        _check_plain(path)
         _write_synced(temporary, content)
         if keep is not None and path.exists():
             path.replace(keep)
@@ -58,8 +59,7 @@ def writable(path: Path | None) -> Path | None:
     if path is None:
         return None
     make_folder(path.parent)
-    if path.is_dir():
-        raise UserError(f"cannot write {path}: it is a folder; name a file")
+    _check_plain(path)
     probe = path.with_name(path.name + ".probe")
     write_atomically(probe, b"")
     probe.unlink()
@@ -71,9 +71,16 @@ def cannot_write(path: Path, error: OSError) -> UserError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(
             f"no space left to write {path}: free some and run the same command again;"
-            " the previous checkpoint is intact"
+            " what was saved before is intact"
         )
     return UserError(f"cannot write {path}: {error.strerror or error}")
+
+
+def _check_plain(path: Path) -> None:
+    """A rename would put a file in the place of a device: of /dev/null for the whole system."""
+    if path.exists() and not path.is_file():
+        kind = "folder" if path.is_dir() else "device or a pipe"
+        raise UserError(f"cannot write {path}: it is a {kind}; name a file")
 
 
 def _write_synced(path: Path, content: bytes) -> None:

@@ -1,6 +1,7 @@
 """Load the published AdamBNN and ReActNet-A weights, strictly and without running any code."""
 
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def load_adambnn(model: nn.Module, source: str | Path | dict[str, Tensor]) -> Lo
         raise TypeError('model must come from build_model("reactnet_a", ...)')
     name = "state dict" if isinstance(source, dict) else str(source)
     state_dict = source if isinstance(source, dict) else read_adambnn(Path(source))
-    published = {key.removeprefix(_PREFIX): value for key, value in state_dict.items()}
+    published = _without_prefix(name, state_dict)
     sources = _published_names(model, published)
     _check_names(name, sources, published)
     own = model.state_dict()
@@ -109,7 +110,9 @@ def read_adambnn(path: Path) -> dict[str, Tensor]:
         ValueError: it is not a checkpoint that loads without running code.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of kinds of tensors that are refused below
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist") from error
     # the unpickler raises almost anything on damaged bytes
@@ -119,10 +122,30 @@ def read_adambnn(path: Path) -> dict[str, Tensor]:
         ) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+        isinstance(key, str) and _is_plain(value) for key, value in state.items()
     ):
-        raise ValueError(f"{path} holds no state dict of tensors")
-    return {key.removeprefix(_PREFIX): value for key, value in state.items()}
+        raise ValueError(f"{path} holds no state dict of plain tensors")
+    return _without_prefix(str(path), state)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor of real numbers that are all in the file.
+
+    A stride of 0 makes petabytes of one number, and shapes say how large a network to build.
+    """
+    return (
+        isinstance(value, Tensor)
+        and (value.layout, value.device.type) == (torch.strided, "cpu")
+        and not (value.is_quantized or value.is_complex())
+        and value.nbytes <= value.untyped_storage().nbytes()
+    )
+
+
+def _without_prefix(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    published = {key.removeprefix(_PREFIX): value for key, value in state.items()}
+    if len(published) < len(state):
+        raise ValueError(f"{name} holds a tensor twice, with and without the prefix {_PREFIX!r}")
+    return published
 
 
 def adambnn_network(published: dict[str, Tensor]) -> dict[str, Any]:

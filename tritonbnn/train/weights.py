@@ -103,7 +103,7 @@ def open_data(checkpoint: Checkpoint, data_dir: Path | None) -> Source:
         data_dir: where they are now; None for where they were.
 
     Raises:
-        UserError: they are not there, or have other classes.
+        UserError: they are not there, or have other classes or channels.
     """
     data: dict[str, Any] = checkpoint.facts["data"]
     source = open_source(
@@ -115,7 +115,13 @@ def open_data(checkpoint: Checkpoint, data_dir: Path | None) -> Source:
         seed=0,
         step=1,
     )
-    count = network_of(checkpoint)["num_classes"]
+    network = network_of(checkpoint)
+    if source.channels != network["in_channels"]:
+        raise UserError(
+            f"the data have images of {source.channels} channels where {checkpoint.path} takes"
+            f" {network['in_channels']}: choose another --data-dir"
+        )
+    count = network["num_classes"]
     names = list(source.classes) if data["classes"] is None else data["classes"]
     if list(source.classes) != names or len(names) != count:
         raise UserError(
