@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from statistics import median
 
 import torch
 from torch.autograd import DeviceType
@@ -13,6 +14,8 @@ from benchmarks.rounds import wait
 from benchmarks.steps import Step
 from tritonbnn.ops.library import through_dispatcher
 
+PROFILES = 3
+
 
 def time_by_family(step: Step, device: torch.device) -> dict[str, float]:
     """Milliseconds of one step by family: of kernels on a GPU, of operators on a CPU.
@@ -20,19 +23,26 @@ def time_by_family(step: Step, device: torch.device) -> dict[str, float]:
     Args:
         step: has run before, so that nothing is compiled or tuned now.
         device: where it runs.
+
+    Returns:
+        The median of each family over some steps: a first profile may load and start things.
     """
+    with through_dispatcher():
+        step()
+        steps = [_microseconds(step, device) for _ in range(PROFILES)]
+    return {family: median(us[family] for us in steps) / 1e3 for family in steps[0]}
+
+
+def _microseconds(step: Step, device: torch.device) -> Counter[str]:
     activities = [ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(ProfilerActivity.CUDA)
-    with through_dispatcher():
+    wait(device)
+    with profile(activities=activities, record_shapes=True, acc_events=True) as record:
         step()
         wait(device)
-        with profile(activities=activities, record_shapes=True, acc_events=True) as record:
-            step()
-            wait(device)
-    events = record.events()
-    us = _kernel_times(events) if device.type == "cuda" else _operator_times(events)
-    return {family: value / 1e3 for family, value in us.items()}
+    times = _kernel_times if device.type == "cuda" else _operator_times
+    return times(record.events())
 
 
 def _operator_times(events: Iterable[FunctionEvent]) -> Counter[str]:

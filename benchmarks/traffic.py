@@ -45,7 +45,9 @@ class _Traffic(TorchDispatchMode):
         if name == _ADAM:
             self.bytes[OPTIMIZER] += ADAM_PASSES * sum(_nbytes(p) for p in args[0])
         elif family:
-            leaves = tree_leaves((args, kwargs, results))
+            written = {id(leaf) for leaf in tree_leaves(results)}
+            named = [leaf for leaf in tree_leaves(kwargs) if id(leaf) not in written]  # no out=
+            leaves = [*tree_leaves(args), *named, *tree_leaves(results)]
             self.bytes[family] += sum(_nbytes(leaf) for leaf in leaves if isinstance(leaf, Tensor))
         return results
 

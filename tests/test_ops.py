@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from tests.helpers import activation, assert_no_worse_than_eager, vectors
 from tritonbnn import ops, reference
 from tritonbnn.nn import BinaryConv2d, BinaryLinear, RPReLU, RSign
+from tritonbnn.ops.conv import clipped_weight_grad
 
 SHAPES = [
     pytest.param((2, 32, 7, 7), "channels_last", id="ordinary"),
@@ -97,6 +98,15 @@ def test_gradient_at_the_corners(launchers, device):
     x.requires_grad_()
     ops.binarize(x).sum().backward()
     assert x.grad.tolist() == [[0, 1, 2, 2, 1, 0, 0, 0]]
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_clipped_gradient_has_the_weights_layout(memory_format):
+    weight = (2 * activation(8, 33, 3, 3)).contiguous(memory_format=memory_format)
+    grad = activation(8, 33, 3, 3, seed=1).contiguous(memory_format=torch.channels_last)
+    clipped = clipped_weight_grad(grad, weight)
+    assert clipped.stride() == weight.stride()
+    assert torch.equal(clipped, torch.where(weight.abs() <= 1, grad, 0))
 
 
 def test_weight_gradient_is_masked_outside_the_clip(launchers, device):

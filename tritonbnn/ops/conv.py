@@ -65,10 +65,13 @@ class _BinaryConv2d(torch.autograd.Function):
 
 
 def clipped_weight_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient to a latent weight, in ``grad``'s memory: 0 where abs(w) > 1 (AdamBNN 1.3)."""
+    """The gradient to a latent weight: 0 where abs(w) > 1 (AdamBNN 1.3).
+
+    It comes in the weight's memory layout, which autograd would else copy it to.
+    """
     edge = 1 + torch.finfo(grad.dtype).eps  # hardtanh's gradient is 0 from its bounds on
-    real = weight.to(grad.dtype)
-    return torch.ops.aten.hardtanh_backward(grad, real, -edge, edge, grad_input=grad)
+    real, clipped = weight.to(grad.dtype), torch.empty_like(weight, dtype=grad.dtype)
+    return torch.ops.aten.hardtanh_backward(grad, real, -edge, edge, grad_input=clipped)
 
 
 def binary_conv2d(
