@@ -1,4 +1,4 @@
-"""The device that a command runs on."""
+"""The device that a command runs on, and what it does with a CPU's memory."""
 
 import ctypes
 import os
