@@ -27,6 +27,13 @@ def binarize(x: Tensor, shift: Tensor | None = None) -> Tensor:
     return hard_sign(t) + quadratic - quadratic.detach()
 
 
+def binarize_input(x: Tensor, shift: Tensor | None, may_be_binary: bool) -> Tensor:
+    """As :func:`binarize`; but an x that is +-1 throughout passes its gradient on unchanged."""
+    if may_be_binary and (x.abs() == 1).all():
+        return binarize(x.detach(), shift) + x - x.detach()
+    return binarize(x, shift)
+
+
 def binarize_weight(weight: Tensor) -> Tensor:
     """alpha * sign(w), alpha the detached mean of abs(w) per output; gradient 1 on abs(w) <= 1."""
     dims = tuple(range(1, weight.dim()))
@@ -43,15 +50,16 @@ def binary_conv2d(
     stride: int = 1,
     padding: int = 0,
     binary_weight: bool = True,
+    may_be_binary: bool = True,
 ) -> Tensor:
     """conv2d(sign(x + shift), alpha * sign(w)), or with the real w; zeros padded after the sign."""
     w = binarize_weight(weight) if binary_weight else weight
-    return F.conv2d(binarize(x, shift), w, stride=stride, padding=padding)
+    return F.conv2d(binarize_input(x, shift, may_be_binary), w, stride=stride, padding=padding)
 
 
 def binary_linear(x: Tensor, weight: Tensor, shift: Tensor | None = None) -> Tensor:
     """sign(x + shift) @ (alpha * sign(w))^T."""
-    return F.linear(binarize(x, shift), binarize_weight(weight))
+    return F.linear(binarize_input(x, shift, True), binarize_weight(weight))
 
 
 def rprelu(x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Tensor:
@@ -78,7 +86,13 @@ def binary_unit(
 ) -> Tensor:
     """rprelu(BatchNorm(binary_conv2d(x)) + shortcut) with the batch's own statistics."""
     a = binary_conv2d(
-        x, weight, shift_in, stride=stride, padding=padding, binary_weight=binary_weight
+        x,
+        weight,
+        shift_in,
+        stride=stride,
+        padding=padding,
+        binary_weight=binary_weight,
+        may_be_binary=False,
     )
     u = F.batch_norm(a, None, None, gamma, beta, training=True, eps=eps) + shortcut
     return rprelu(u, shift_mid, slope, shift_out)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tritonbnn.nn import BinaryLinear, binary_weights
+from tritonbnn.nn import BinaryLinear, BinaryUnit, binary_weights
 
 PROBE_IMAGES = 16
 """Images in the probe batch; fewer where the validation set has fewer."""
@@ -68,7 +68,7 @@ class Probe:
         """Saturation of what each binary layer binarises, by its weight's name, on the host.
 
         The shift is the layer's own. So a layer that follows an
-        :class:`~tritonbnn.nn.RSign`, and sees its +-1, has none.
+        :class:`~tritonbnn.nn.RSign`, and sees its +-1, is never saturated.
         """
         found: dict[str, Saturation] = {}
         modules = dict(model.named_modules())
@@ -94,7 +94,8 @@ def _observer(name: str, found: dict[str, Saturation]) -> Callable[[nn.Module, t
 
     def observe(module: nn.Module, inputs: tuple) -> None:
         channel_dim = -1 if isinstance(module, BinaryLinear) else 1
-        counts, total = saturated(inputs[0], getattr(module, "shift_in", None), channel_dim)
+        shift = getattr(module, "shift_in" if isinstance(module, BinaryUnit) else "shift")
+        counts, total = saturated(inputs[0], shift, channel_dim)
         before = found.get(name, Saturation(torch.zeros_like(counts), 0))
         found[name] = Saturation(before.counts + counts, before.total + total)
 

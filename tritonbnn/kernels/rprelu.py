@@ -129,5 +129,6 @@ def rprelu_backward(
         slope_ptr=slope.contiguous(),
         dx_ptr=dx,
     )
-    dshift_in, dslope, dshift_out = sums.sum(0).unbind(0)
+    # three sums, because operators may not return views of one tensor
+    dshift_in, dslope, dshift_out = (share.sum(0) for share in sums.unbind(1))
     return from_flat(dx, tuple(x.shape)), dshift_in, dslope, dshift_out

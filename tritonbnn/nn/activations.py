@@ -11,6 +11,10 @@ INITIAL_SLOPE = 0.25  # nn.PReLU's
 class RSign(nn.Module):
     """sign(x + shift), with one learnable shift per channel.
 
+    :class:`~tritonbnn.nn.BinaryConv2d` and :class:`~tritonbnn.nn.BinaryLinear` see that the result
+    is binary already and pass its gradient on. Where one of them follows directly, its own
+    ``shift=True`` does the same in one step.
+
     Args:
         num_features: C.
 

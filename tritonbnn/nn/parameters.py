@@ -11,6 +11,8 @@ from tritonbnn.nn.unit import BinaryUnit
 _SHIFTS = {
     RSign: ("shift",),
     RPReLU: ("shift_in", "shift_out"),
+    BinaryConv2d: ("shift",),
+    BinaryLinear: ("shift",),
     BinaryUnit: ("shift_in", "shift_mid", "shift_out"),
 }
 

@@ -129,6 +129,7 @@ class BinaryUnit(nn.Module):
             stride=self.stride,
             padding=self.weight.shape[2] // 2,
             binary_weight=self.binary_weight,
+            may_be_binary=False,  # a stream is real, as the fused Function takes it to be
         )
         u = self.bn(a)
         shortcut = self._own_shortcut(x) if shortcut is None else shortcut

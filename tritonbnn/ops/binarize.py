@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tritonbnn import checks
 from tritonbnn.ops import library
+from tritonbnn.ops.apply import apply
 from tritonbnn.ops.once import differentiable_once
 
 
@@ -42,4 +43,4 @@ def binarize(x: Tensor, shift: Tensor | None = None) -> Tensor:
     checks.check_activation("x", x)
     checks.check_per_channel(x.shape[1], shift=shift)
     checks.check_same_device(x=x, shift=shift)
-    return _Binarize.apply(x, shift)
+    return apply(_Binarize, x, shift)

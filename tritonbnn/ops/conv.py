@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tritonbnn import checks
 from tritonbnn.ops import library
+from tritonbnn.ops.apply import apply
 from tritonbnn.ops.autocast import autocast_input
 from tritonbnn.ops.once import differentiable_once
 
@@ -24,6 +25,7 @@ class _BinaryConv2d(torch.autograd.Function):
         stride: int,
         padding: int,
         binary_weight: bool,
+        may_be_binary: bool,
     ) -> Tensor:
         signs = library.pack_signs(x, shift)
         geometry = {"stride": stride, "padding": padding}
@@ -35,7 +37,7 @@ class _BinaryConv2d(torch.autograd.Function):
         else:
             y = library.conv_real(signs, weight, dtype=x.dtype, **geometry)
         ctx.save_for_backward(x, shift, weight, signs, packed, alpha)
-        ctx.geometry = geometry
+        ctx.geometry, ctx.may_be_binary = geometry, may_be_binary
         return y
 
     @staticmethod
@@ -55,13 +57,27 @@ class _BinaryConv2d(torch.autograd.Function):
             operand = weight if packed is None else packed
             size = {"channels": channels, "height": height, "width": width}
             dsigns = library.conv_input_grad(grad, operand, alpha, **size, **ctx.geometry)
-            dx, dshift = library.sign_backward(dsigns, x, shift)
+            dx, dshift = sign_grads(dsigns, x, shift, ctx.may_be_binary and needs_x)
         return (
             dx if needs_x else None,
             dweight,
             dshift if needs_shift else None,
-            *(None, None, None),
+            *(None, None, None, None),
         )
+
+
+def sign_grads(
+    dsigns: Tensor, x: Tensor, shift: Tensor | None, may_be_binary: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients to x and shift from that to the signs, past the sign where x is binary already.
+
+    The pseudo-gradient is 0 at +-1, so behind another sign nothing would be trained. The choice is
+    made on the device: nothing waits for it.
+    """
+    dx, dshift = library.sign_backward(dsigns, x, shift)
+    if may_be_binary:
+        dx = torch.where((x.abs() == 1).all(), dsigns, dx)
+    return dx, dshift
 
 
 def clipped_weight_grad(grad: Tensor, weight: Tensor) -> Tensor:
@@ -82,6 +98,7 @@ def binary_conv2d(
     stride: int = 1,
     padding: int = 0,
     binary_weight: bool = True,
+    may_be_binary: bool = True,
 ) -> Tensor:
     """Convolve sign(x + shift) with alpha * sign(w), alpha the mean of abs(w) per output channel.
 
@@ -89,6 +106,11 @@ def binary_conv2d(
     and shift through the clipped quadratic, see :func:`~tritonbnn.ops.binarize`; to w it is the
     gradient to the binary weight where abs(w) <= 1, else 0, with no alpha and none through alpha.
     With ``binary_weight=False`` the weight is real, as in the first step of the schedule.
+
+    If all of x is +1 or -1, it is binary already, and its gradient passes unchanged, where the
+    clipped quadratic would stop it. So x may come from :func:`~tritonbnn.ops.binarize`, also by way
+    of max-pooling, reshaping or permuting. The zeros of dropout or padding make x real again: put
+    those before the sign. The gradient to shift is always that of the clipped quadratic.
 
     Args:
         x: (N, C, H, W); float32, bfloat16, float16, or float64 on the CPU. Under autocast a
@@ -98,6 +120,7 @@ def binary_conv2d(
         stride: 1 or 2.
         padding: k // 2.
         binary_weight: whether the weight is binarised.
+        may_be_binary: False where x is known to be real: backward then leaves out a look at x.
 
     Returns:
         (N, O, H', W') in ``x``'s dtype and channels_last memory.
@@ -111,4 +134,5 @@ def binary_conv2d(
     checks.check_per_channel(x.shape[1], shift=shift)
     checks.check_same_device(x=x, weight=weight, shift=shift)
     checks.conv_output_size(x.shape[2], x.shape[3], weight.shape[2], stride, padding)
-    return _BinaryConv2d.apply(autocast_input(x), weight, shift, stride, padding, binary_weight)
+    options = (stride, padding, binary_weight, may_be_binary)
+    return apply(_BinaryConv2d, autocast_input(x), weight, shift, *options)

@@ -5,8 +5,9 @@ from torch import Tensor
 
 from tritonbnn import checks
 from tritonbnn.ops import library
+from tritonbnn.ops.apply import apply
 from tritonbnn.ops.autocast import autocast_input
-from tritonbnn.ops.conv import clipped_weight_grad
+from tritonbnn.ops.conv import clipped_weight_grad, sign_grads
 from tritonbnn.ops.once import differentiable_once
 
 _POINTWISE = {"stride": 1, "padding": 0}
@@ -19,18 +20,23 @@ def _as_image(matrix: Tensor) -> Tensor:
 
 class _BinaryLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, shift: Tensor | None) -> Tensor:
+    def forward(
+        ctx, x: Tensor, weight: Tensor, shift: Tensor | None, may_be_binary: bool
+    ) -> Tensor:
         signs = library.pack_signs(x, shift)
         packed, alpha = library.pack_weight(weight)
         ctx.save_for_backward(x, shift, weight, signs, packed, alpha)
-        return (library.packed_matmul(signs, packed, x.shape[1]) * alpha).to(x.dtype)
+        ctx.may_be_binary = may_be_binary
+        y = library.packed_matmul(signs, packed, x.shape[1]) * alpha
+        # torch.compile takes a cast that does nothing for a second output, and y's gradient is lost
+        return y if y.dtype == x.dtype else y.to(x.dtype)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor):
         x, shift, weight, signs, packed, alpha = ctx.saved_tensors
         features = x.shape[1]
-        needs_x, needs_weight, needs_shift = ctx.needs_input_grad
+        needs_x, needs_weight, needs_shift = ctx.needs_input_grad[:3]
         dx = dweight = dshift = None
         image_grad = _as_image(grad.contiguous())
         if needs_weight:
@@ -43,20 +49,25 @@ class _BinaryLinear(torch.autograd.Function):
             packed = packed[:, None, None]
             size = {"channels": features, "height": 1, "width": 1}
             dsigns = library.conv_input_grad(image_grad, packed, alpha, **size, **_POINTWISE)
-            dx, dshift = library.sign_backward(dsigns.flatten(1), x, shift)
-        return dx if needs_x else None, dweight, dshift if needs_shift else None
+            look = ctx.may_be_binary and needs_x
+            dx, dshift = sign_grads(dsigns.flatten(1), x, shift, look)
+        return dx if needs_x else None, dweight, dshift if needs_shift else None, None
 
 
-def binary_linear(x: Tensor, weight: Tensor, shift: Tensor | None = None) -> Tensor:
+def binary_linear(
+    x: Tensor, weight: Tensor, shift: Tensor | None = None, *, may_be_binary: bool = True
+) -> Tensor:
     """sign(x + shift) @ (alpha * sign(w))^T, alpha the mean of abs(w) per output feature.
 
-    The gradients are those of :func:`~tritonbnn.ops.binary_conv2d`.
+    The gradients are those of :func:`~tritonbnn.ops.binary_conv2d`: if all of x is +1 or -1, its
+    gradient passes unchanged.
 
     Args:
         x: (..., K); float32, bfloat16, float16, or float64 on the CPU. Under autocast a float32 x
             is cast first.
         weight: (O, K), floating point.
         shift: (K,), added before the sign, or None.
+        may_be_binary: False where x is known to be real: backward then leaves out a look at x.
 
     Returns:
         (..., O) in ``x``'s dtype.
@@ -75,4 +86,5 @@ def binary_linear(x: Tensor, weight: Tensor, shift: Tensor | None = None) -> Ten
     checks.check_per_channel(x.shape[-1], shift=shift)
     checks.check_same_device(x=x, weight=weight, shift=shift)
     rows = autocast_input(x).reshape(-1, x.shape[-1])
-    return _BinaryLinear.apply(rows, weight, shift).view(*x.shape[:-1], weight.shape[0])
+    y = apply(_BinaryLinear, rows, weight, shift, may_be_binary)
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tritonbnn import checks
 from tritonbnn.ops import library
+from tritonbnn.ops.apply import apply
 from tritonbnn.ops.once import differentiable_once
 
 
@@ -41,4 +42,4 @@ def rprelu(x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Ten
     parameters = {"shift_in": shift_in, "slope": slope, "shift_out": shift_out}
     checks.check_per_channel(x.shape[1], **parameters)
     checks.check_same_device(x=x, **parameters)
-    return _RPReLU.apply(x, shift_in, slope, shift_out)
+    return apply(_RPReLU, x, shift_in, slope, shift_out)

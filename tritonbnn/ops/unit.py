@@ -8,6 +8,7 @@ from torch import Tensor, distributed
 
 from tritonbnn import checks
 from tritonbnn.ops import backend, library
+from tritonbnn.ops.apply import apply
 from tritonbnn.ops.autocast import autocast_input
 from tritonbnn.ops.conv import clipped_weight_grad
 from tritonbnn.ops.norm import Affine, Statistics, batch_affine, norm_grads, running_affine
@@ -291,7 +292,8 @@ def binary_unit(
     options = Options(stride, kind, binary_weight, eps, plan, group, pack)
     next_shift = None if next_shift is None else next_shift.detach()
     return UnitOutput(
-        *_BinaryUnit.apply(
+        *apply(
+            _BinaryUnit,
             *(x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out),
             *(residual, signs, next_shift, given, options),
         )

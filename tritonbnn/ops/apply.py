@@ -1,0 +1,28 @@
+"""How the operators call their autograd Functions."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
+    """``function.apply(*operands)``, guarded where torch would go wrong.
+
+    While it traces, torch.compile keeps one gradient per tensor. A tensor that is given as two
+    operands would get the gradient of the last one only, so each operand is made a tensor of its
+    own: a view, which the compiler removes again.
+
+    Raises:
+        RuntimeError: called under torch.func's grad, vmap or jvp, which need a Function whose
+            forward pass saves nothing.
+    """
+    if torch.compiler.is_compiling():
+        operands = tuple(o.view_as(o) if isinstance(o, Tensor) else o for o in operands)
+    elif torch._C._are_functorch_transforms_active():  # torch's own test in Function.apply
+        raise RuntimeError(
+            "torch.func's transforms (grad, vmap, jvp and the like) are not supported: "
+            "use loss.backward() or torch.autograd.grad, or compile the transformed function "
+            "with torch.compile(torch.func.grad(...))"
+        )
+    return function.apply(*operands)
