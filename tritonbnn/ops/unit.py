@@ -153,7 +153,9 @@ class _BinaryUnit(torch.autograd.Function):
             )
         if shift_in is None:
             dshift_in = None
-        activation = (None,) * 3 if slope is None else (du_sum, dslope, dshift_out)
+        # beta and shift_mid have equal gradients, but must not share memory: under torch.compile
+        # what clips or accumulates the one in place would change the other too
+        activation = (None,) * 3 if slope is None else (du_sum.clone(), dslope, dshift_out)
         dresidual = None if residual is None else du
         unused = (None,) * 4
         return dx, dweight, dgamma, du_sum, dshift_in, *activation, dresidual, *unused
