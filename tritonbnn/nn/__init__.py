@@ -1,6 +1,7 @@
 """Modules over the binary operators, with torch.nn's signatures."""
 
 from tritonbnn.nn.activations import RPReLU, RSign
+from tritonbnn.nn.gradients import check_gradients
 from tritonbnn.nn.layers import BinaryConv2d, BinaryLinear
 from tritonbnn.nn.parameters import binary_weights, decayed_parameters
 from tritonbnn.nn.unit import BinaryUnit
@@ -12,5 +13,6 @@ __all__ = [
     "RPReLU",
     "RSign",
     "binary_weights",
+    "check_gradients",
     "decayed_parameters",
 ]
