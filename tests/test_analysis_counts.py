@@ -1,12 +1,13 @@
 """The counts that the analysis rests on, against plain numpy."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
 from tests.helpers import activation, flips, gradient
 from tritonbnn.analysis import EDGES, Probe, Recorder, SignLayout, histogram
-from tritonbnn.nn import BinaryLinear, BinaryUnit
+from tritonbnn.nn import BinaryConv2d, BinaryLinear, BinaryUnit
 
 SHAPES = [(5, 3, 3, 3), (40, 33, 1, 1), (7,), (33, 70)]  # of 135, 1320, 7 and 2310 elements
 
@@ -83,6 +84,18 @@ def test_saturation_of_features_is_along_the_last_dimension():
     found = Probe(x).measure(nn.Sequential(BinaryLinear(7, 4)))
     assert found["0.weight"].counts.tolist() == (np.abs(x.numpy()) > 1).sum((0, 1)).tolist()
     assert found["0.weight"].total == 15
+
+
+@pytest.mark.parametrize(
+    "layer", [BinaryLinear(7, 4, shift=True), BinaryConv2d(7, 4, 1, shift=True)]
+)
+def test_saturation_counts_what_a_layers_own_shift_makes_of_its_input(layer):
+    layer.shift.data.copy_(torch.linspace(-2, 2, 7))
+    x = activation(3, 7, 1, 1)
+    inputs = x[..., 0, 0] if isinstance(layer, BinaryLinear) else x
+    found = Probe(inputs).measure(nn.Sequential(layer))
+    large = np.abs(x[..., 0, 0].numpy() + layer.shift.detach().numpy()) > 1
+    assert found["0.weight"].counts.tolist() == large.sum(0).tolist()
 
 
 def test_histogram_is_that_of_numpy():

@@ -19,15 +19,14 @@ def check_gradients(
     still falls. This runs the model once forward and backward, in the mode that it is in, and names
     what was not reached. ``assert not check_gradients(model, images)`` belongs before a long run.
 
-    A name is a reason to look, not always a fault. On one batch a parameter can have a gradient of
-    zero by right: the shift and slope of a PReLU whose channel is dead or whose input is never
-    negative, a weight that is 0 everywhere behind it, an expert or a branch that was not chosen.
-    Try a second batch, or a few training steps first. A parameter that is always named is not used,
-    or lies before something that stops the gradient: ``detach``, a sign on top of a sign with
-    dropout in between, or activations that are all larger than 1.
+    A name is a reason to look, not always a fault. In a real network a few parameters can have a
+    zero gradient on one batch by right: the slopes of a PReLU whose inputs are all positive, or
+    what comes before an activation that is the same for every image. Try a larger batch, or train a
+    few steps first. A parameter that is always named is not used, or something behind it stops the
+    gradient: ``detach``, activations that are all larger than 1, or dropout between two signs.
 
-    Gradients, buffers such as BatchNorm's running averages, and the states of torch's random
-    number generators are afterwards as they were before.
+    Afterwards gradients, buffers such as BatchNorm's running averages, and torch's random number
+    generators are as before.
 
     Args:
         model: on one device; not wrapped in DistributedDataParallel, which wants whole steps.
