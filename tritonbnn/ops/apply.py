@@ -14,8 +14,7 @@ def apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
     own: a view, which the compiler removes again.
 
     Raises:
-        RuntimeError: called under torch.func's grad, vmap or jvp, which need a Function whose
-            forward pass saves nothing.
+        RuntimeError: called under a transform of torch.func (grad, vmap, jvp) that is not compiled.
     """
     if torch.compiler.is_compiling():
         operands = tuple(o.view_as(o) if isinstance(o, Tensor) else o for o in operands)
