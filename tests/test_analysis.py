@@ -14,6 +14,7 @@ from tritonbnn.models import build_model
 from tritonbnn.nn import BinaryConv2d, BinaryLinear, BinaryUnit, binary_weights
 from tritonbnn.train.data import MicroBatch
 from tritonbnn.train.engine import Compute, label_objective, train_one_epoch
+from tritonbnn.train.log import describe, scalars
 from tritonbnn.train.meters import FirstBad, TrainMeter
 from tritonbnn.train.state import State
 
@@ -281,6 +282,15 @@ def test_a_network_without_binary_weights():
     assert recorder.flipped() is None
     assert recorder.record(1) == {"updates": 1, "layers": {}}
     assert recorder.rows() == {}
+
+
+def test_a_share_of_no_weights_is_none_in_the_log():
+    """It is null in JSON, not said in words, and not drawn."""
+    numbers = dict.fromkeys(("train_loss", "train_top1", "val_top1", "val_top5"), 50.0)
+    line = {"step": 2, "epoch": 1, **numbers, "images_per_second": 9.0, "flips": None}
+    assert describe(line, 3).endswith("top-5 50.00 %; 9 img/s")
+    assert describe({**line, "flips": 0.5}, 3).endswith("; 50.00% of signs flipped; 9 img/s")
+    assert scalars(line).keys() == {*numbers, "images_per_second"}
 
 
 def test_a_layer_without_a_gradient_is_dead():
