@@ -79,7 +79,7 @@ def test_the_report_is_of_the_logs(steps):
         assert f"| {titles[name]} | 1 | {found['top1']:.4g} |" in result.output
     assert result.output.count(" | 63.23 | 0.45 |") == 1
     assert (folder / "study.md").read_text() in result.output
-    assert "One seed at 2 + 2 epochs decides nothing about the paper's claims" in result.output
+    assert "1 seed at 2 + 2 epochs decides nothing about the paper's claims" in result.output
     assert "2 + 2 epochs in two steps or 4 in one" in result.output
 
 

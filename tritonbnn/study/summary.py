@@ -58,17 +58,20 @@ def scale(given: Settings) -> str:
     return (
         f"{given['recipe']}: {given['model']} at width {given['width']:g},"
         f" {first} + {second} epochs in two steps or {first + second} in one,"
-        f" {given['seeds']} seeds, batch {given['batch_size']},"
+        f" {_seeds(given)}, batch {given['batch_size']},"
         f" Adam at {given['adam_lr']:g}, SGD at {given['sgd_lr']:g}."
     )
 
 
+def _seeds(given: Settings) -> str:
+    return f"{given['seeds']} seed{'s' if given['seeds'] > 1 else ''}"
+
+
 def caution(given: Settings, studies: Iterable[str]) -> str:
     """What must not be concluded."""
-    seeds = f"{given['seeds']} seeds" if given["seeds"] > 1 else "One seed"
     decide = "decide" if given["seeds"] > 1 else "decides"
     said = (
-        f"{seeds} at {given['step1_epochs']} + {given['step2_epochs']} epochs {decide} nothing"
+        f"{_seeds(given)} at {given['step1_epochs']} + {given['step2_epochs']} epochs {decide} nothing"
         " about the paper's claims: a grid of this size says nothing about ImageNet."
     )
     if "optimizers" in studies:
