@@ -10,7 +10,7 @@ from benchmarks.measure import trouble
 from benchmarks.output import read_result
 from tritonbnn import cli
 from tritonbnn.study import summary
-from tritonbnn.study.plan import STUDIES
+from tritonbnn.study.plan import STUDIES, TWO_STEP_SGD
 
 MISSING = "not measured yet"
 STEP_FILES = {step: f"train_step_{step}.json" for step in (1, 2)}
@@ -198,8 +198,23 @@ def study_table(device: Device) -> list[str]:
             lines = table(head, rows)
             lines += [f"{scale(result['settings'])} {summary.window(results)}", ""]
             lines += [f"The paper's orders. {caution(result['settings'], studies)}", ""]
-            lines += [*summary.verdicts(studies, results), ""]
+            lines += [*summary.verdicts(studies, results), "", *_rates_line(device, result)]
     return lines
+
+
+def _rates_line(device: Device, result: Result) -> list[str]:
+    """SGD at learning rates other than that of the table; nothing where none was tried."""
+    names = [name for name in device.files if name.startswith("study_digits_sgd_")]
+    top1 = {}
+    for name in names:
+        with device.reading(name):
+            other = device.files[name] or {}
+            top1[other["settings"]["sgd_lr"]] = other["results"][TWO_STEP_SGD.name]["0"]["top1"]
+    if not top1:
+        return []
+    top1[result["settings"]["sgd_lr"]] = result["results"][TWO_STEP_SGD.name]["0"]["top1"]
+    said = ", ".join(f"{value:.4g} % at {rate:g}" for rate, value in sorted(top1.items()))
+    return [f"SGD at other rates, with seed 0: {said}.", ""]
 
 
 def overhead_line(device: Device) -> list[str]:

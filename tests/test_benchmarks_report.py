@@ -101,10 +101,25 @@ def test_verdicts_are_derived_when_the_page_is_written(place):
         "| `python -m tritonbnn.study` | top-1, % | FF ratio (sampled), 1e-3 | C2I (2p - 1) |",
         "| two steps, SGD, decay 5e-6 then 0 | 81 ± 1 | 10 ± 0 |  |",
         "3 seeds at 4 + 4 epochs decide nothing",
-        "A better one than 0.025 may bring SGD nearer to Adam.",
+        "a better one than 0.025 may bring SGD nearer to Adam.",
     ):
         assert said in readme
     assert "stale" not in readme
+    assert "SGD at other" not in readme
+
+
+def test_sgd_at_other_rates_stands_beside_the_table_s(place):
+    folder = place / "results" / "a-gpu"
+    config = parse(["digits", "--epochs", "4"]).config
+    for rate, top1 in ((0.025, [75.0, 80.0]), (0.0125, [77.75]), (0.1, [55.0])):
+        runs = {str(seed): {"top1": value} for seed, value in enumerate(top1)}
+        document = {"settings": settings(config, len(runs), rate), "studies": ["optimizers"]}
+        document |= {**HEAD, "results": {"two-step-sgd": runs}, "failed": {}}
+        name = "study_digits" if rate == 0.025 else f"study_digits_sgd_{rate}"
+        write(folder / f"{name}.json", document)
+    assert run(place) == 0
+    said = "SGD at other rates, with seed 0: 77.75 % at 0.0125, 75 % at 0.025, 55 % at 0.1."
+    assert f"\n{said}\n" in (place / "README.md").read_text()
 
 
 def test_the_study_s_file_holds_no_sentence():

@@ -208,7 +208,7 @@ def test_spread_is_mean_and_sample_deviation():
 
 def test_what_few_seeds_and_one_learning_rate_leave_open_is_said():
     assert caution(TRAINED, ["decay"]).startswith("3 seeds at 9 + 9 epochs decide nothing")
-    assert "0.05 may bring SGD nearer" in caution(TRAINED, ["optimizers"])
+    assert "a better one than 0.05 may bring SGD nearer" in caution(TRAINED, ["optimizers"])
     assert "learning rate" not in caution(TRAINED, ["decay"])
 
 

@@ -71,13 +71,13 @@ def caution(given: Settings, studies: Iterable[str]) -> str:
     """What must not be concluded."""
     decide = "decide" if given["seeds"] > 1 else "decides"
     said = (
-        f"{_seeds(given)} at {given['step1_epochs']} + {given['step2_epochs']} epochs {decide} nothing"
-        " about the paper's claims: a grid of this size says nothing about ImageNet."
+        f"{_seeds(given)} at {given['step1_epochs']} + {given['step2_epochs']} epochs {decide}"
+        " nothing about the paper's claims: a grid of this size says nothing about ImageNet."
     )
     if "optimizers" in studies:
         said += (
-            " Each optimiser was trained at one learning rate."
-            f" A better one than {given['sgd_lr']:g} may bring SGD nearer to Adam."
+            " Each optimiser has one learning rate in the table:"
+            f" a better one than {given['sgd_lr']:g} may bring SGD nearer to Adam."
         )
     return said
 
