@@ -2,10 +2,11 @@
 
     python -m benchmarks.analysis_overhead --recipe digits --images 1437
 
-A round trains one interval of steps, and then takes one look and one epoch's record, each timed by
-itself: as the difference of two step times, one percent would drown in the machine's noise. Steps,
-looks and records alternate, so that a change in its load hits all three. On a GPU each is waited
-for, which a run does not do: the share is an upper bound there.
+A round trains one interval of steps. Then it counts the flips of an update, which a run does after
+every one, takes one look, and makes one epoch's record. Each is timed by itself: as the difference
+of two step times, one percent would drown in the machine's noise. They alternate, so that a change
+in its load hits all of them. On a GPU each is waited for, which a run does not do: the share is an
+upper bound there.
 """
 
 import json
@@ -103,15 +104,16 @@ class Rig:
         return time.perf_counter() - start
 
     def round(self) -> dict[str, float]:
-        """Seconds of a step, a look and a record."""
+        """Seconds of a step, of counting flips, of the rest of a look, and of a record."""
         step = self.timed(self.train) / len(self.batches)
         self.backward()
         look = self.timed(self.recorder.before_update)
         self.state.optimizer.step()
-        look += self.timed(self.recorder.after_update)
+        count = self.timed(lambda: self.recorder.after_update(looked=False))
+        look += self.timed(lambda: self.recorder.after_update(looked=True)) - count
         self.state.optimizer.zero_grad()
         record = self.timed(self.record)
-        return {"step": step, "look": look, "record": record}
+        return {"step": step, "count": count, "look": look, "record": record}
 
 
 def measure(config: Config, images: int, rounds: int, device: torch.device) -> dict:
@@ -124,7 +126,7 @@ def measure(config: Config, images: int, rounds: int, device: torch.device) -> d
     middle = {name: median(each[name] for each in times) for name in times[0]}
     steps = train_steps(images, config.batch_size)
     looks = -(-steps // config.analysis_interval)
-    added = (looks * middle["look"] + middle["record"]) / steps
+    added = middle["count"] + (looks * middle["look"] + middle["record"]) / steps
     return {
         "network": f"{config.model}, width {config.width:g}, {config.image_size}x"
         f"{config.image_size}, batch {config.batch_size}",

@@ -1,6 +1,11 @@
 """The paper's comparisons, as ``python -m tritonbnn.study`` makes them, with what they ran on.
 
 python -m benchmarks.study optimizers decay steps --epochs 6 --out runs/study --json study.json
+
+The report takes the table from ``study_digits.json``, and SGD at other rates from files beside it:
+
+python -m benchmarks.study optimizers --epochs 6 --seeds 1 --sgd-lr 0.0125 --out runs/study-0.0125 \
+    --json study_digits_sgd_0.0125.json
 """
 
 from pathlib import Path

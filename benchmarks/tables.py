@@ -9,6 +9,8 @@ from typing import Any
 from benchmarks.measure import trouble
 from benchmarks.output import read_result
 from tritonbnn import cli
+from tritonbnn.study import summary
+from tritonbnn.study.plan import STUDIES, TWO_STEP_SGD
 
 MISSING = "not measured yet"
 STEP_FILES = {step: f"train_step_{step}.json" for step in (1, 2)}
@@ -188,26 +190,31 @@ def study_table(device: Device) -> list[str]:
     name, lines = "study_digits.json", []
     with device.reading(name):
         if result := device.get(name):
-            comparisons = result["comparisons"].values()
-            rows = {row["variant"]: row for study in comparisons for row in study["rows"]}
-            head = ["`python -m tritonbnn.study`", "top-1, %", "FF ratio, 1e-3", "C2I (2p - 1)"]
-            lines = table(head, [[row["title"], *_spreads(row)] for row in rows.values()])
-            said = [
-                f"{order['claim']} ({order['verdict']})"
-                for study in comparisons
-                for order in study["orders"]
-            ]
-            lines += [f"{result['scale']} {result['window']}", ""]
-            lines += [f"The paper's orders: {'; '.join(said)}. {result['caution']}", ""]
+            results, studies = result["results"], result["studies"]
+            variants = dict.fromkeys(v for study in studies for v in STUDIES[study].variants)
+            head = ["`python -m tritonbnn.study`", *summary.heads(results)]
+            rows = [[variant.title, *summary.cells(variant, results)] for variant in variants]
+            scale, caution = summary.scale, summary.caution
+            lines = table(head, rows)
+            lines += [f"{scale(result['settings'])} {summary.window(results)}", ""]
+            lines += [f"The paper's orders. {caution(result['settings'], studies)}", ""]
+            lines += [*summary.verdicts(studies, results), "", *_rates_line(device, result)]
     return lines
 
 
-def _spreads(row: Result) -> Iterator[str]:
-    """Means and deviations over the seeds."""
-    for quantity, scale in (("top1", 1), ("flip_flop", 1e3), ("c2i_half", 1)):
-        found = row["measured"][quantity]
-        deviation = f" ± {found['deviation'] * scale:.2g}" if found["deviation"] else ""
-        yield f"{found['mean'] * scale:.4g}{deviation}"
+def _rates_line(device: Device, result: Result) -> list[str]:
+    """SGD at learning rates other than that of the table; nothing where none was tried."""
+    names = [name for name in device.files if name.startswith("study_digits_sgd_")]
+    top1 = {}
+    for name in names:
+        with device.reading(name):
+            other = device.files[name] or {}
+            top1[other["settings"]["sgd_lr"]] = other["results"][TWO_STEP_SGD.name]["0"]["top1"]
+    if not top1:
+        return []
+    top1[result["settings"]["sgd_lr"]] = result["results"][TWO_STEP_SGD.name]["0"]["top1"]
+    said = ", ".join(f"{value:.4g} % at {rate:g}" for rate, value in sorted(top1.items()))
+    return [f"SGD at other rates, with seed 0: {said}.", ""]
 
 
 def overhead_line(device: Device) -> list[str]:

@@ -48,7 +48,11 @@ def _line(random, step, epoch, layers):
         "step": step,
         "epoch": epoch,
         **{key: 100 * random.uniform() for key in keys},
-        "analysis": {**{key: random.uniform() for key in OF_LAYER}, "layers": of_layers},
+        "analysis": {
+            "updates": 3,
+            **{key: random.uniform() for key in OF_LAYER},
+            "layers": of_layers,
+        },
     }
 
 

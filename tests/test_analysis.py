@@ -1,5 +1,7 @@
 """What a run says about its binary weights, against plain numpy."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import flips, gradient, signs
 from tritonbnn.analysis import EDGES, Probe, Recorder, histogram
-from tritonbnn.nn import BinaryConv2d, BinaryLinear, BinaryUnit
+from tritonbnn.models import build_model
+from tritonbnn.nn import BinaryConv2d, BinaryLinear, BinaryUnit, binary_weights
+from tritonbnn.train.data import MicroBatch
+from tritonbnn.train.engine import Compute, label_objective, train_one_epoch
+from tritonbnn.train.log import describe, scalars
+from tritonbnn.train.meters import FirstBad, TrainMeter
+from tritonbnn.train.state import State
 
 
 class Scripted:
@@ -33,7 +41,7 @@ class Scripted:
     def weights(self):
         return [w.detach().numpy().copy() for w in self.model.parameters()]
 
-    def update(self):
+    def update(self, leap=False):
         for index, weight in enumerate(self.model.parameters()):
             weight.grad = gradient(*weight.shape, seed=10 * len(self.history) + index) * 1e-3
             dead = 4 if not self.records else 8
@@ -44,19 +52,20 @@ class Scripted:
             self.recorder.before_update()
         self.optimizer.step()
         for weight in self.model.parameters():
+            if leap:
+                weight.data.view(-1)[::2] *= -1
             for row in (0, 1):
                 index = len(self.history) % 6
                 weight.data[row].view(-1)[index] = (
                     0.01 if weight[row].view(-1)[index] < 0 else -0.01
                 )
-        if due:
-            self.recorder.after_update()
+        self.recorder.after_update(looked=due)
         self.batch += 1
         self.history.append(self.weights())
 
-    def epoch(self, updates):
-        for _ in range(updates):
-            self.update()
+    def epoch(self, updates, leap=False):
+        for index in range(updates):
+            self.update(leap and index == 0)
         self.records.append(self.recorder.record(len(self.records) + 1))
         self.recorder.begin_epoch()
         self.batch = 0
@@ -69,17 +78,57 @@ def of_layers(record, key):
     return [layer[key] for layer in record["layers"].values()]
 
 
-def test_flip_flop_is_the_mean_over_the_looks():
-    run = Scripted(level="light", interval=2)
-    run.epoch(5)  # looks at the updates 0, 2 and 4
-    counts = np.array([flips(run.history[t], run.history[t + 1]) for t in (0, 2, 4)])
-    assert counts.sum() > 0
-    [record] = run.records
-    assert record["flip_flop"] == counts.sum() / sum(SIZES) / 3
-    assert of_layers(record, "flip_flop") == [
-        c / n / 3 for c, n in zip(counts.sum(0), SIZES, strict=True)
-    ]
-    assert list(record["layers"]) == ["0.weight", "1.weight"]
+@pytest.mark.parametrize("interval", [1, 4, 100])
+def test_flip_flop_is_the_mean_over_all_updates(interval):
+    """Of a run whose first update flips half of the signs, as a rate that is too high does."""
+    run = Scripted(level="light", interval=interval)
+    run.epoch(11, leap=True)
+    run.epoch(6)
+    for record, first, last in zip(run.records, (0, 11), (11, 17), strict=True):
+        pairs = pairwise(run.history[first : last + 1])
+        counts = np.array([flips(before, after) for before, after in pairs])
+        updates = last - first
+        assert len(counts) == record["updates"] == updates
+        assert record["flip_flop"] == counts.sum() / sum(SIZES) / updates
+        assert of_layers(record, "flip_flop") == [
+            c / n / updates for c, n in zip(counts.sum(0), SIZES, strict=True)
+        ]
+    assert flips(run.history[0], run.history[1])[1] > 0.4 * SIZES[1]
+    assert list(run.records[0]["layers"]) == ["0.weight", "1.weight"]
+
+
+def test_training_counts_the_flips_of_every_update():
+    """At a rate so high that the first update turns half of the signs, of five with two looks."""
+    torch.manual_seed(0)
+    options = {"width": 0.125, "num_classes": 3, "small_images": True}
+    model = build_model("birealnet_18", **options)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    compute = Compute(torch.device("cpu"))
+    state = State(
+        step=2,
+        model=model,
+        optimizer=optimizer,
+        scaler=compute.scaler(),
+        meter=TrainMeter(compute.device),
+        analysis=Recorder(model, optimizer, level="light", interval=4),
+    )
+    history = []
+
+    def remember():
+        history.append([w.detach().numpy().copy() for w in binary_weights(model).values()])
+
+    remember()
+    images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
+    batches = [MicroBatch(images, labels, 4, 4, last=True)] * 5
+    objective, bad = label_objective(0.0), FirstBad(compute.device)
+    options = {"world_size": 1, "after_step": remember}
+    train_one_epoch(state, model, batches, objective, compute, bad, **options)
+    counts = np.array([flips(before, after) for before, after in pairwise(history)])
+    sizes = np.array([weight.size for weight in history[0]])
+    assert counts[0].sum() > 0.4 * sizes.sum() > 2 * counts[1:].sum(1).max()
+    record = state.analysis.record(1)
+    assert record["flip_flop"] == counts.sum() / sizes.sum() / 5
+    assert of_layers(record, "flip_flop") == (counts.sum(0) / sizes / 5).tolist()
 
 
 def test_c2i_is_against_the_weights_that_the_step_started_from():
@@ -99,17 +148,14 @@ def test_c2i_is_against_the_weights_that_the_step_started_from():
     assert of_layers(record, "c2i_full") == [1 - c / n for c, n in zip(changed, SIZES, strict=True)]
 
 
-def moved(run, first, looks):
-    """Which weights move in an epoch: a gradient at a look, or a sign unlike the one before it."""
+def moved(run, first, updates, looks):
+    """Which weights move in an epoch: a gradient at a look, or a sign at any update."""
     result = []
     for layer in range(2):
-        seen = np.zeros(run.history[0][layer].shape, bool)
-        last = signs(run.history[first][layer])
+        history = [signs(run.history[first + t][layer]) for t in range(updates + 1)]
+        seen = np.any([after != before for before, after in pairwise(history)], axis=0)
         for look in looks:
-            before, after = (signs(run.history[first + look + t][layer]) for t in (0, 1))
             seen |= np.abs(run.gradients[first + look][layer]) >= 1e-12
-            seen |= (before != last) | (after != before)
-            last = after
         result.append(seen)
     return result
 
@@ -118,7 +164,7 @@ def test_dead_weights_and_their_revival():
     run = Scripted(level="light", interval=2)
     run.epoch(5)
     run.epoch(4)
-    one, two = moved(run, 0, (0, 2, 4)), moved(run, 5, (0, 2))
+    one, two = moved(run, 0, 5, (0, 2, 4)), moved(run, 5, 4, (0, 2))
     first, second = run.records
     dead = [int((~seen).sum()) for seen in one]
     assert 0 < dead[0] < SIZES[0] / 3
@@ -165,7 +211,7 @@ def test_a_gradient_that_is_not_finite_counts_in_no_mean(bad):
     for weight in run.model.parameters():
         weight.grad = torch.full_like(weight, bad)
     run.recorder.before_update()
-    run.recorder.after_update()
+    run.recorder.after_update(looked=True)
     record = run.recorder.record(1)
     assert of_layers(record, "gradient")[1] == pytest.approx(good, rel=1e-6)
 
@@ -173,7 +219,7 @@ def test_a_gradient_that_is_not_finite_counts_in_no_mean(bad):
     for weight in other.model.parameters():
         weight.grad = torch.full_like(weight, bad)
     other.recorder.before_update()
-    other.recorder.after_update()
+    other.recorder.after_update(looked=True)
     assert all("gradient" not in layer for layer in other.recorder.record(1)["layers"].values())
 
 
@@ -198,7 +244,7 @@ def test_a_look_does_not_wait_for_the_device():
         weight.grad = torch.ones_like(weight)
     with Reads() as reads:
         run.recorder.before_update()
-        run.recorder.after_update()
+        run.recorder.after_update(looked=True)
         assert reads.seen == []
         run.recorder.flipped()
     assert reads.seen
@@ -208,7 +254,7 @@ def test_an_epoch_without_a_look_says_less():
     run = Scripted(level="light", interval=10)
     run.batch = 1
     run.epoch(3)
-    assert run.records[0].keys() == {"c2i_full", "c2i_half", "layers"}
+    assert run.records[0].keys() == {"updates", "c2i_full", "c2i_half", "flip_flop", "layers"}
     run.epoch(3)
     assert "revived" not in run.records[1]
     assert "dead" in run.records[1]
@@ -232,17 +278,47 @@ def test_a_network_without_binary_weights():
     model.weight.grad = torch.ones_like(model.weight)
     recorder.before_update()
     optimizer.step()
-    recorder.after_update()
-    assert recorder.flipped() == 0
-    assert recorder.record(1) == {"layers": {}}
+    recorder.after_update(looked=True)
+    assert recorder.flipped() is None
+    assert recorder.record(1) == {"updates": 1, "layers": {}}
     assert recorder.rows() == {}
+
+
+def test_a_share_of_no_weights_is_none_in_the_log():
+    """It is null in JSON, not said in words, and not drawn."""
+    numbers = dict.fromkeys(("train_loss", "train_top1", "val_top1", "val_top5"), 50.0)
+    line = {"step": 2, "epoch": 1, **numbers, "images_per_second": 9.0, "flips": None}
+    assert describe(line, 3).endswith("top-5 50.00 %; 9 img/s")
+    assert describe({**line, "flips": 0.5}, 3).endswith("; 50.00% of signs flipped; 9 img/s")
+    assert scalars(line).keys() == {*numbers, "images_per_second"}
 
 
 def test_a_layer_without_a_gradient_is_dead():
     run = Scripted(level="light")
     run.recorder.before_update()
-    run.recorder.after_update()
+    run.recorder.after_update(looked=True)
     assert run.recorder.record(1)["dead"] == 1
+
+
+def test_a_gradient_that_is_no_number_says_nothing_of_a_weight():
+    """A weight is dead if all else that is known of its gradient is small, and if that is some."""
+    run = Scripted("sgd", level="light", interval=1)
+    looks = [[np.nan, np.nan, np.inf, 0.0, np.nan, 1.0], [np.nan, 0.0, 1e-13, -np.inf, 1.0, np.nan]]
+    for look in looks:
+        for weight in run.model.parameters():
+            weight.grad = torch.zeros_like(weight)
+            weight.grad.view(-1)[:6] = torch.tensor(look)
+        run.recorder.before_update()
+        run.recorder.after_update(looked=True)  # by an optimiser that skipped the update
+    [conv, linear] = of_layers(run.recorder.record(1), "dead")
+    assert (conv, linear) == tuple(pytest.approx(1 - 3 / n, abs=1e-15) for n in SIZES)
+    run.recorder.begin_epoch()
+    for weight in run.model.parameters():
+        weight.grad = torch.full_like(weight, torch.nan)
+    run.recorder.before_update()
+    run.recorder.after_update(looked=True)
+    record = run.recorder.record(2)
+    assert (record["dead"], record["revived"]) == (0, 0)
 
 
 def test_full_keeps_a_row_for_the_start_and_each_epoch():

@@ -7,6 +7,7 @@ from torch import nn
 
 from tests.helpers import activation, flips, gradient
 from tritonbnn.analysis import EDGES, Probe, Recorder, SignLayout, histogram
+from tritonbnn.analysis.window import mean_magnitude
 from tritonbnn.nn import BinaryConv2d, BinaryLinear, BinaryUnit
 
 SHAPES = [(5, 3, 3, 3), (40, 33, 1, 1), (7,), (33, 70)]  # of 135, 1320, 7 and 2310 elements
@@ -24,6 +25,21 @@ def test_differences_are_counted_layer_by_layer(launchers, device):
     assert 0 < expected[2] < 7
     assert layout.differing(a, b).tolist() == expected
     assert layout.differing(a, a).tolist() == [0] * 4
+
+
+def test_host_memory_holds_the_bits_of_the_operator(launchers, device):
+    """numpy packs what ``pack_signs`` would, which counts where there is a GPU."""
+    weights = [activation(*shape, seed=i).to(device) for i, shape in enumerate(SHAPES)]
+    weights[0] = weights[0].to(memory_format=torch.channels_last)
+    weights[2] = weights[2].bfloat16()
+    weights[3][:, :2] = torch.tensor([torch.nan, -torch.inf], device=device)
+    layout = SignLayout(weights)
+    alike = {"signs": (), "reaching": (0.375,), "finite": ()}
+    found = {name: getattr(layout, name)(weights, *args) for name, args in alike.items()}
+    layout._on_host = False
+    for name, args in alike.items():
+        assert torch.equal(found[name], getattr(layout, name)(weights, *args)), name
+    assert layout.count(~found["finite"]).tolist() == [0, 0, 0, 66]
 
 
 def test_what_reaches_a_threshold_is_counted(launchers, device):
@@ -108,3 +124,19 @@ def test_histogram_is_that_of_numpy():
     assert edges[middle] == 0
     assert histogram(torch.tensor([-0.0, 0.0]))[middle] == 2
     assert np.array_equal(edges, -edges[::-1])
+
+
+@pytest.mark.parametrize("shape", [(1024, 1024, 3, 3), (7,), (1, 1), (33, 1000)])
+def test_the_mean_of_a_layer_is_that_of_float64(shape):
+    """Of a real layer too, and the same bits whatever the number of threads."""
+    weight = gradient(*shape) * 1e-3
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(mean_magnitude(weight).item())
+    finally:
+        torch.set_num_threads(threads)
+    exact = np.abs(weight.numpy().astype(np.float64)).mean()
+    assert found[0] == pytest.approx(exact, rel=1e-13, abs=0)
+    assert found == found[:1] * 3

@@ -49,7 +49,7 @@ def test_every_line_has_a_record(full: Path):
     for step, (first, second) in of_step.items():
         names = list(binary_weights(load_network(full / f"step{step}")[0]))
         for record, more in ((first, []), (second, ["revived"])):
-            assert sorted(record) == sorted([*TOTALS, *more, "layers"])
+            assert sorted(record) == sorted([*TOTALS, *more, "layers", "updates"])
             assert list(record["layers"]) == names
             for layer in record["layers"].values():
                 assert sorted(layer) == sorted([*OF_LAYER, *more])

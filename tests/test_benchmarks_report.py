@@ -8,6 +8,8 @@ import pytest
 from benchmarks import report, tables
 from benchmarks.machine import ROOT
 from tritonbnn import cli
+from tritonbnn.study.summary import settings
+from tritonbnn.train.arguments import parse
 
 HEAD = {"device": "A GPU", "command": "python -m benchmarks.train_step", "step": 2}
 
@@ -69,6 +71,67 @@ def test_figures_come_from_the_files_and_the_rest_is_said_to_be_missing(place):
     assert "| fashion bf16 | not measured yet | not measured yet |  |" in lines
     assert "| img/s by size |" in lines
     assert lines[lines.index("| img/s by size |") + 2] == "| not measured yet |"
+
+
+def test_verdicts_are_derived_when_the_page_is_written(place):
+    """From the seeds' numbers; a sentence in the file, of whatever code wrote it, is not read."""
+    top1 = {"two-step-sgd": [80, 81, 82], "two-step-adam": [83, 84, 85]}
+    results = {
+        name: {
+            str(seed): {"top1": value, "flip_flop_sampled": 0.01} for seed, value in enumerate(v)
+        }
+        for name, v in top1.items()
+    }
+    config = parse(["digits", "--epochs", "4"]).config
+    document = {**HEAD, "settings": settings(config, 3, 0.025), "studies": ["optimizers"]}
+    document |= {"results": results, "caution": "A stale sentence.", "failed": {}}
+    path = place / "results" / "a-gpu" / "study_digits.json"
+    claim = "- That Adam is more accurate than SGD: "
+    for value, expected in (
+        (83, "reproduces at this scale."),
+        (79, "so in the means, but the seeds overlap."),
+        (-9, "not so in the means, but the seeds overlap."),
+    ):
+        results["two-step-adam"]["0"]["top1"] = value
+        write(path, document)
+        assert run(place) == 0
+        readme = (place / "README.md").read_text()
+        assert f"{claim}{expected}\n" in readme
+    for said in (
+        "| `python -m tritonbnn.study` | top-1, % | FF ratio (sampled), 1e-3 | C2I (2p - 1) |",
+        "| two steps, SGD, decay 5e-6 then 0 | 81 ± 1 | 10 ± 0 |  |",
+        "3 seeds at 4 + 4 epochs decide nothing",
+        "a better one than 0.025 may bring SGD nearer to Adam.",
+    ):
+        assert said in readme
+    assert "stale" not in readme
+    assert "SGD at other" not in readme
+
+
+def test_sgd_at_other_rates_stands_beside_the_table_s(place):
+    folder = place / "results" / "a-gpu"
+    config = parse(["digits", "--epochs", "4"]).config
+    for rate, top1 in ((0.025, [75.0, 80.0]), (0.0125, [77.75]), (0.1, [55.0])):
+        runs = {str(seed): {"top1": value} for seed, value in enumerate(top1)}
+        document = {"settings": settings(config, len(runs), rate), "studies": ["optimizers"]}
+        document |= {**HEAD, "results": {"two-step-sgd": runs}, "failed": {}}
+        name = "study_digits" if rate == 0.025 else f"study_digits_sgd_{rate}"
+        write(folder / f"{name}.json", document)
+    assert run(place) == 0
+    said = "SGD at other rates, with seed 0: 77.75 % at 0.0125, 75 % at 0.025, 55 % at 0.1."
+    assert f"\n{said}\n" in (place / "README.md").read_text()
+
+
+def test_the_study_s_file_holds_no_sentence():
+    [path] = (ROOT / "benchmarks" / "results").glob("*/study_digits.json")
+    result = json.loads(path.read_text())
+    numbers = [
+        x for runs in result["results"].values() for run in runs.values() for x in run.values()
+    ]
+    assert {type(number) for number in numbers} == {float}
+    assert {key for key, value in result.items() if isinstance(value, str)} == {
+        *("device", "python", "torch", "triton", "commit", "command"),
+    }
 
 
 def test_without_any_gpu_that_is_said(tmp_path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from safetensors.numpy import load_file, save_file
 
 from tests.records import LAYERS, write_lines, write_record
 from tritonbnn.analysis.landscape import Landscape
@@ -52,6 +53,50 @@ def test_where_no_weight_moved_the_axis_of_flips_is_not_logarithmic(tmp_path):
         panel = lines.quantities(read_runs([tmp_path / "still"])).axes[0]
         assert panel.get_yscale() == "linear"
     assert drawn(panel) == [([1], [0.0])]
+
+
+def test_ratios_of_sampled_updates_are_marked_beside_those_of_all(tmp_path):
+    """A log without the number of updates is of a time when some of them were counted."""
+    old = write_record(tmp_path / "old", epochs=(3, 2))
+    write_record(tmp_path / "new", epochs=(3, 2))
+    for line in old:
+        del line["analysis"]["updates"]
+    write_lines(tmp_path / "old", old)
+    with style(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        both = read_runs([tmp_path / "old", tmp_path / "new"])
+        figure, panels = lines.quantities(both), maps.layer_map(both, "flip_flop", "").axes
+        other = maps.layer_map(both, "dead", "", bounds=(0, 1)).axes
+        assert png(figure)
+    for index, axis in enumerate(figure.axes):
+        expected = [":", "-"] if index < 2 else ["-", "-"]
+        assert [line.get_linestyle() for line in axis.get_lines()] == expected
+    [legend] = figure.legends
+    assert legend.get_texts()[-1].get_text() == "flip-flop ratio of sampled updates"
+    titles = [axis.get_title() for axis in (*panels[:2], *other[:2])]
+    assert titles == ["old\n(of sampled updates)", "new", "old", "new"]
+    assert ["sampled updates" in " ".join(run.notes) for run in both] == [True, False]
+    alone = lines.quantities(both[1:]).legends[0]
+    assert [text.get_text() for text in alone.get_texts()] == ["new"]
+
+
+def test_histograms_turned_on_later_have_no_start(tmp_path):
+    write_record(tmp_path / "later", epochs=(3, 2))
+    path = tmp_path / "later" / "step1" / "analysis.safetensors"
+    tensors = load_file(path)
+    for name in tensors:
+        if name.startswith("histogram.b"):
+            tensors[name][:2] = 0
+    save_file(tensors, path)
+    [run] = read_runs([tmp_path / "later"])
+    axes = lines.histograms([run]).axes
+    styles = [[patch.get_linestyle() for patch in axis.patches] for axis in axes]
+    assert styles == [["-"]] * 4 + [["--", "-"]] * 4
+    assert all(patch.get_data().values.any() for axis in axes for patch in axis.patches)
+    assert run.notes == [
+        "histograms of step 1 of later were turned on in its middle: there is none of the"
+        " step's start"
+    ]
 
 
 @pytest.mark.parametrize(("key", "bounds"), [("saturation", (0, 1)), ("flip_flop", None)])

@@ -9,7 +9,7 @@ import pytest
 from tests.commands import STUDY, TRAIN, Result, run, write_tiny
 from tests.test_resume import assert_same_run
 from tritonbnn.study.plan import HIGH, MEDIUM, NO_DECAY, STUDIES, TWO_STEP, TWO_STEP_SGD, Claim
-from tritonbnn.study.summary import markdown, measured, summary, verdict
+from tritonbnn.study.summary import caution, markdown, measured, settings, verdict
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.checkpoint import read
 
@@ -64,19 +64,22 @@ def test_one_step_starts_from_random_signs(steps):
 
 def test_the_report_is_of_the_logs(steps):
     folder, result = steps
-    rows = json.loads((folder / "study.json").read_text())["comparisons"]["steps"]["rows"]
-    assert [row["variant"] for row in rows] == ["one-step-decay-5e-06", "two-step-adam"]
-    for row in rows:
-        second = [x for x in log_of(folder / f"{row['variant']}-seed0") if x["step"] == 2]
-        found = {name: value["by_seed"]["0"] for name, value in row["measured"].items()}
+    document = json.loads((folder / "study.json").read_text())
+    assert list(document) == ["settings", "studies", "results", "failed"]  # and not a sentence
+    assert list(document["results"]) == ["one-step-decay-5e-06", "two-step-adam"]
+    titles = {variant.name: variant.title for variant in STUDIES["steps"].variants}
+    for name, runs in document["results"].items():
+        second = [x for x in log_of(folder / f"{name}-seed0") if x["step"] == 2]
+        assert list(runs) == ["0"]
+        found = runs["0"]
         assert found["top1"] == second[-1]["val_top1"]
         assert found["c2i_half"] == second[-1]["analysis"]["c2i_half"]
         flip_flops = [x["analysis"]["flip_flop"] for x in second[:-1]]  # the last is at rate 0
         assert found["flip_flop"] == pytest.approx(mean(flip_flops), rel=1e-12)
-        assert f"| {row['title']} | 1 | {found['top1']:.4g} |" in result.output
-    assert rows[1]["published_imagenet"] == {"flip_flop": 4.5e-4, "top1": 63.23}
+        assert f"| {titles[name]} | 1 | {found['top1']:.4g} |" in result.output
+    assert result.output.count(" | 63.23 | 0.45 |") == 1
     assert (folder / "study.md").read_text() in result.output
-    assert "says nothing about ImageNet" in result.output
+    assert "1 seed at 2 + 2 epochs decides nothing about the paper's claims" in result.output
     assert "2 + 2 epochs in two steps or 4 in one" in result.output
 
 
@@ -86,8 +89,8 @@ def test_studies_share_runs(place: Path, steps):
     assert result.code == 0, result.output
     assert {p: p.stat().st_mtime_ns for p in files} == files
     assert len(list(steps[0].rglob("step2/last.safetensors"))) == len(files) + 1
-    comparisons = json.loads((steps[0] / "study.json").read_text())["comparisons"]
-    assert list(comparisons) == ["steps", "optimizers"]
+    document = json.loads((steps[0] / "study.json").read_text())
+    assert document["studies"] == ["steps", "optimizers"]
 
 
 @pytest.mark.parametrize("mishap", ["death", "SIGTERM"])
@@ -112,10 +115,8 @@ def test_a_run_that_fails_is_named_and_the_rest_goes_on(place: Path, tmp_path: P
     assert "two-step-sgd-seed0 failed: step 1: " in result.output
     document = json.loads((tmp_path / "grid" / "study.json").read_text())
     assert list(document["failed"]) == ["two-step-sgd-seed0"]
-    [sgd, adam] = document["comparisons"]["optimizers"]["rows"]
-    assert (sgd["measured"], adam["measured"] != {}) == ({}, True)
-    [order] = document["comparisons"]["optimizers"]["orders"]
-    assert order["verdict"] == "cannot be told: runs are missing"
+    assert list(document["results"]) == ["two-step-adam"]
+    assert "more accurate than SGD: cannot be told: runs are missing." in result.output
 
 
 def test_another_grid_in_the_folder_is_refused_and_its_report_kept(place: Path, steps):
@@ -164,7 +165,7 @@ def test_torchrun_is_refused(place: Path):
     assert "start without torchrun" in result.output
 
 
-DENIED = "does not reproduce at this scale in the means, but the seeds overlap"
+SO, NOT_SO = (f"{so} in the means, but the seeds overlap" for so in ("so", "not so"))
 
 
 def grid(**values: list[float]) -> dict:
@@ -176,14 +177,15 @@ def grid(**values: list[float]) -> dict:
     ("a", "b", "c", "expected"),
     [
         ([1, 2], [3, 4], [5, 6], "reproduces at this scale"),
-        ([1, 3], [3, 4], [5, 6], "reproduces at this scale in the means, but the seeds overlap"),
+        ([1, 3], [3, 4], [5, 6], SO),
         ([3, 4], [1, 2], [5, 6], "does not reproduce at this scale"),
         ([1, 2], [5, 6], [3, 4], "does not reproduce at this scale"),
-        ([1, 2], [1, 2], [3, 4], DENIED),
-        ([1, 5], [2, 3], [6, 7], DENIED),
-        ([3], [1, 2], [5, 6], "does not reproduce at this scale, in one seed"),
+        ([1, 2], [1, 2], [3, 4], NOT_SO),
+        ([1, 5], [2, 3], [6, 7], NOT_SO),
+        ([3, 4], [1, 5], [1, 2], "does not reproduce at this scale"),
+        ([3], [1, 2], [5, 6], "not so in one seed, which decides nothing"),
         ([1, 2], [], [3, 4], "cannot be told: runs are missing"),
-        ([1, 2], [3], [5, 6], "reproduces at this scale, in one seed"),
+        ([1, 2], [3], [5, 6], "so in one seed, which decides nothing"),
     ],
 )
 def test_verdicts(a: list, b: list, c: list, expected: str):
@@ -192,14 +194,49 @@ def test_verdicts(a: list, b: list, c: list, expected: str):
     assert verdict(Claim("", "top1", rows), results) == expected
 
 
+TRAINED = settings(parse(["digits", "--epochs", "9"]).config, 3, 0.05)
+
+
 def test_spread_is_mean_and_sample_deviation():
     values = [90.0, 91.0, 95.5]
     results = grid(**{TWO_STEP.name: values, TWO_STEP_SGD.name: [88.25]})
-    text = markdown(["optimizers"], results, {}, "tiny.")
+    text = markdown(["optimizers"], results, {}, TRAINED)
     assert f"| 3 | {mean(values):.4g} ± {stdev(values):.2g} |" in text
     assert "| 1 | 88.25 |" in text
-    row = summary(["optimizers"], results, {})["comparisons"]["optimizers"]["rows"][1]
-    assert row["measured"]["top1"]["deviation"] == stdev(values)
+    assert "FF ratio, 1e-3" in text
+
+
+def test_what_few_seeds_and_one_learning_rate_leave_open_is_said():
+    assert caution(TRAINED, ["decay"]).startswith("3 seeds at 9 + 9 epochs decide nothing")
+    assert "a better one than 0.05 may bring SGD nearer" in caution(TRAINED, ["optimizers"])
+    assert "learning rate" not in caution(TRAINED, ["decay"])
+
+
+def test_ratios_of_sampled_updates_are_not_mixed_with_those_of_all():
+    """As older logs have them, which do not tell the number of updates."""
+    log = [
+        {"step": 2, "epoch": e, "lr": 1.0, "val_top1": 50.0, "analysis": {"flip_flop": e / 100}}
+        for e in (1, 2)
+    ]
+    old = measured(log)
+    assert (old["flip_flop_sampled"], "flip_flop" in old) == (0.015, False)
+    log[0]["analysis"]["updates"] = 3
+    assert "flip_flop" not in measured(log)
+    log[1]["analysis"]["updates"] = 3
+    new = measured(log)
+    assert (new["flip_flop"], "flip_flop_sampled" in new) == (0.015, False)
+    higher = {**old, "flip_flop_sampled": 0.5}
+    claim = Claim("", "flip_flop", (TWO_STEP, MEDIUM))
+    for two_step, medium, expected, sampled in (
+        (old, higher, "reproduces at this scale (by sampled updates)", True),
+        (new, higher, "cannot be told: runs are missing", False),
+    ):
+        results = {TWO_STEP.name: dict.fromkeys("01", two_step), MEDIUM.name: {"0": medium}}
+        results[MEDIUM.name]["1"] = medium
+        assert verdict(claim, results) == expected
+        text = markdown(["steps"], results, {}, TRAINED)
+        assert ("FF ratio (sampled), 1e-3" in text) == sampled
+        assert ("was not counted over all updates" in text) == sampled
 
 
 def test_a_run_of_one_epoch_has_no_flip_flop():

@@ -1,15 +1,20 @@
 """What a training run says about its binary weights, epoch by epoch.
 
 An epoch's record is what its line in ``log.jsonl`` holds under ``analysis``. What could not be
-measured is absent. N is the number of binary weights, and a *look* is one optimiser step out of
-every ``interval``, the first of an epoch among them.
+measured is absent. N is the number of binary weights. Signs are compared at every update of the
+optimiser. A *look* at gradients and steps is taken at one update out of every ``interval``, the
+first of an epoch among them.
 
-    flip_flop    flips by an update / N, mean over the looks
+    updates      that flip_flop is the mean over: all of the epoch, or all since the analysis was
+                 turned on within it
+    flip_flop    flips by an update / N, mean over these updates
     c2i_full     share p of signs equal to those that the step started from; c2i_half is 2 p - 1
     saturation   share of the probe batch's activations with abs(x + shift) > 1, at the epoch's end
     dead         share of weights whose abs(gradient) stayed below 1e-12 at all looks, and whose
-                 sign never changed between looks or at one
-    revived      share of all weights that were dead in the epoch before, and are not in this one
+                 sign no update changed. A gradient that is infinite or NaN tells nothing: a weight
+                 that has no other at the looks is not dead
+    revived      share of all weights that were dead in the epoch before, and whose gradient reached
+                 1e-12 or whose sign changed in this one
     layers       by the weight's name in the state dict, the same for each, and
       saturated_channels  share of input channels whose saturation exceeds 0.99
       gradient     mean abs(gradient of the loss), mean over the looks
@@ -19,7 +24,7 @@ every ``interval``, the first of an epoch among them.
 At level "full", ``stepN/analysis.safetensors`` has a row for the start and one for each epoch:
 ``histogram.edges`` (B + 1,) float32, ``histogram.NAME`` (epochs + 1, B) int64 and
 ``saturation.NAME`` (epochs + 1, C) float32. Where "full" was turned on later, the rows before are
-zeros and NaN.
+zeros and NaN: a histogram without counts was not measured.
 """
 
 import math
@@ -46,7 +51,7 @@ class Recorder:
         model: where it is trained.
         optimizer: over its parameters.
         level: "off" knows the signs that the step and the epoch began with, and no more.
-        interval: optimiser steps from one look to the next.
+        interval: optimiser steps from one look at gradients to the next.
         probe: what saturation is measured on; None leaves it out.
     """
 
@@ -83,11 +88,11 @@ class Recorder:
         """Remember the signs of now, and which weights were dead in the epoch that has ended."""
         self._epoch = self._layout.signs(self._weights)
         if self._window:
-            self._dead = ~self._window.moved if self._window.looks else None
+            self._dead = self._window.known & ~self._window.moved if self._window.looks else None
             self._window.begin()
 
     def due(self, batch: int) -> bool:
-        """Whether to look at optimiser step ``batch`` of the epoch, from 0."""
+        """Whether to look at the gradients of optimiser step ``batch`` of the epoch, from 0."""
         return self._window is not None and batch % self._interval == 0
 
     def before_update(self) -> None:
@@ -95,16 +100,23 @@ class Recorder:
         assert self._window
         self._window.before_update()
 
-    def after_update(self) -> None:
-        """Call after it."""
-        assert self._window
-        self._window.after_update()
+    def after_update(self, *, looked: bool) -> None:
+        """Call after every update.
 
-    def flipped(self) -> float:
-        """The share of all binary weights whose sign is not the one the epoch began with."""
-        now = self._layout.signs(self._weights)
+        Args:
+            looked: whether :meth:`before_update` was called for it.
+        """
+        if self._window:
+            self._window.after_update(looked=looked)
+
+    def flipped(self) -> float | None:
+        """The share of all binary weights whose sign is not the one the epoch began with.
+
+        None where there are no binary weights.
+        """
         if not self._names:
-            return 0.0
+            return None
+        now = self._layout.signs(self._weights)
         return self._shares(self._layout.differing(now, self._epoch))[-1].item()
 
     @torch.no_grad()
@@ -119,7 +131,7 @@ class Recorder:
         probed = self._probe.measure(self._model) if self._probe else {}
         if self._level == "full":
             self._add_rows(epoch, probed)
-        record: Record = {}
+        record: Record = {"updates": self._window.updates} if self._window.updates else {}
         layers: dict[str, dict[str, float]] = {name: {} for name in self._names}
         for key, shares in self._sign_shares(self._window).items():
             *of_layers, total = shares.tolist()
@@ -142,9 +154,10 @@ class Recorder:
         now = layout.signs(self._weights)
         agreement = 1 - self._shares(layout.differing(now, self._start))
         shares = {"c2i_full": agreement, "c2i_half": 2 * agreement - 1}
+        if window.updates:
+            shares["flip_flop"] = self._shares(window.flips) / window.updates
         if window.looks:
-            shares["flip_flop"] = self._shares(window.flips) / window.looks
-            shares["dead"] = 1 - self._shares(layout.count(window.moved))
+            shares["dead"] = 1 - self._shares(layout.count(window.moved | ~window.known))
             if self._dead is not None:
                 shares["revived"] = self._shares(layout.count(self._dead & window.moved))
         return shares
@@ -156,7 +169,7 @@ class Recorder:
 
     def _means(self, window: Window) -> dict[str, Tensor]:
         """Means by layer, float64 (L,); NaN where none was finite."""
-        weights = [mean_magnitude(weight).double() for weight in self._weights]
+        weights = [mean_magnitude(weight) for weight in self._weights]
         return {
             "gradient": window.gradients[0] / window.gradients[1],
             "adam_step": window.adam_steps[0] / window.adam_steps[1],
@@ -198,7 +211,7 @@ class Recorder:
         if self._window is None:
             return
         self._dead = saved["dead"].to(device) if "dead" in saved else None
-        if "looks" in saved:
+        if "updates" in saved:  # not in what was saved when only some updates were counted
             self._window.restore(saved)
         else:
             self._window.begin()

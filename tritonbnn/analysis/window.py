@@ -1,4 +1,4 @@
-"""What optimiser steps do to binary weights, looked at now and then over an epoch."""
+"""What the optimiser's updates do to binary weights over an epoch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,9 +10,13 @@ from tritonbnn.analysis.signs import SignLayout
 
 DEAD_BELOW = 1e-12
 
+# torch splits no sum of this many numbers among threads, so that its last bits are always the same
+_SERIAL = 1 << 15
+_BLOCK = 32 * _SERIAL  # numbers at a time, so that a float64 copy of a whole layer is never made
+
 
 class Window:
-    """The looks of one epoch. A look is two calls, around an update; neither waits for the device.
+    """The updates of one epoch: all are counted, and some looked at. No call waits for the device.
 
     Args:
         layout: of the weights.
@@ -20,10 +24,12 @@ class Window:
         optimizer: over them.
 
     Attributes:
-        looks: so far.
-        moved: a matrix of ``layout``: 1 where a gradient reached 1e-12 at a look, or the sign was
-            not that of the look before, or of the other side of the update.
-        flips: int64 (L,), signs that updates changed.
+        updates: so far.
+        looks: the updates so far whose gradients and steps were looked at.
+        flips: int64 (L,), signs that updates changed, of all updates.
+        moved: a matrix of ``layout``: 1 where a gradient reached 1e-12 at a look, or where an
+            update changed the sign.
+        known: a matrix of ``layout``: 1 where a gradient was a finite number at a look.
         gradients: float64 (2, L): means of abs(gradient), summed over the looks at which they were
             finite, and the number of these.
         adam_steps: the same of abs(Adam's step).
@@ -37,32 +43,37 @@ class Window:
         self.begin()
 
     def begin(self) -> None:
-        """Forget all looks; the signs of now are those before the first."""
+        """Forget all updates; the signs of now are those before the first."""
         sizes = self._layout.sizes
-        self.looks = 0
-        self.moved = self._layout.empty()
+        self.updates = self.looks = 0
         self.flips = torch.zeros_like(sizes)
+        self.moved, self.known = self._layout.empty(), self._layout.empty()
         self.gradients = sizes.new_zeros((2, len(sizes)), dtype=torch.float64)
         self.adam_steps = torch.zeros_like(self.gradients)
         self._signs = self._layout.signs(self._weights)
 
     @torch.no_grad()
     def before_update(self) -> None:
-        """Look at the signs and the gradients; these are of the loss, and not scaled."""
+        """Look at the gradients; these are of the loss, and not scaled."""
         gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in self._weights]
-        signs = self._layout.signs(self._weights)
-        self.moved |= self._layout.reaching(gradients, DEAD_BELOW) | (signs ^ self._signs)
-        self._signs = signs
+        finite = self._layout.finite(gradients)
+        self.known |= finite
+        self.moved |= self._layout.reaching(gradients, DEAD_BELOW) & finite
         self._add_finite(self.gradients, [mean_magnitude(g) for g in gradients])
 
     @torch.no_grad()
-    def after_update(self) -> None:
-        """Look at the signs again, and at Adam's state."""
+    def after_update(self, *, looked: bool) -> None:
+        """Count the signs that the update has changed; if it is looked at, see Adam's state too."""
         signs = self._layout.signs(self._weights)
-        self.moved |= signs ^ self._signs
         self.flips += self._layout.differing(signs, self._signs)
+        self.moved |= self._signs.bitwise_xor_(signs)
         self._signs = signs
-        self.looks += 1
+        self.updates += 1
+        if looked:
+            self.looks += 1
+            self._look_at_adam()
+
+    def _look_at_adam(self) -> None:
         states = [self._optimizer.state[weight] for weight in self._weights]
         # None where fp16 has skipped every update so far
         if isinstance(self._optimizer, torch.optim.Adam) and all("step" in s for s in states):
@@ -73,16 +84,18 @@ class Window:
     def _add_finite(self, sums: Tensor, means: list[Tensor]) -> None:
         """Count in what is finite; an fp16 update that overflowed is not, and is skipped."""
         if means:
-            values = torch.stack(means).double()
+            values = torch.stack(means)
             finite = values.isfinite()
             sums += torch.stack((torch.where(finite, values, 0), finite))
 
     def tensors(self) -> dict[str, Tensor]:
         """What a run that goes on within the epoch needs."""
         return {
+            "updates": torch.tensor(self.updates),
             "looks": torch.tensor(self.looks),
-            "moved": self.moved,
             "flips": self.flips,
+            "moved": self.moved,
+            "known": self.known,
             "gradients": self.gradients,
             "adam_steps": self.adam_steps,
             "signs": self._signs,
@@ -90,15 +103,26 @@ class Window:
 
     def restore(self, saved: dict[str, Tensor]) -> None:
         """Become what was saved."""
-        self.looks = int(saved["looks"])
-        for name in ("moved", "flips", "gradients", "adam_steps"):
+        self.updates, self.looks = int(saved["updates"]), int(saved["looks"])
+        for name in ("flips", "moved", "known", "gradients", "adam_steps"):
             getattr(self, name).copy_(saved[name])
-        self._signs = saved["signs"].to(self._signs.device)
+        self._signs.copy_(saved["signs"])
 
 
 def mean_magnitude(x: Tensor) -> Tensor:
-    """Mean of abs(x), in its dtype."""
-    return torch.linalg.vector_norm(x, 1) / x.numel()
+    """Mean of abs(x), summed in float64: the same bits with any number of threads."""
+    return torch.stack([_sum_magnitude(block) for block in _blocks(x)]).sum() / x.numel()
+
+
+def _blocks(x: Tensor) -> Sequence[Tensor]:
+    """All elements, a block at a time."""
+    return x.detach().reshape(-1).split(_BLOCK)
+
+
+def _sum_magnitude(flat: Tensor) -> Tensor:
+    whole = flat.numel() // _SERIAL * _SERIAL
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, _SERIAL), 1, dim=1, dtype=torch.float64)
+    return rows.sum() + torch.linalg.vector_norm(flat[whole:], 1, dtype=torch.float64)
 
 
 def _adam_step(state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
@@ -107,6 +131,10 @@ def _adam_step(state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
     updates = state["step"].double()
     first, second = 1 - beta1**updates, (1 - beta2**updates).sqrt()
     # both numerator and denominator are times the root of the second moment's correction
-    denominator = state["exp_avg_sq"].sqrt().add_(group["eps"] * second)
-    ratio = mean_magnitude(state["exp_avg"].div(denominator))
+    eps = group["eps"] * second
+    sums = [
+        _sum_magnitude(m.div(v.sqrt().add_(eps)))
+        for m, v in zip(_blocks(state["exp_avg"]), _blocks(state["exp_avg_sq"]), strict=True)
+    ]
+    ratio = torch.stack(sums).sum() / state["exp_avg"].numel()
     return group["lr"] * ratio * second / first

@@ -118,9 +118,12 @@ def packed_difference(a: Tensor, b: Tensor) -> Tensor:
         int32 (R,).
     """
     # Pairs, nibbles and bytes of a word count their bits; the product sums the bytes on top.
-    # Signed shifts repeat the sign bit, which the masks remove.
+    # Signed shifts repeat the sign bit, which the masks remove. In place: new memory costs more.
     x = a ^ b
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24).sum(dim=1, dtype=torch.int32)
+    part = (x >> 1).bitwise_and_(0x55555555)
+    x -= part
+    torch.bitwise_right_shift(x, 2, out=part)
+    x.bitwise_and_(0x33333333).add_(part.bitwise_and_(0x33333333))
+    torch.bitwise_right_shift(x, 4, out=part)
+    x.add_(part).bitwise_and_(0x0F0F0F0F)
+    return x.mul_(0x01010101).bitwise_right_shift_(24).sum(dim=1, dtype=torch.int32)

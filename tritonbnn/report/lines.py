@@ -68,7 +68,8 @@ def quantities(runs: Sequence[RunRecord]) -> Figure | None:
     for axis in figure.axes:
         if axis.get_yscale() == "linear":
             axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))  # no share is below 0
-    legend(figure, runs, [])
+    sampled = any(step.samples_flips for run in runs for step in run.steps.values())
+    legend(figure, runs, [(":", "flip-flop ratio of sampled updates")] if sampled else [])
     return figure
 
 
@@ -89,7 +90,9 @@ def _lines(runs: Sequence[RunRecord], rows: Sequence[Row], styles: Sequence[Dash
                 if number in run.steps:
                     for key, line in zip(row.keys, styles, strict=True):
                         if key:
-                            _line(axis, run.steps[number].series(key), index, line)
+                            step = run.steps[number]
+                            sampled = key == "flip_flop" and step.samples_flips
+                            _line(axis, step.series(key), index, ":" if sampled else line)
         count_epochs(axes[-1])
     for axes, row in zip(grid, rows, strict=True):
         axes[0].set_ylabel(row.label)
@@ -143,7 +146,7 @@ def _layer_lines(axis: Axes, run: RunRecord, key: str) -> None:
 
 
 def histograms(runs: Sequence[RunRecord]) -> Figure | None:
-    """Latent weights at a step's start, dashed, and at its end, solid."""
+    """Latent weights at a step's start, dashed where that is known, and at its end, solid."""
     found = {(i, n): _densities(s) for i, r in enumerate(runs) for n, s in r.steps.items()}
     found = {key: panels for key, panels in found.items() if panels}
     if not found:
@@ -156,10 +159,12 @@ def histograms(runs: Sequence[RunRecord]) -> Figure | None:
         for axis, (title, edges, start, end) in zip(row, panels, strict=True):
             axis.set_title(f"step {number}: {title}")
             for density, line in ((start, "--"), (end, "-")):
+                if not density.any():  # histograms were not turned on yet
+                    continue
                 colour = COLOURS[index % len(COLOURS)]
                 axis.stairs(density, edges, color=colour, linestyle=line, linewidth=1.2)
-            reach = max(axis.get_xlim()[1], _reach(edges, np.maximum(start, end)))
-            axis.set_xlim(-reach, reach)
+                reach = max(axis.get_xlim()[1], _reach(edges, density))
+                axis.set_xlim(-reach, reach)
     for axis in grid[-1]:
         axis.set_xlabel("latent weight")
     for axis in grid[:, 0]:
@@ -172,7 +177,10 @@ _Density = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _densities(step: StepRecord) -> list[_Density]:
-    """Of all layers together and of three: title, bin edges, density at start and end."""
+    """Of all layers together and of three: title, bin edges, density at start and end.
+
+    A density of zeros was not measured.
+    """
     layers, edges = step.of_layers("histogram"), step.tensors.get(EDGES)
     if edges is None or not layers:
         return []

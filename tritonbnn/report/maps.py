@@ -46,6 +46,8 @@ def layer_map(
     norm = LogNorm(low, high) if bounds is None else Normalize(low, high)
     figure, panels = _panels(runs, [names for names, _ in maps])
     for axis, run, (names, values) in zip(panels, runs, maps, strict=True):
+        if key == "flip_flop" and any(step.samples_flips for step in run.steps.values()):
+            axis.set_title(f"{name_of(run.label)}\n(of sampled updates)", pad=16)
         if not names:
             _say_missing(axis)
             continue

@@ -45,6 +45,16 @@ class StepRecord:
         """Names of the binary layers that any epoch measured, from the first to the last."""
         return list(dict.fromkeys(name for line in self.lines for name in _layers(line)))
 
+    @property
+    def samples_flips(self) -> bool:
+        """Whether flip-flop ratios are of some updates alone, as an older tritonbnn took them."""
+        return any("flip_flop" in (a := _analysis(x)) and "updates" not in a for x in self.lines)
+
+    @property
+    def lacks_start(self) -> bool:
+        """Whether histograms were turned on in the middle of the step."""
+        return any(not counts[0].any() for counts in self.of_layers("histogram").values())
+
     def series(self, key: str) -> np.ndarray:
         """A value of the log, or of its analysis, by epoch: (epochs,) float64."""
         return self._by_epoch([line.get(key, _analysis(line).get(key)) for line in self.lines])
@@ -151,6 +161,17 @@ def _read_run(folder: Path, label: str) -> RunRecord:
         if own:
             path = step_folder(folder, number) / ANALYSIS
             steps[number] = StepRecord(number, own, _read_tensors(path, notes))
+    for step in steps.values():
+        if step.samples_flips:
+            notes.append(
+                f"the flip-flop ratios of step {step.number} of {label} are those of sampled"
+                " updates, in which an epoch's first weighs too much: train again to compare them"
+            )
+        if step.lacks_start:
+            notes.append(
+                f"histograms of step {step.number} of {label} were turned on in its middle:"
+                " there is none of the step's start"
+            )
     return RunRecord(folder, label, config, steps, notes)
 
 

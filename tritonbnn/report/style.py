@@ -29,7 +29,7 @@ WIDTH, PANEL = 10.5, 3.0  # inches: of a picture, and of a panel beside others i
 WEIGHTS = {1: "real", 2: "1-bit"}
 _LONGEST = 32  # characters of a run's name
 _LETTERS, _HANDLE = 13, 8  # of the legend: characters an inch, and the line's width in characters
-Dash = Literal["-", "--"]
+Dash = Literal["-", "--", ":"]
 
 
 @contextmanager

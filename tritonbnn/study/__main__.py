@@ -22,7 +22,7 @@ from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, at_least
 from tritonbnn.files import make_folder, update
 from tritonbnn.study.plan import STUDIES, VARIED, Variant
-from tritonbnn.study.summary import Results, markdown, measured, summary
+from tritonbnn.study.summary import Results, markdown, measured, settings
 from tritonbnn.train.__main__ import main as train
 from tritonbnn.train.arguments import parse, read_recipe, resolve
 from tritonbnn.train.config import Config, differences
@@ -148,14 +148,9 @@ def _report(
 ) -> None:
     """Write ``study.json`` and ``study.md``, and print the latter."""
     studies = list(dict.fromkeys(given.studies))
-    first, second = config.step1.epochs, config.step2.epochs
-    scale = (
-        f"{config.recipe}: {config.model} at width {config.width:g}, {first} + {second} epochs in"
-        f" two steps or {first + second} in one, {given.seeds} seeds, batch {config.batch_size},"
-        f" Adam at {config.step2.lr:g}, SGD at {given.sgd_lr:g}."
-    )
-    document = {"scale": scale, **summary(studies, results, failed)}
-    text = markdown(studies, results, failed, scale)
+    trained = settings(config, given.seeds, given.sgd_lr)
+    document = {"settings": trained, "studies": studies, "results": results, "failed": failed}
+    text = markdown(studies, results, failed, trained)
     make_folder(out)
     update(out / "study.json", (json.dumps(document, indent=2) + "\n").encode())
     update(out / "study.md", text.encode())

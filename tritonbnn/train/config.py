@@ -81,7 +81,7 @@ class Config:
     save_minutes: float = setting(10.0, "time between checkpoints within an epoch", least=0)
     log_interval: int = setting(50, "optimiser steps between looks at the loss", least=1)
     analysis: str = setting("light", "what is measured of flips and the like", choices=LEVELS)
-    analysis_interval: int = setting(10, "optimiser steps from one look at flips on", least=1)
+    analysis_interval: int = setting(10, "optimiser steps from one look at gradients on", least=1)
     step1: StepConfig = StepConfig()
     step2: StepConfig = StepConfig()
 

@@ -132,14 +132,13 @@ def train_one_epoch(
 
 
 def _update(state: State) -> None:
-    """Take an optimiser step, looked at if it is time."""
+    """Take an optimiser step. Its flips are counted, and its gradients looked at if it is time."""
     looking = state.analysis.due(state.batch)
     if looking:
         state.scaler.unscale_(state.optimizer)
         state.analysis.before_update()
     state.scaler.step(state.optimizer)
-    if looking:
-        state.analysis.after_update()
+    state.analysis.after_update(looked=looking)
     state.scaler.update()
     state.optimizer.zero_grad()
 

@@ -35,7 +35,8 @@ def write_analysis(folder: Path, rows: dict[str, Tensor]) -> None:
 
 def scalars(line: Line) -> dict[str, float]:
     """The numbers of a log line by TensorBoard's tag: analysis/KEY, and analysis/KEY/LAYER."""
-    named = {key: value for key, value in line.items() if key not in ("step", "epoch", "analysis")}
+    skipped = ("step", "epoch", "analysis")
+    named = {k: v for k, v in line.items() if k not in skipped and v is not None}
     record = line.get("analysis", {"layers": {}})
     named |= {f"analysis/{key}": value for key, value in record.items() if key != "layers"}
     for layer, values in record["layers"].items():
@@ -117,10 +118,11 @@ class Bar:
 
 def describe(line: Line, epochs: int) -> str:
     """One epoch in one line of text."""
+    flips = "" if line["flips"] is None else f" {line['flips']:.2%} of signs flipped;"
     return (
         f"step {line['step']} epoch {line['epoch']}/{epochs}: loss {line['train_loss']:.4f},"
         f" top-1 {line['train_top1']:.2f} %; validation top-1 {line['val_top1']:.2f} %,"
-        f" top-5 {line['val_top5']:.2f} %; {line['flips']:.2%} of signs flipped;"
+        f" top-5 {line['val_top5']:.2f} %;{flips}"
         f" {line['images_per_second']:.0f} img/s"
     )
 
