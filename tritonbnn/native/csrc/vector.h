@@ -1,0 +1,60 @@
+/* Vectors of 16 floats, in GNU C: a compiler splits them where the machine's registers are narrower. */
+#ifndef TRITONBNN_VECTOR_H
+#define TRITONBNN_VECTOR_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 16
+
+typedef float vec __attribute__((vector_size(64)));
+typedef int32_t ivec __attribute__((vector_size(64)));
+typedef uint32_t uvec __attribute__((vector_size(64)));
+typedef int16_t short_vec __attribute__((vector_size(32)));
+typedef uint16_t ushort_vec __attribute__((vector_size(32)));
+typedef uint16_t bfloat16; /* the upper half of a float */
+
+INLINE vec splat(float x) { return x - (vec){0}; }
+
+INLINE vec load(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+
+/* yes where mask is all ones, no where it is 0: a comparison of two vecs gives such a mask. */
+INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+
+INLINE vec load_bfloat16(const bfloat16 *p) {
+    ushort_vec half;
+    memcpy(&half, p, sizeof half);
+    return (vec)(__builtin_convertvector(half, uvec) << 16);
+}
+
+/* Rounded to nearest, ties to even; a NaN stays one. */
+INLINE void store_bfloat16(bfloat16 *p, vec v) {
+    uvec bits = (uvec)v;
+    uvec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    uvec quiet = bits >> 16 | 0x40;
+    uvec is_nan = (uvec)(v != v);
+    ushort_vec half = __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), ushort_vec);
+    memcpy(p, &half, sizeof half);
+}
+
+INLINE vec load_int16(const int16_t *p) {
+    short_vec v;
+    memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, vec);
+}
+
+INLINE vec load_int32(const int32_t *p) {
+    ivec v;
+    memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, vec);
+}
+
+#endif
