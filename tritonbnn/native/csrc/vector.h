@@ -57,4 +57,30 @@ INLINE vec load_int32(const int32_t *p) {
     return __builtin_convertvector(v, vec);
 }
 
+/* Four floats, for transposing: every machine has shuffles of four. */
+typedef float quad __attribute__((vector_size(16)));
+typedef int32_t quad_lanes __attribute__((vector_size(16)));
+
+INLINE quad load_quad(const float *p) {
+    quad q;
+    memcpy(&q, p, sizeof q);
+    return q;
+}
+
+INLINE void store_quad(float *p, quad q) { memcpy(p, &q, sizeof q); }
+
+/* Transpose 4 x 4 floats: to[j][i] = from[i][j]. */
+INLINE void transpose_quads(const float *const from[4], float *const to[4]) {
+    quad a = load_quad(from[0]), b = load_quad(from[1]);
+    quad c = load_quad(from[2]), d = load_quad(from[3]);
+    const quad_lanes low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5},
+                     second = {2, 3, 6, 7};
+    quad ab_low = __builtin_shuffle(a, b, low), ab_high = __builtin_shuffle(a, b, high);
+    quad cd_low = __builtin_shuffle(c, d, low), cd_high = __builtin_shuffle(c, d, high);
+    store_quad(to[0], __builtin_shuffle(ab_low, cd_low, first));
+    store_quad(to[1], __builtin_shuffle(ab_low, cd_low, second));
+    store_quad(to[2], __builtin_shuffle(ab_high, cd_high, first));
+    store_quad(to[3], __builtin_shuffle(ab_high, cd_high, second));
+}
+
 #endif
