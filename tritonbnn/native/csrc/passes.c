@@ -98,7 +98,8 @@ static void forward_tile(const void *pass, const Tile *tile) {
         #pragma omp simd
         for (int64_t i = 0; i < count; i++) {
             float t = a[at + i] * scale[i] + constant[i] + skip[at + i];
-            z[at + i] = (t > 0 ? t : t * slope[i]) + shift_out[i];
+            float below = t * slope[i]; /* computed in any case: no branch, all lanes at once */
+            z[at + i] = (t > 0 ? t : below) + shift_out[i];
         }
     }
     write_floats(forward->z, tile, z);
