@@ -50,11 +50,11 @@ class Library:
         function, pointers = self._functions.get(name) or self._declare(name, arguments)
         values = [*arguments, 1 if _forked else torch.get_num_threads()]
         for index in pointers:
-            value = values[index]
-            if isinstance(value, Tensor):
-                values[index] = value.data_ptr()
-            elif value is not None:
-                values[index] = ctypes.byref(value)
+            tensor = values[index]
+            if tensor is not None:
+                if not tensor.is_cpu:
+                    raise ValueError(f"{name}: a tensor is on {tensor.device}, others on the CPU")
+                values[index] = tensor.data_ptr()
         function(*values)
 
     def best_isa(self) -> str:
@@ -66,19 +66,21 @@ class Library:
     def _declare(self, name: str, arguments: tuple[Any, ...]) -> tuple[Any, list[int]]:
         """The function, its arguments' types fixed by the kinds of the first call's."""
         function = getattr(self._handle, f"tritonbnn_{name}")
-        kinds: list[Any] = [
-            ctypes.c_int64
-            if isinstance(argument, int)
-            else ctypes.c_double
-            if isinstance(argument, float)
-            else ctypes.c_void_p
-            for argument in arguments
-        ]
+        kinds = [_kind(argument) for argument in arguments]
         function.argtypes = [*kinds, ctypes.c_int64]
         function.restype = None
         pointers = [index for index, kind in enumerate(kinds) if kind is ctypes.c_void_p]
         self._functions[name] = function, pointers
         return self._functions[name]
+
+
+def _kind(argument: Any) -> Any:
+    """The C type as which an argument is passed."""
+    if argument is None or isinstance(argument, Tensor):
+        return ctypes.c_void_p
+    if isinstance(argument, ctypes.Structure):
+        return ctypes.POINTER(type(argument))
+    return ctypes.c_double if isinstance(argument, float) else ctypes.c_int64
 
 
 def available() -> bool:
