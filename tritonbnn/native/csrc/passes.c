@@ -52,29 +52,86 @@ static const float *read_shortcut(const Unit *unit, const Tile *tile, float *scr
     return scratch;
 }
 
-/* ---- Vectors that a pass takes beside the unit's own ---- */
+/* ---- What the passes of a unit share ---- */
 
 static int64_t pixels_of(const Unit *unit) { return unit->images * unit->height * unit->width; }
 
-/* The part of t that varies by channel alone, rounded once. */
-static float *constant_of(const Unit *unit) {
-    float *constant = allocate(unit->channels * (int64_t)sizeof(float));
+/* The vectors that t and its slope are made of, in memory of their own. */
+typedef struct {
+    float *scale, *constant, *slope;
+} Affine;
+
+/* t = a * scale + constant + shortcut. What varies by channel alone is rounded once. */
+static Affine affine_of(const Unit *unit) {
+    Affine affine;
+    affine.scale = allocate(3 * unit->channels * (int64_t)sizeof(float));
+    affine.constant = affine.scale + unit->channels;
+    affine.slope = affine.constant + unit->channels;
     for (int64_t c = 0; c < unit->channels; c++) {
-        double sum = unit->offset ? unit->offset[c] : 0;
+        affine.scale[c] = unit->scale ? unit->scale[c] : 1;
+        double constant = unit->offset ? unit->offset[c] : 0;
         if (unit->mean)
-            sum -= (double)unit->mean[c] * unit->scale[c];
+            constant -= (double)unit->mean[c] * affine.scale[c];
         if (unit->shift_mid)
-            sum += unit->shift_mid[c];
-        constant[c] = (float)sum;
+            constant += unit->shift_mid[c];
+        affine.constant[c] = (float)constant;
+        affine.slope[c] = unit->slope ? unit->slope[c] : 1;
     }
-    return constant;
+    return affine;
 }
 
-static float *ones(int64_t channels) {
-    float *vector = allocate(channels * (int64_t)sizeof(float));
-    for (int64_t c = 0; c < channels; c++)
-        vector[c] = 1;
-    return vector;
+/* ---- Moments ---- */
+
+/* The sums of a and of its square. */
+INLINE void add_moments(Numbers a, Type type, const Tile *tile) {
+    double *sum = tile->wide_sums, *square = sum + tile->period;
+    int64_t first = tile->pixel * tile->channels;
+    for (int64_t at = 0; at < tile->floats; at += tile->period) {
+        int64_t count = smaller(tile->period, tile->floats - at);
+        #pragma omp simd
+        for (int64_t i = 0; i < count; i++) {
+            double value = wide_number(a.data, type, first + at + i);
+            sum[i] += value;
+            square[i] += value * value;
+        }
+    }
+}
+
+static void moments_tile(const void *pass, const Tile *tile) {
+    const Numbers *a = pass;
+    switch (a->type) {
+    case BFLOAT16:
+        add_moments(*a, BFLOAT16, tile);
+        break;
+    case INT16:
+        add_moments(*a, INT16, tile);
+        break;
+    case INT32:
+        add_moments(*a, INT32, tile);
+        break;
+    default:
+        add_moments(*a, FLOAT32, tile);
+    }
+}
+
+void pass_moments(Numbers a, int64_t pixels, int64_t channels, double *mean, double *variance,
+                  int64_t threads) {
+    Pass pass = {
+        .tile = moments_tile,
+        .pass = &a,
+        .pixels = pixels,
+        .channels = channels,
+        .wide_sums = 2,
+    };
+    double *totals = allocate(2 * channels * (int64_t)sizeof(double));
+    run_pass(&pass, totals, threads);
+    double count = (double)larger(pixels, 1); /* of nothing, both are 0 */
+    for (int64_t c = 0; c < channels; c++) {
+        mean[c] = totals[c] / count;
+        double spread = totals[channels + c] / count - mean[c] * mean[c];
+        variance[c] = spread < 0 ? 0 : spread; /* a NaN stays one */
+    }
+    free(totals);
 }
 
 /* ---- Forward ---- */
@@ -109,19 +166,17 @@ static void forward_tile(const void *pass, const Tile *tile) {
 
 void pass_forward(const Unit *unit, Numbers z, uint32_t *signs, const float *next_shift,
                   int64_t threads) {
-    float *constant = constant_of(unit), *no_slope = unit->slope ? NULL : ones(unit->channels);
+    Affine affine = affine_of(unit);
     Forward forward = {unit, z, signs};
     Pass pass = {
         .tile = forward_tile,
         .pass = &forward,
         .pixels = pixels_of(unit),
         .channels = unit->channels,
-        .vectors = {unit->scale, constant, no_slope ? no_slope : unit->slope, unit->shift_out,
-                    next_shift},
+        .vectors = {affine.scale, affine.constant, affine.slope, unit->shift_out, next_shift},
     };
     run_pass(&pass, NULL, threads);
-    free(constant);
-    free(no_slope);
+    free(affine.scale);
 }
 
 /* ---- Backward through the activation ---- */
@@ -211,14 +266,14 @@ static void sums_tile(const void *pass, const Tile *tile) {
 }
 
 void pass_sums(const Unit *unit, Numbers grad, Numbers du, float *sums, int64_t threads) {
-    float *constant = constant_of(unit);
+    Affine affine = affine_of(unit);
     Sums activation = {unit, grad, du};
     Pass pass = {
         .tile = sums_tile,
         .pass = &activation,
         .pixels = pixels_of(unit),
         .channels = unit->channels,
-        .vectors = {unit->scale, constant, unit->slope, unit->mean},
+        .vectors = {affine.scale, affine.constant, affine.slope, unit->mean},
         .sums = 4,
     };
     double *totals = allocate(4 * unit->channels * (int64_t)sizeof(double));
@@ -226,7 +281,7 @@ void pass_sums(const Unit *unit, Numbers grad, Numbers du, float *sums, int64_t 
     for (int64_t i = 0; i < 4 * unit->channels; i++)
         sums[i] = (float)totals[i];
     free(totals);
-    free(constant);
+    free(affine.scale);
 }
 
 /* ---- Backward through the normalisation ---- */
@@ -266,17 +321,17 @@ static void apply_tile(const void *pass, const Tile *tile) {
 
 void pass_apply(const Unit *unit, Numbers grad, const float *du_scale, const float *a_scale,
                 const float *constant, Numbers dy, Numbers du, int64_t threads) {
-    float *unit_constant = unit->slope ? constant_of(unit) : NULL;
+    Affine affine = affine_of(unit);
     Apply apply = {unit, grad, dy, du};
     Pass pass = {
         .tile = apply_tile,
         .pass = &apply,
         .pixels = pixels_of(unit),
         .channels = unit->channels,
-        .vectors = {unit->scale, unit_constant, unit->slope, du_scale, a_scale, constant},
+        .vectors = {affine.scale, affine.constant, affine.slope, du_scale, a_scale, constant},
     };
     run_pass(&pass, NULL, threads);
-    free(unit_constant);
+    free(affine.scale);
 }
 
 /* ---- Backward through the sign, and back along the shortcut ---- */

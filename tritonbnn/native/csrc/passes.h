@@ -28,12 +28,17 @@ typedef struct {
     Shortcut shortcut;                       /* IDENTITY: stream has z's shape. REPEAT: half its
                                                 channels. POOL: twice its height and width. */
     const float *mean;                       /* NULL for 0 */
-    const float *scale;                      /* gamma / deviation */
+    const float *scale;                      /* gamma / deviation; NULL for 1 */
     const float *offset;                     /* NULL for 0 */
     const float *shift_mid;                  /* NULL for 0 */
     const float *slope;                      /* NULL for no PReLU: z = t */
     const float *shift_out;                  /* NULL for 0 */
 } Unit;
+
+/* Mean and biased variance per channel of a, (pixels, channels) of any type. Integers' sums are
+exact, as long as float64 holds them. */
+void pass_moments(Numbers a, int64_t pixels, int64_t channels, double *mean, double *variance,
+                  int64_t threads);
 
 /* z, FLOAT32 or BFLOAT16. signs are the packed signs of z as rounded + next_shift, or NULL.
 next_shift may be NULL. */
