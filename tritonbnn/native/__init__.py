@@ -4,23 +4,18 @@ What is not listed from a module of this package is eager's own. Importing it co
 nothing: :mod:`tritonbnn.native.library` does, at the first call.
 """
 
-from tritonbnn.eager.binarize import sign_backward, sign_forward
-from tritonbnn.eager.conv import conv_input_grad, conv_packed, conv_real, conv_weight_grad
-from tritonbnn.eager.conv_unit import conv_moments, conv_unit_forward
-from tritonbnn.eager.pack import (
-    pack_signs,
-    pack_weight,
-    packed_difference,
-    packed_matmul,
-    unpack_signs,
-)
-from tritonbnn.eager.rprelu import rprelu_backward, rprelu_forward
-from tritonbnn.eager.unit import (
+from tritonbnn.eager.unit import unit_plan
+from tritonbnn.native.binarize import sign_backward, sign_forward
+from tritonbnn.native.conv import conv_input_grad, conv_packed, conv_real, conv_weight_grad
+from tritonbnn.native.conv_unit import conv_moments, conv_unit_forward
+from tritonbnn.native.matmul import packed_matmul
+from tritonbnn.native.pack import pack_signs, pack_weight, packed_difference, unpack_signs
+from tritonbnn.native.rprelu import rprelu_backward, rprelu_forward
+from tritonbnn.native.unit import (
     channel_moments,
     unit_activation_backward,
     unit_forward,
     unit_norm_backward,
-    unit_plan,
 )
 
 __all__ = [

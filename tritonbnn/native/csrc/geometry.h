@@ -1,8 +1,9 @@
-/* A square convolution over NHWC images, and the types of its tensors. */
+/* A square convolution over NHWC images, and how its numbers are read and written. */
 #ifndef TRITONBNN_GEOMETRY_H
 #define TRITONBNN_GEOMETRY_H
 
-#include <stdint.h>
+#include "passes.h"
+#include "vector.h"
 
 typedef struct {
     int64_t images, height, width, channels; /* of the input */
@@ -13,8 +14,6 @@ typedef struct {
 typedef struct {
     int64_t out_channel, channel, row, column; /* strides of a weight, in elements */
 } weight_strides;
-
-enum type { FLOAT32, BFLOAT16, INT16, INT32 };
 
 #define SIGNS_OF_WORD 32
 

@@ -76,7 +76,7 @@ static void load_row(const problem *p, const strip strips[LANES], int64_t row, v
 static void add_row(const problem *p, const vec *numbers, int64_t row, int64_t channel,
                     int64_t channels, vec *sums) {
     const geometry *g = p->g;
-    int64_t k = g->kernel_size, words = words_of(g->out_channels);
+    int64_t k = g->kernel_size, words = table_words(g->out_channels);
     tables t;
     vec copy[WORD];
     for (int64_t word = 0; word < words; word++) {
@@ -147,7 +147,7 @@ static void strips_grad(const problem *p, int64_t first, int64_t channel) {
 static void index_jobs(const geometry *g, const uint32_t *weight, uint32_t *index, int64_t first,
                        int64_t count) {
     int64_t taps = g->kernel_size * g->kernel_size, packed = packed_words(g->channels);
-    int64_t words = words_of(g->out_channels);
+    int64_t words = table_words(g->out_channels);
     uvec rows[32] = {{0}};
     for (int64_t lane = 0; lane < count; lane++) {
         int64_t job = first + lane, part = job % packed, word = job / packed % words;
@@ -165,7 +165,7 @@ static void index_jobs(const geometry *g, const uint32_t *weight, uint32_t *inde
 }
 
 static uint32_t *make_index(const geometry *g, const uint32_t *weight, int threads) {
-    int64_t rows = g->kernel_size * g->kernel_size * words_of(g->out_channels);
+    int64_t rows = g->kernel_size * g->kernel_size * table_words(g->out_channels);
     int64_t jobs = rows * packed_words(g->channels);
     uint32_t *index = tritonbnn_workspace(WORKSPACE_SHARED, rows * g->channels * sizeof *index);
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -24,7 +24,7 @@ static void make_index(const geometry *g, const uint32_t *signs, uint32_t *index
     int64_t pixels = g->images * g->height * g->width, packed = packed_words(g->channels);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t pixel = 0; pixel < pixels; pixel++)
-        for (int64_t word = 0; word < words_of(g->channels); word++) {
+        for (int64_t word = 0; word < table_words(g->channels); word++) {
             int64_t bit = word * WORD, at = bit / SIGNS_OF_WORD;
             const uint32_t *from = signs + pixel * packed + at;
             uint64_t both = from[0] | (at + 1 < packed ? (uint64_t)from[1] << 32 : 0);
@@ -32,26 +32,34 @@ static void make_index(const geometry *g, const uint32_t *signs, uint32_t *index
         }
 }
 
-/* A float rounded to bfloat16, as a float. */
-INLINE float rounded(float x) {
-    bfloat16 halves[LANES];
-    store_bfloat16(halves, splat(x));
-    return load_bfloat16(halves)[0];
-}
-
-static void arrange_weight(const geometry *g, const float *weight, const weight_strides *s,
-                           int64_t type, vec *arranged, int threads) {
-    int64_t taps = g->kernel_size * g->kernel_size;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t block = 0; block < ceil_div(g->out_channels, LANES); block++)
-        for (int64_t lane = 0; lane < LANES; lane++)
-            for (int64_t i = 0; i < taps * g->channels; i++) {
-                int64_t o = block * LANES + lane, tap = i / g->channels;
-                int64_t at = o * s->out_channel + i % g->channels * s->channel +
-                             tap / g->kernel_size * s->row + tap % g->kernel_size * s->column;
-                float w = o < g->out_channels ? weight[at] : 0;
-                arranged[block * taps * g->channels + i][lane] = type == BFLOAT16 ? rounded(w) : w;
+/* The weight by lanes of output channels: 0 in lanes past the last. */
+static void arrange_block(const geometry *g, const float *weight, int64_t block, int64_t type,
+                          vec *arranged) {
+    int64_t size = g->kernel_size * g->kernel_size * g->channels, quads = size / 4 * 4;
+    static const float zeros[4];
+    const float *rows[LANES];
+    for (int64_t lane = 0; lane < LANES; lane++) {
+        int64_t o = block * LANES + lane;
+        rows[lane] = o < g->out_channels ? weight + o * size : 0;
+    }
+    for (int64_t i = 0; i < quads; i += 4)
+        for (int lane = 0; lane < LANES; lane += 4) {
+            const float *from[4];
+            float *to[4];
+            for (int j = 0; j < 4; j++) {
+                from[j] = rows[lane + j] ? rows[lane + j] + i : zeros;
+                to[j] = (float *)(arranged + i + j) + lane;
             }
+            transpose_quads(from, to);
+        }
+    for (int64_t i = quads; i < size; i++)
+        for (int lane = 0; lane < LANES; lane++) arranged[i][lane] = rows[lane] ? rows[lane][i] : 0;
+    if (type != BFLOAT16) return;
+    for (int64_t i = 0; i < size; i++) {
+        bfloat16 halves[LANES];
+        store_bfloat16(halves, arranged[i]);
+        arranged[i] = load_bfloat16(halves);
+    }
 }
 
 /* Add one tap and one word of channels to a tile's sums. */
@@ -80,7 +88,7 @@ static void convolve_tile(const problem *p, int64_t block, int64_t first_row) {
     tables t;
     memset(sums, 0, pixels * sizeof(vec));
     for (int64_t tap = 0; tap < taps; tap++)
-        for (int64_t word = 0; word < words_of(g->channels); word++) {
+        for (int64_t word = 0; word < table_words(g->channels); word++) {
             int64_t size = word_size(g->channels, word);
             const vec *from = p->weight + (block * taps + tap) * g->channels + word * WORD;
             memcpy(numbers, from, size * sizeof(vec));
@@ -93,18 +101,19 @@ static void convolve_tile(const problem *p, int64_t block, int64_t first_row) {
     }
 }
 
-/* signs: the packed input. weight: (out_channels, channels, k, k) in the given strides.
+/* signs: the packed input. weight: (out_channels, k, k, channels) in memory.
    result: (images, out_height, out_width, out_channels) of the type, to which the weight is
    rounded before the product. */
 EXPORT void tritonbnn_conv_real(const uint32_t *signs, const float *weight, void *result,
-                                int64_t type, const geometry *g, const weight_strides *strides,
-                                int64_t threads) {
+                                int64_t type, const geometry *g, int64_t threads) {
     int64_t pixels = g->images * g->height * g->width, blocks = ceil_div(g->out_channels, LANES);
-    int64_t size = blocks * g->kernel_size * g->kernel_size * g->channels;
-    vec *arranged = tritonbnn_workspace(WORKSPACE_SHARED, size * sizeof(vec));
+    int64_t size = g->kernel_size * g->kernel_size * g->channels;
+    vec *arranged = tritonbnn_workspace(WORKSPACE_SHARED, blocks * size * sizeof(vec));
     uint32_t *index = tritonbnn_workspace(
-        WORKSPACE_PADDED, words_of(g->channels) * pixels * sizeof(uint32_t));
-    arrange_weight(g, weight, strides, type, arranged, threads);
+        WORKSPACE_PADDED, table_words(g->channels) * pixels * sizeof(uint32_t));
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t block = 0; block < blocks; block++)
+        arrange_block(g, weight, block, type, arranged + block * size);
     make_index(g, signs, index, threads);
     problem p = {g, index, arranged, result, type, max64(1, TILE / max64(1, g->out_width))};
     int64_t tiles = ceil_div(g->images * g->out_height, p.tile_rows);

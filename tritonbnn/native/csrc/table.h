@@ -21,7 +21,7 @@ typedef struct {
     vec sums[GROUPS][ENTRIES];
 } tables;
 
-INLINE int64_t words_of(int64_t signs) { return (signs + WORD - 1) / WORD; }
+INLINE int64_t table_words(int64_t signs) { return (signs + WORD - 1) / WORD; }
 
 /* Numbers in the given word of a row of so many. */
 INLINE int64_t word_size(int64_t numbers, int64_t word) {

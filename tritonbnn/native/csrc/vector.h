@@ -5,6 +5,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 #define EXPORT __attribute__((visibility("default")))
 #define INLINE static inline __attribute__((always_inline))
 #define LANES 16
@@ -28,6 +32,31 @@ INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
 /* yes where mask is all ones, no where it is 0: a comparison of two vecs gives such a mask. */
 INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+
+/* Bit i is 1 iff lane i is >= 0; it is 0 for a NaN. */
+INLINE uint32_t not_negative(vec v) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GE_OQ);
+#elif defined(__AVX2__)
+    __m256 halves[2];
+    memcpy(halves, &v, sizeof v);
+    uint32_t low = _mm256_movemask_ps(_mm256_cmp_ps(halves[0], _mm256_setzero_ps(), _CMP_GE_OQ));
+    uint32_t high = _mm256_movemask_ps(_mm256_cmp_ps(halves[1], _mm256_setzero_ps(), _CMP_GE_OQ));
+    return low | high << 8;
+#elif defined(__SSE2__)
+    __m128 quarters[4];
+    memcpy(quarters, &v, sizeof v);
+    uint32_t bits = 0;
+    for (int i = 0; i < 4; i++)
+        bits |= (uint32_t)_mm_movemask_ps(_mm_cmpge_ps(quarters[i], _mm_setzero_ps())) << 4 * i;
+    return bits;
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < LANES; i++)
+        bits |= (uint32_t)(v[i] >= 0) << i;
+    return bits;
+#endif
+}
 
 INLINE vec load_bfloat16(const bfloat16 *p) {
     ushort_vec half;

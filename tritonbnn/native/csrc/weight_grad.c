@@ -76,7 +76,7 @@ static void index_jobs(const problem *p, sign_map map, uint32_t *index, int64_t 
 
 /* The signs by pixels: bit i of index[word][tap][channel] is that of pixel 30 word + i. */
 static uint32_t *make_index(const problem *p, const uint32_t *signs, int threads) {
-    int64_t words = words_of(p->pixels), channels = p->g->channels;
+    int64_t words = table_words(p->pixels), channels = p->g->channels;
     int64_t jobs = words * p->taps * packed_words(channels);
     uint32_t *index =
         tritonbnn_workspace(WORKSPACE_SHARED, words * p->taps * channels * sizeof *index);
@@ -104,7 +104,7 @@ static void load_pixels(const problem *p, int64_t word, int64_t out, int64_t onl
 static void sum_taps(const problem *p, int64_t out, int64_t first_tap, int64_t last_tap, int mask,
                      vec *sums, vec *span_sums) {
     int64_t channels = p->g->channels, count = (last_tap - first_tap) * channels;
-    int64_t words = words_of(p->pixels);
+    int64_t words = table_words(p->pixels);
     tables t;
     vec numbers[WORD];
     for (int64_t start = 0; start < words; start += SPAN) {
