@@ -31,9 +31,7 @@ class Geometry(ctypes.Structure):
 class WeightStrides(ctypes.Structure):
     """``weight_strides`` in ``csrc/geometry.h``."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_int64) for name in ("out_channel", "channel", "row", "column")
-    )
+    _fields_ = tuple((name, ctypes.c_int64) for name in ("out_channel", "channel", "row", "column"))
 
 
 def geometry(
@@ -106,9 +104,7 @@ def conv_input_grad(
         size = {"channels": channels, "height": height, "width": width}
         window = {"stride": stride, "padding": padding}
         return eager.conv_input_grad(grad, weight, alpha, **size, **window)
-    shape = geometry(
-        (len(grad), height, width), channels, *weight.shape[:2], stride, padding
-    )
+    shape = geometry((len(grad), height, width), channels, *weight.shape[:2], stride, padding)
     dx = empty_channels_last((len(grad), channels, height, width), torch.float32, grad.device)
     real = channels_last(grad.to(torch.float32))
     library.call("input_grad", real, weight.contiguous(), vector(alpha), dx, shape)

@@ -8,6 +8,12 @@ enum workspace_slot {
     WORKSPACE_SHARED, /* of the calling thread, read by all threads of a call */
     WORKSPACE_PADDED, /* a padded map of packed signs, of the calling thread too */
     WORKSPACE_OWN,    /* of each thread of a call */
+    /* Of a whole unit, of the calling thread. */
+    WORKSPACE_MOMENTS,
+    WORKSPACE_CONVOLVED,
+    WORKSPACE_DU,
+    WORKSPACE_DY,
+    WORKSPACE_DSIGNS,
     WORKSPACE_SLOTS
 };
 
