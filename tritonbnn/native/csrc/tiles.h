@@ -38,7 +38,7 @@ typedef struct {
     int64_t sums, wide_sums;       /* how many sums per channel a tile adds to */
 } Pass;
 
-/* Run a pass over all pixels. totals: [sums + wide_sums][channels], or NULL where there are none. */
+/* Run a pass over all pixels. totals: [sums + wide_sums][channels], or NULL if there are none. */
 void run_pass(const Pass *pass, double *totals, int64_t threads);
 
 /* Memory on a cache line; the process ends where there is none. */
