@@ -132,7 +132,9 @@ def test_bits_do_not_depend_on_the_number_of_threads(isa, channels, dtype):
 def with_special_values(values, seed):
     """A share of the values replaced, so that sums over a channel stay finite in some."""
     generator = torch.Generator().manual_seed(seed)
-    special = torch.tensor(SPECIAL).to(values.dtype)
+    special = torch.tensor(SPECIAL)
+    special.view(torch.int32)[0] = 2**31 - 1  # a NaN that careless rounding makes -0
+    special = special.to(values.dtype)
     choice = special[torch.randint(len(SPECIAL), values.shape, generator=generator)]
     chosen = torch.rand(values.shape, generator=generator) < 0.05
     return torch.where(chosen, choice, values)
