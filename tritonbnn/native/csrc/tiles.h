@@ -100,7 +100,7 @@ INLINE float number(const void *data, Type type, int64_t i) {
 
 /* The same in float64, which holds every int32. */
 INLINE double wide_number(const void *data, Type type, int64_t i) {
-    return type == INT32 ? ((const int32_t *)data)[i] : number(data, type, i);
+    return type == INT32 ? (double)((const int32_t *)data)[i] : number(data, type, i);
 }
 
 #endif
