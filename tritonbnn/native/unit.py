@@ -40,11 +40,13 @@ def unit_forward(
     pack: bool,
 ) -> tuple[Tensor, Tensor]:
     """:func:`tritonbnn.eager.unit_forward`."""
-    vectors = {"mean": mean, "scale": scale, "offset": offset, "shift_mid": shift_mid}
-    vectors |= {"slope": slope, "shift_out": shift_out, "next_shift": next_shift}
+    norm, activation = (mean, scale, offset), (shift_mid, slope, shift_out)
     if a.dtype not in TYPES or not runs(stream.dtype):
-        return eager.unit_forward(a, stream, *vectors.values(), shortcut=shortcut, pack=pack)
-    _check(a, stream, shortcut, **vectors)
+        return eager.unit_forward(
+            a, stream, *norm, *activation, next_shift, shortcut=shortcut, pack=pack
+        )
+    _check(a, stream, shortcut, mean=mean, scale=scale, offset=offset, shift_mid=shift_mid)
+    checks.check_per_channel(a.shape[1], slope=slope, shift_out=shift_out, next_shift=next_shift)
     n, height, width, channels = geometry(a)
     z = empty_pixels(a, stream.dtype)
     signs = torch.empty(
@@ -53,7 +55,8 @@ def unit_forward(
     library.call(
         "unit_forward",
         *(channels_last(a), TYPES[a.dtype], channels_last(stream), TYPES[stream.dtype]),
-        *(n, height, width, channels, SHORTCUTS[shortcut], *map(vector, vectors.values())),
+        *(n, height, width, channels, SHORTCUTS[shortcut]),
+        *map(vector, (*norm, *activation, next_shift)),
         *(z, signs if pack else None),
     )
     return z, signs
@@ -72,11 +75,12 @@ def unit_activation_backward(
     shortcut: str,
 ) -> tuple[Tensor, Tensor]:
     """:func:`tritonbnn.eager.unit_activation_backward`."""
-    vectors = {"mean": mean, "scale": scale, "offset": offset}
-    vectors |= {"shift_mid": shift_mid, "slope": slope}
     if a.dtype not in TYPES or grad.dtype != stream.dtype or not runs(grad.dtype):
-        return eager.unit_activation_backward(grad, a, stream, *vectors.values(), shortcut=shortcut)
-    _check(a, stream, shortcut, **vectors)
+        return eager.unit_activation_backward(
+            grad, a, stream, mean, scale, offset, shift_mid, slope, shortcut=shortcut
+        )
+    _check(a, stream, shortcut, mean=mean, scale=scale, offset=offset, shift_mid=shift_mid)
+    checks.check_per_channel(a.shape[1], slope=slope)
     checks.check_same_shape(a=a, grad=grad)
     du = empty_pixels(grad, grad.dtype)
     sums = torch.empty((4, a.shape[1]), dtype=torch.float32, device=a.device)
@@ -84,7 +88,8 @@ def unit_activation_backward(
         "unit_activation_backward",
         *(channels_last(grad), channels_last(a), TYPES[a.dtype]),
         *(channels_last(stream), TYPES[stream.dtype], *geometry(a), SHORTCUTS[shortcut]),
-        *(*map(vector, vectors.values()), du, sums),
+        *map(vector, (mean, scale, offset, shift_mid, slope)),
+        *(du, sums),
     )
     return du, sums
 

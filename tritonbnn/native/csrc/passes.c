@@ -1,11 +1,9 @@
-#include "passes.h"
-
+/* The passes between a unit's convolution and its output, forward and backward. */
 #include <stdlib.h>
 
 #include "tiles.h"
 
-/* ---- The shortcut, as floats of z's shape ---- */
-
+/* The shortcut as floats of z's shape: the channels twice. */
 INLINE void repeat_channels(Numbers stream, Type type, const Tile *tile, float *skip) {
     int64_t half = tile->channels / 2, first = tile->pixel * half;
     for (int64_t p = 0; p < tile->pixels; p++, first += half, skip += 2 * half)
@@ -14,7 +12,7 @@ INLINE void repeat_channels(Numbers stream, Type type, const Tile *tile, float *
             skip[c] = skip[half + c] = number(stream.data, type, first + c);
 }
 
-/* The means of 2 x 2 pixels. Pixels run on from row to row, so one division finds the first. */
+/* Or the means of 2 x 2 pixels. Pixels run on from row to row, so one division finds the first. */
 INLINE void pool_pixels(const Unit *unit, Type type, const Tile *tile, float *skip) {
     int64_t channels = tile->channels, below = 2 * unit->width * channels;
     int64_t row = tile->pixel / unit->width, x = tile->pixel % unit->width;
@@ -52,8 +50,6 @@ static const float *read_shortcut(const Unit *unit, const Tile *tile, float *scr
     return scratch;
 }
 
-/* ---- What the passes of a unit share ---- */
-
 static int64_t pixels_of(const Unit *unit) { return unit->images * unit->height * unit->width; }
 
 /* The vectors that t and its slope are made of, in memory of their own. */
@@ -79,62 +75,6 @@ static Affine affine_of(const Unit *unit) {
     }
     return affine;
 }
-
-/* ---- Moments ---- */
-
-/* The sums of a and of its square. */
-INLINE void add_moments(Numbers a, Type type, const Tile *tile) {
-    double *sum = tile->wide_sums, *square = sum + tile->period;
-    int64_t first = tile->pixel * tile->channels;
-    for (int64_t at = 0; at < tile->floats; at += tile->period) {
-        int64_t count = smaller(tile->period, tile->floats - at);
-        #pragma omp simd
-        for (int64_t i = 0; i < count; i++) {
-            double value = wide_number(a.data, type, first + at + i);
-            sum[i] += value;
-            square[i] += value * value;
-        }
-    }
-}
-
-static void moments_tile(const void *pass, const Tile *tile) {
-    const Numbers *a = pass;
-    switch (a->type) {
-    case BFLOAT16:
-        add_moments(*a, BFLOAT16, tile);
-        break;
-    case INT16:
-        add_moments(*a, INT16, tile);
-        break;
-    case INT32:
-        add_moments(*a, INT32, tile);
-        break;
-    default:
-        add_moments(*a, FLOAT32, tile);
-    }
-}
-
-void pass_moments(Numbers a, int64_t pixels, int64_t channels, double *mean, double *variance,
-                  int64_t threads) {
-    Pass pass = {
-        .tile = moments_tile,
-        .pass = &a,
-        .pixels = pixels,
-        .channels = channels,
-        .wide_sums = 2,
-    };
-    double *totals = allocate(2 * channels * (int64_t)sizeof(double));
-    run_pass(&pass, totals, threads);
-    double count = (double)larger(pixels, 1); /* of nothing, both are 0 */
-    for (int64_t c = 0; c < channels; c++) {
-        mean[c] = totals[c] / count;
-        double spread = totals[channels + c] / count - mean[c] * mean[c];
-        variance[c] = spread < 0 ? 0 : spread; /* a NaN stays one */
-    }
-    free(totals);
-}
-
-/* ---- Forward ---- */
 
 typedef struct {
     const Unit *unit;
@@ -178,8 +118,6 @@ void pass_forward(const Unit *unit, Numbers z, uint32_t *signs, const float *nex
     run_pass(&pass, NULL, threads);
     free(affine.scale);
 }
-
-/* ---- Backward through the activation ---- */
 
 /* What the rows of a tile read, and where they write: floats from a period's start on. */
 typedef struct {
@@ -284,8 +222,6 @@ void pass_sums(const Unit *unit, Numbers grad, Numbers du, float *sums, int64_t 
     free(affine.scale);
 }
 
-/* ---- Backward through the normalisation ---- */
-
 typedef struct {
     const Unit *unit;
     Numbers grad, dy, du;
@@ -332,108 +268,4 @@ void pass_apply(const Unit *unit, Numbers grad, const float *du_scale, const flo
     };
     run_pass(&pass, NULL, threads);
     free(affine.scale);
-}
-
-/* ---- Backward through the sign, and back along the shortcut ---- */
-
-/* A tile of x gets, pixel by pixel, what z's gradient sends back along the shortcut. */
-INLINE void repeat_back(Numbers du, Type type, const Tile *tile, float *skip) {
-    int64_t channels = tile->channels, first = 2 * tile->pixel * channels;
-    for (int64_t p = 0; p < tile->pixels; p++, first += 2 * channels, skip += channels)
-        #pragma omp simd
-        for (int64_t c = 0; c < channels; c++)
-            skip[c] = number(du.data, type, first + c)
-                    + number(du.data, type, first + channels + c);
-}
-
-INLINE void pool_back(const Input *input, Type type, const Tile *tile, float *skip) {
-    int64_t channels = tile->channels, width = input->width, half = width / 2;
-    int64_t row = tile->pixel / width, x = tile->pixel % width;
-    for (int64_t p = 0; p < tile->pixels; p++, skip += channels) {
-        int64_t first = (row / 2 * half + x / 2) * channels; /* image heights are even */
-        #pragma omp simd
-        for (int64_t c = 0; c < channels; c++)
-            skip[c] = number(input->du.data, type, first + c) * 0.25f;
-        if (++x == width) {
-            x = 0;
-            row++;
-        }
-    }
-}
-
-static const float *read_shortcut_grad(const Input *input, const Tile *tile, float *scratch) {
-    int rounded = input->du.type == BFLOAT16;
-    if (!input->du.data)
-        memset(scratch, 0, tile->floats * sizeof(float));
-    else if (input->shortcut == IDENTITY)
-        return read_floats(input->du, tile, scratch);
-    else if (input->shortcut == REPEAT && rounded)
-        repeat_back(input->du, BFLOAT16, tile, scratch);
-    else if (input->shortcut == REPEAT)
-        repeat_back(input->du, FLOAT32, tile, scratch);
-    else if (rounded)
-        pool_back(input, BFLOAT16, tile, scratch);
-    else
-        pool_back(input, FLOAT32, tile, scratch);
-    return scratch;
-}
-
-typedef struct {
-    const Input *input;
-    Numbers dx;
-} Signs;
-
-typedef struct {
-    const float *x, *dsigns, *skip;
-    float *dx;
-} Slope;
-
-INLINE void input_rows(const Slope *s, const Tile *tile, int rows, int64_t start, int64_t count) {
-    const float *shift = tile->vectors[0];
-    #pragma omp simd
-    for (int64_t i = 0; i < count; i++) {
-        float sum = 0;
-        #pragma GCC unroll 4
-        for (int row = 0; row < rows; row++) {
-            int64_t at = start + row * tile->period + i;
-            float slope = 2 - 2 * __builtin_fabsf(s->x[at] + shift[i]);
-            float ds = (slope < 0 ? 0 : slope) * s->dsigns[at]; /* a NaN stays one */
-            sum += ds;
-            s->dx[at] = ds + s->skip[at];
-        }
-        tile->sums[i] += sum;
-    }
-}
-
-static void input_tile(const void *pass, const Tile *tile) {
-    const Signs *signs = pass;
-    Slope slope = {
-        .x = read_floats(signs->input->x, tile, tile->scratch[0]),
-        .dsigns = read_floats(signs->input->dsigns, tile, tile->scratch[1]),
-        .skip = read_shortcut_grad(signs->input, tile, tile->scratch[2]),
-        .dx = floats_for(signs->dx, tile, tile->scratch[3]),
-    };
-    int64_t at = 0, period = tile->period;
-    for (; at + ROWS * period <= tile->floats; at += ROWS * period)
-        input_rows(&slope, tile, ROWS, at, period);
-    for (; at < tile->floats; at += period)
-        input_rows(&slope, tile, 1, at, smaller(period, tile->floats - at));
-    write_floats(signs->dx, tile, slope.dx);
-}
-
-void pass_input(const Input *input, Numbers dx, float *dshift, int64_t threads) {
-    Signs signs = {input, dx};
-    Pass pass = {
-        .tile = input_tile,
-        .pass = &signs,
-        .pixels = input->images * input->height * input->width,
-        .channels = input->channels,
-        .vectors = {input->shift},
-        .sums = 1,
-    };
-    double *totals = allocate(input->channels * (int64_t)sizeof(double));
-    run_pass(&pass, totals, threads);
-    for (int64_t c = 0; c < input->channels; c++)
-        dshift[c] = (float)totals[c];
-    free(totals);
 }

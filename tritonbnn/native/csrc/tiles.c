@@ -1,7 +1,7 @@
-#include "tiles.h"
-
 #include <stdio.h>
 #include <stdlib.h>
+
+#include "tiles.h"
 
 enum {
     PERIOD = 256,     /* floats of a period at least: the loops over it have something to do */
@@ -108,7 +108,7 @@ void run_pass(const Pass *pass, double *totals, int64_t threads) {
     Cut c = cut(pass);
     double *partial = allocate(c.blocks * sums * (int64_t)sizeof(double));
     float *repeated = repeat_vectors(pass, c.period);
-    #pragma omp parallel num_threads(threads)
+    #pragma omp parallel num_threads(threads) if (c.blocks > 1)
     {
         Tile tile = tile_with_memory(pass, &c, repeated);
         #pragma omp for schedule(static)

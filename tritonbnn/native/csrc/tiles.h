@@ -38,7 +38,7 @@ typedef struct {
     int64_t sums, wide_sums;       /* how many sums per channel a tile adds to */
 } Pass;
 
-/* Run a pass over all pixels. totals: [sums + wide_sums][channels], or NULL where there are none. */
+/* Run a pass over all pixels. totals: [sums + wide_sums][channels], or NULL if there are none. */
 void run_pass(const Pass *pass, double *totals, int64_t threads);
 
 /* Memory on a cache line; the process ends where there is none. */
@@ -100,7 +100,7 @@ INLINE float number(const void *data, Type type, int64_t i) {
 
 /* The same in float64, which holds every int32. */
 INLINE double wide_number(const void *data, Type type, int64_t i) {
-    return type == INT32 ? ((const int32_t *)data)[i] : number(data, type, i);
+    return type == INT32 ? (double)((const int32_t *)data)[i] : number(data, type, i);
 }
 
 #endif
