@@ -12,7 +12,8 @@
 #include "table.h"
 #include "workspace.h"
 
-#define CHANNELS 256 /* of a job: the sums of three rows should stay in the second cache */
+#define CHANNELS 256 /* of a job, at most: the sums of three rows should stay in the second cache */
+#define LEAST_CHANNELS 16
 #define SUMS_BYTES (4 << 20)
 
 typedef struct {
@@ -21,8 +22,9 @@ typedef struct {
     const float *alpha;
     const uint32_t *index; /* [tap][word of output channels][channel] */
     float *result;
-    int64_t rows;   /* of a strip, in the input; a multiple of the stride */
-    int64_t strips; /* of all images */
+    int64_t rows;     /* of a strip, in the input; a multiple of the stride */
+    int64_t strips;   /* of all images */
+    int64_t channels; /* of a job */
 } problem;
 
 /* A lane's strip: its image, or none, and its first input row. */
@@ -129,7 +131,7 @@ static void write_strips(const problem *p, const strip strips[LANES], int64_t ch
 
 static void strips_grad(const problem *p, int64_t first, int64_t channel) {
     const geometry *g = p->g;
-    int64_t channels = min64(CHANNELS, g->channels - channel);
+    int64_t channels = min64(p->channels, g->channels - channel);
     int64_t count = p->rows * g->width * channels, row_size = g->out_width * g->out_channels;
     vec *sums = tritonbnn_workspace(WORKSPACE_OWN, (count + row_size) * sizeof(vec));
     strip strips[LANES];
@@ -174,31 +176,43 @@ static uint32_t *make_index(const geometry *g, const uint32_t *weight, int threa
     return index;
 }
 
-/* How many rows a strip should have, by the work that it makes: few lanes should stay unused, and
-   few tables be made for rows next to a strip. It depends on the shape alone. */
-static int64_t chosen_rows(const geometry *g) {
-    double use = 4.0 * g->kernel_size * g->kernel_size / g->stride * g->channels, make = 700;
-    int64_t best = g->stride, step = g->stride;
+/* The work of a strip's job in instructions, roughly: to use tables, and to make them. */
+static double work(const geometry *g, int64_t rows, int64_t channels) {
+    double grad_rows = rows / (double)g->stride;
+    double made = grad_rows + (g->kernel_size - 1) / (double)g->stride;
+    return grad_rows * 4 * g->kernel_size * g->kernel_size / g->stride * channels + made * 700;
+}
+
+/* Choose the rows of a strip and the channels of a job, so that few lanes stay unused, few tables
+   are made twice, and all threads have work. It changes no sum: a lane's pixel gets the same terms
+   in the same order in strips of any size. */
+static void choose_jobs(problem *p, int64_t threads) {
+    const geometry *g = p->g;
     double least = -1;
-    for (int64_t rows = step; rows < g->height + step; rows += step) {
-        int64_t bytes = rows * g->width * min64(CHANNELS, g->channels) * (int64_t)sizeof(vec);
-        if (bytes > SUMS_BYTES && rows > step) break;
-        int64_t groups = ceil_div(g->images * ceil_div(g->height, rows), LANES);
-        double made = rows / (double)g->stride + (g->kernel_size - 1) / (double)g->stride;
-        double cost = groups * (rows / (double)g->stride * use + made * make);
-        if (least < 0 || cost < least) least = cost, best = rows;
+    for (int64_t channels = min64(CHANNELS, g->channels);; channels = ceil_div(channels, 2)) {
+        for (int64_t rows = g->stride; rows < g->height + g->stride; rows += g->stride) {
+            int64_t bytes = rows * g->width * channels * (int64_t)sizeof(vec);
+            if (bytes > SUMS_BYTES && rows > g->stride) break;
+            int64_t strips = g->images * ceil_div(g->height, rows);
+            int64_t jobs = ceil_div(strips, LANES) * ceil_div(g->channels, channels);
+            double time = ceil_div(jobs, threads) * work(g, rows, channels);
+            if (least >= 0 && time >= least) continue;
+            least = time;
+            p->rows = rows, p->strips = strips, p->channels = channels;
+        }
+        if (channels <= LEAST_CHANNELS) return;
     }
-    return best;
 }
 
 /* grad: (images, out_height, out_width, out_channels); alpha: (out_channels,).
    weight: packed signs, (out_channels, k, k, words). result: (images, height, width, channels). */
 EXPORT void tritonbnn_input_grad(const float *grad, const uint32_t *weight, const float *alpha,
                                  float *result, const geometry *g, int64_t threads) {
-    problem p = {g, grad, alpha, make_index(g, weight, threads), result, chosen_rows(g), 0};
-    p.strips = g->images * ceil_div(g->height, p.rows);
-    int64_t groups = ceil_div(p.strips, LANES), parts = ceil_div(g->channels, CHANNELS);
+    problem p = {.g = g, .grad = grad, .alpha = alpha, .result = result};
+    p.index = make_index(g, weight, threads);
+    choose_jobs(&p, threads);
+    int64_t groups = ceil_div(p.strips, LANES), parts = ceil_div(g->channels, p.channels);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t job = 0; job < groups * parts; job++)
-        strips_grad(&p, job / parts * LANES, job % parts * CHANNELS);
+        strips_grad(&p, job / parts * LANES, job % parts * p.channels);
 }

@@ -49,21 +49,28 @@ INLINE int is_inside(const geometry *g, pixel p, int64_t tap) {
     return y >= 0 && y < g->height && x >= 0 && x < g->width;
 }
 
+/* Where each pixel of a word has its first tap in the map. */
+static void find_pixels(const problem *p, sign_map map, int64_t word, int64_t at[WORD]) {
+    const geometry *g = p->g;
+    pixel walk = pixel_at(g, word * WORD);
+    for (int64_t i = 0; i < word_size(p->pixels, word); i++, next_pixel(g, &walk))
+        at[i] = walk.image * map.image + walk.y * g->stride * map.row +
+                walk.x * g->stride * map.pixel;
+}
+
 /* Sixteen jobs, one a lane: a job is the 30 pixels of a word, one tap, and 32 channels. */
 static void index_jobs(const problem *p, sign_map map, uint32_t *index, int64_t first,
                        int64_t count) {
     const geometry *g = p->g;
-    int64_t words = packed_words(g->channels);
+    int64_t words = packed_words(g->channels), of_word = p->taps * words, found = -1, at[WORD];
     uvec rows[32] = {{0}};
     for (int64_t lane = 0; lane < count; lane++) {
-        int64_t job = first + lane, tap = job / words % p->taps, start = job / words / p->taps * WORD;
-        int64_t size = min64(WORD, p->pixels - start);
+        int64_t job = first + lane, word = job / of_word, tap = job % of_word / words;
+        if (word != found) find_pixels(p, map, word, at);
+        found = word;
         const uint32_t *from = map.words + tap / g->kernel_size * map.row +
                                tap % g->kernel_size * map.pixel + job % words;
-        pixel at = pixel_at(g, start);
-        for (int64_t i = 0; i < size; i++, next_pixel(g, &at))
-            rows[i][lane] = from[at.image * map.image + at.y * g->stride * map.row +
-                                 at.x * g->stride * map.pixel];
+        for (int64_t i = 0; i < word_size(p->pixels, word); i++) rows[i][lane] = from[at[i]];
     }
     transpose_bits(rows);
     for (int64_t lane = 0; lane < count; lane++) {
@@ -92,12 +99,13 @@ static void load_pixels(const problem *p, int64_t word, int64_t out, int64_t onl
                         vec numbers[WORD]) {
     const geometry *g = p->g;
     int64_t size = word_size(p->pixels, word), lanes = min64(LANES, g->out_channels - out);
+    int64_t from = word * WORD * g->out_channels + out;
+    for (int64_t i = 0; i < size; i++, from += g->out_channels)
+        numbers[i] = load_some(p->grad, p->grad_type, from, lanes);
+    if (only_tap < 0) return;
     pixel at = pixel_at(g, word * WORD);
-    for (int64_t i = 0; i < size; i++, next_pixel(g, &at)) {
-        int64_t from = (word * WORD + i) * g->out_channels + out;
-        int used = only_tap < 0 || is_inside(g, at, only_tap);
-        numbers[i] = used ? load_some(p->grad, p->grad_type, from, lanes) : splat(0);
-    }
+    for (int64_t i = 0; i < size; i++, next_pixel(g, &at))
+        if (!is_inside(g, at, only_tap)) numbers[i] = splat(0);
 }
 
 /* sums[tap][channel] of the given taps. With mask, each tap has tables of its own. */
