@@ -55,13 +55,12 @@ class BuildError(Exception):
 
 def compilers() -> list[list[str]]:
     """The commands to try, best first: of the environment variable ``CC``, then the system's."""
-    commands = [shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]]
-    found: dict[str, list[str]] = {}
-    for command in commands:
-        path = shutil.which(command[0]) if command else None
-        if path:  # cc is usually a link to one of the others
-            found.setdefault(" ".join([str(Path(path).resolve()), *command[1:]]), command)
-    return list(found.values())
+    commands = [_words(os.environ.get("CC", ""))]
+    commands += [[name] for name in ("cc", "gcc", "clang") if shutil.which(name)]
+    different: dict[tuple[str, ...], list[str]] = {}
+    for command in filter(None, commands):  # cc is usually a link to one of the others
+        different.setdefault((str(_program(command)), *command[1:]), command)
+    return list(different.values())
 
 
 def library(isa: str, compiler: list[str], sources: Path = SOURCES) -> Path:
@@ -166,12 +165,23 @@ def _key(isa: str, sources: Path, compiler: str = "") -> str:
     return digest.hexdigest()[:16]
 
 
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError:  # a quotation without an end: no such program, as its use will say
+        return [command]
+
+
+def _program(command: list[str]) -> Path:
+    return Path(shutil.which(command[0]) or command[0]).resolve()
+
+
 def _identity(compiler: list[str]) -> str:
     """What tells a compiler from another, and from itself once mended."""
-    version = _run([*compiler, "--version"])
-    path = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
-    status = path.stat()
-    return f"{compiler} {path} {status.st_size} {status.st_mtime_ns} {version}"
+    version = _run([*compiler, "--version"])  # first, as it tells what does not run
+    program = _program(compiler)
+    status = program.stat()
+    return f"{program} {compiler[1:]} {status.st_size} {status.st_mtime_ns} {version}"
 
 
 def _flags(isa: str) -> tuple[str, ...]:

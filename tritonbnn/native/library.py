@@ -34,6 +34,8 @@ class Library:
     """
 
     def __init__(self, path: Path, isa: str) -> None:
+        global _forked
+        _forked = _forked or _is_forked()  # in the child of a process that had not imported this
         self._handle = ctypes.CDLL(str(path))
         self.isa = isa
         self._functions: dict[str, tuple[Any, list[int]]] = {}
@@ -127,7 +129,7 @@ def using(isa: str) -> Iterator[None]:
     """
     global _library
     available()
-    before, _library = _library, _load(_checked(isa, _probe().best_isa()))
+    before, _library = _library, _load(checked_isa(isa, _probe().best_isa()))
     try:
         yield
     finally:
@@ -142,14 +144,13 @@ def _current() -> Library:
 
 def _settle() -> None:
     """Load the library for this machine, or note why there is none; once in a process."""
-    global _library, _reason, _forked
+    global _library, _reason
     with _lock:
         if _library is not None or _reason:  # another thread was faster
             return
-        _forked = _forked or _is_forked()
         try:
             best = _probe().best_isa()
-            _library = _load(_checked(os.environ.get(VARIABLE) or best, best))
+            _library = _load(checked_isa(os.environ.get(VARIABLE) or best, best))
         except RuntimeError as error:
             _reason = str(error)
 
@@ -158,7 +159,7 @@ def _probe() -> Library:
     return _load(build.PROBE)
 
 
-def _checked(isa: str, best: str) -> str:
+def checked_isa(isa: str, best: str) -> str:
     """``isa``, if it is one that this machine runs: best is the most that it does."""
     known = list(build.ISAS)
     if isa not in known:
