@@ -15,10 +15,11 @@ test: $(VENV)/.ready
 test-all: test sanitize
 
 # The launchers in C again, compiled to stop at a wrong address and at undefined behaviour. Python
-# is not, so the sanitizers' library must come before all others; what Python leaves is no leak.
+# is not, so the sanitizers' library must come before all others, with C++'s, whose exceptions it
+# watches; what Python leaves is no leak.
 sanitize: $(VENV)/.ready
 	TRITONBNN_SANITIZE=1 OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
-	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so)" \
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) libstdc++.so.6" \
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 -k "native and not native_build" $(ARGS)
 
 test-gpu: $(VENV)/.ready
