@@ -283,14 +283,39 @@ def test_a_broken_compiler_is_named(tmp_path, monkeypatch, kind):
 @needs_compiler
 def test_a_broken_compiler_gives_way_to_the_next_and_is_not_remembered(tmp_path, monkeypatch):
     """Mended, it is asked again: what it wrote before is not taken from the cache."""
-    path = script(tmp_path / "cc", *BROKEN["garbage"][0])
+    [good, *_] = build.compilers()[0]
+    version = f'[ "$1" = --version ] && exec {good} --version'
+    path = script(tmp_path / "cc", version, *BROKEN["garbage"][0])
     monkeypatch.setenv("CC", str(path))
     broken, *others = build.compilers()
-    assert others
+    assert [good] in others
     with pytest.raises(OSError, match="ELF"):
         library.Library(build.library(BASELINE, broken), BASELINE)
-    script(path, f'exec {others[0][0]} "$@"')
+    script(path, f'exec {good} "$@"')
     library.Library(build.library(BASELINE, broken), BASELINE)
+
+
+@needs_compiler
+def test_each_library_has_its_own_instructions_and_no_more(sources):
+    """Else the baseline's, compiled where a newer machine is the compiler's default, would not run.
+
+    Read as data: nothing of the library runs.
+    """
+    wanted = {"__AVX2__": {"avx2", "avx512"}, "__AVX512VPOPCNTDQ__": {"avx512"}}
+    exports = (f"#ifdef {macro}\nEXPORT const char has{macro} = 1;\n#endif\n" for macro in wanted)
+    (sources / "sum.c").write_text('#include "vector.h"\n' + "".join(exports))
+    for isa in build.ISAS:
+        content = compiled(sources, isa).read_bytes()
+        for macro, isas in wanted.items():
+            assert (f"has{macro}".encode() in content) is (isa in isas), (isa, macro)
+
+
+@needs_compiler
+def test_no_openmp_is_linked(sources):
+    """Torch's is found when the library is loaded, whatever the name of its file."""
+    content = compiled(sources).read_bytes()
+    assert b"GOMP_parallel" in content
+    assert b"libgomp" not in content
 
 
 @needs_compiler
@@ -422,7 +447,9 @@ def test_the_sanitizers_see_what_is_wrong(sources, wrong, report):
         pytest.skip("needs the compiler's libasan.so")
     (sources / "sum.c").write_text(
         '#include "vector.h"\n#include <stdlib.h>\n'
-        f"EXPORT void wrong(int n) {{ volatile int *x = malloc(n * sizeof *x); {wrong}; free((void *)x); }}\n"
+        "EXPORT void wrong(int n) {\n"
+        "    volatile int *x = malloc(n * sizeof *x);\n"
+        f"    {wrong};\n    free((void *)x);\n}}\n"
     )
     code = "import ctypes; ctypes.CDLL(str(path)).wrong(1000)"
     environ = {"TRITONBNN_SANITIZE": "1", "ASAN_OPTIONS": "detect_leaks=0", "LD_PRELOAD": run_time}
