@@ -3,8 +3,9 @@
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,25 +171,30 @@ def checked_isa(isa: str, best: str) -> str:
 
 
 def _load(isa: str) -> Library:
-    """The library that came with the package, or else one from a compiler that does.
+    """The library that came with the package; else a compiler's, or what one has left.
 
     Raises:
         RuntimeError: none loads; the message is one line.
     """
     troubles = []
-    shipped = build.packaged(isa)
-    if shipped is not None:
+    for find in _finders(isa):
         try:
-            return Library(shipped, isa)
-        except OSError as error:
-            troubles.append(str(error))
-    for compiler in build.compilers():
-        try:
-            return Library(build.library(isa, compiler), isa)
+            path = find()
+            if path is not None:
+                return Library(path, isa)
         except (OSError, build.BuildError) as error:
             troubles.append(str(error))
-    found = "; ".join(troubles) or "there is no C compiler"
+    found = "; ".join(dict.fromkeys(troubles)) or "there is no C compiler"
     raise RuntimeError(f"{found} (install gcc, or name a C compiler by CC)")
+
+
+def _finders(isa: str) -> Iterator[Callable[[], Path | None]]:
+    """Ways to a library, each asked only if those before it have failed."""
+    yield partial(build.packaged, isa)
+    for compiler in build.compilers():
+        yield partial(build.library, isa, compiler)
+    for path in build.left_over(isa):
+        yield partial(Path, path)
 
 
 def _is_forked() -> bool:
