@@ -55,13 +55,12 @@ class BuildError(Exception):
 
 def compilers() -> list[list[str]]:
     """The commands to try, best first: of the environment variable ``CC``, then the system's."""
-    commands = [shlex.split(os.environ.get("CC", "")), ["cc"], ["gcc"], ["clang"]]
-    found: dict[str, list[str]] = {}
-    for command in commands:
-        path = shutil.which(command[0]) if command else None
-        if path:  # cc is usually a link to one of the others
-            found.setdefault(" ".join([str(Path(path).resolve()), *command[1:]]), command)
-    return list(found.values())
+    commands = [_words(os.environ.get("CC", ""))]
+    commands += [[name] for name in ("cc", "gcc", "clang") if shutil.which(name)]
+    different: dict[tuple[str, ...], list[str]] = {}
+    for command in filter(None, commands):  # cc is usually a link to one of the others
+        different.setdefault((str(_program(command)), *command[1:]), command)
+    return list(different.values())
 
 
 def library(isa: str, compiler: list[str], sources: Path = SOURCES) -> Path:
@@ -75,7 +74,7 @@ def library(isa: str, compiler: list[str], sources: Path = SOURCES) -> Path:
     Raises:
         BuildError: it does not compile, or there is no folder to put it.
     """
-    name = f"{isa}-{_key(isa, sources, _identity(compiler))}"
+    name = f"{isa}-{_key(isa, sources)}-{_identity(compiler)}"
     troubles = []
     for folder in (_cache_folder, _temporary_folder):
         try:
@@ -86,6 +85,16 @@ def library(isa: str, compiler: list[str], sources: Path = SOURCES) -> Path:
         f"no folder for the compiled library ({'; '.join(troubles)}):"
         " set TRITONBNN_CACHE to one that you may write to"
     )
+
+
+def left_over(isa: str, sources: Path = SOURCES) -> list[Path]:
+    """The libraries for ``isa`` in the cache, of whatever compiler: it may be gone by now."""
+    key = _key(isa, sources)
+    try:
+        folders = sorted(_cache_folder().glob(f"{isa}-{key}-*"))
+    except OSError:  # no cache, no library
+        return []
+    return [folder / _LIBRARY for folder in folders if _is_whole(folder, key)]
 
 
 def packaged(isa: str, sources: Path = SOURCES) -> Path | None:
@@ -158,20 +167,33 @@ def _digest(path: Path) -> dict[str, str | int]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _key(isa: str, sources: Path, compiler: str = "") -> str:
-    """A name for all that makes a library what it is."""
-    digest = hashlib.sha256(repr((ABI, isa, _flags(isa), compiler)).encode())
-    for path in sorted(sources.glob("*.[ch]")):
-        digest.update(repr((path.name, path.read_bytes())).encode())
-    return digest.hexdigest()[:16]
+def _key(isa: str, sources: Path) -> str:
+    """A name for all that makes a library what it is, but for the compiler."""
+    files = [(path.name, path.read_bytes()) for path in sorted(sources.glob("*.[ch]"))]
+    return _name(ABI, isa, _flags(isa), files)
+
+
+def _name(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _words(command: str) -> list[str]:
+    try:
+        return shlex.split(command)
+    except ValueError:  # a quotation without an end: no such program, as its use will say
+        return [command]
+
+
+def _program(command: list[str]) -> Path:
+    return Path(shutil.which(command[0]) or command[0]).resolve()
 
 
 def _identity(compiler: list[str]) -> str:
-    """What tells a compiler from another, and from itself once mended."""
-    version = _run([*compiler, "--version"])
-    path = Path(shutil.which(compiler[0]) or compiler[0]).resolve()
-    status = path.stat()
-    return f"{compiler} {path} {status.st_size} {status.st_mtime_ns} {version}"
+    """A name for a compiler, which is another's once it is mended or renewed."""
+    version = _run([*compiler, "--version"])  # first, as it tells what does not run
+    program = _program(compiler)
+    status = program.stat()
+    return _name(program, compiler[1:], status.st_size, status.st_mtime_ns, version)
 
 
 def _flags(isa: str) -> tuple[str, ...]:
@@ -195,7 +217,13 @@ def _run(command: list[str]) -> str:
     environ = {**os.environ, "LC_ALL": "C"}
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, env=environ, timeout=_PATIENCE, check=False
+            command,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=environ,
+            timeout=_PATIENCE,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         raise BuildError(f"{command[0]} did not end in {_PATIENCE} s") from None

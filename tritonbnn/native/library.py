@@ -3,8 +3,9 @@
 import ctypes
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ class Library:
     """
 
     def __init__(self, path: Path, isa: str) -> None:
+        global _forked
+        _forked = _forked or _is_forked()  # in the child of a process that had not imported this
         self._handle = ctypes.CDLL(str(path))
         self.isa = isa
         self._functions: dict[str, tuple[Any, list[int]]] = {}
@@ -127,7 +130,7 @@ def using(isa: str) -> Iterator[None]:
     """
     global _library
     available()
-    before, _library = _library, _load(_checked(isa, _probe().best_isa()))
+    before, _library = _library, _load(checked_isa(isa, _probe().best_isa()))
     try:
         yield
     finally:
@@ -142,14 +145,13 @@ def _current() -> Library:
 
 def _settle() -> None:
     """Load the library for this machine, or note why there is none; once in a process."""
-    global _library, _reason, _forked
+    global _library, _reason
     with _lock:
         if _library is not None or _reason:  # another thread was faster
             return
-        _forked = _forked or _is_forked()
         try:
             best = _probe().best_isa()
-            _library = _load(_checked(os.environ.get(VARIABLE) or best, best))
+            _library = _load(checked_isa(os.environ.get(VARIABLE) or best, best))
         except RuntimeError as error:
             _reason = str(error)
 
@@ -158,7 +160,7 @@ def _probe() -> Library:
     return _load(build.PROBE)
 
 
-def _checked(isa: str, best: str) -> str:
+def checked_isa(isa: str, best: str) -> str:
     """``isa``, if it is one that this machine runs: best is the most that it does."""
     known = list(build.ISAS)
     if isa not in known:
@@ -169,25 +171,30 @@ def _checked(isa: str, best: str) -> str:
 
 
 def _load(isa: str) -> Library:
-    """The library that came with the package, or else one from a compiler that does.
+    """The library that came with the package; else a compiler's, or what one has left.
 
     Raises:
         RuntimeError: none loads; the message is one line.
     """
     troubles = []
-    shipped = build.packaged(isa)
-    if shipped is not None:
+    for find in _finders(isa):
         try:
-            return Library(shipped, isa)
-        except OSError as error:
-            troubles.append(str(error))
-    for compiler in build.compilers():
-        try:
-            return Library(build.library(isa, compiler), isa)
+            path = find()
+            if path is not None:
+                return Library(path, isa)
         except (OSError, build.BuildError) as error:
             troubles.append(str(error))
-    found = "; ".join(troubles) or "there is no C compiler"
+    found = "; ".join(dict.fromkeys(troubles)) or "there is no C compiler"
     raise RuntimeError(f"{found} (install gcc, or name a C compiler by CC)")
+
+
+def _finders(isa: str) -> Iterator[Callable[[], Path | None]]:
+    """Ways to a library, each asked only if those before it have failed."""
+    yield partial(build.packaged, isa)
+    for compiler in build.compilers():
+        yield partial(build.library, isa, compiler)
+    for path in build.left_over(isa):
+        yield partial(Path, path)
 
 
 def _is_forked() -> bool:
