@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: train test test-gpu gpu lint clean
+.PHONY: train test test-all sanitize test-gpu gpu lint clean
 
 train: $(VENV)/.ready
 	$(BIN)/python -m tritonbnn.train $(ARGS)
@@ -11,6 +11,16 @@ train: $(VENV)/.ready
 # One thread a worker: tests are small, and two pools of threads on two cores fight.
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
+
+test-all: test sanitize
+
+# The launchers in C again, compiled to stop at a wrong address and at undefined behaviour. Python
+# is not, so the sanitizers' library must come before all others, with C++'s, whose exceptions it
+# watches; what Python leaves is no leak.
+sanitize: $(VENV)/.ready
+	TRITONBNN_SANITIZE=1 OMP_NUM_THREADS=2 ASAN_OPTIONS=detect_leaks=0 \
+	LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) libstdc++.so.6" \
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 -k "native and not native_build" $(ARGS)
 
 test-gpu: $(VENV)/.ready
 	$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -7,8 +7,9 @@ from unittest import mock
 import pytest
 import torch
 
-from tritonbnn import eager
+from tritonbnn import eager, native
 from tritonbnn.eager import common, conv
+from tritonbnn.native import library
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -23,13 +24,19 @@ SENTINEL = -0x5EED
 """What an integer tensor holds where nothing was written, if its dtype can hold it."""
 
 
-@pytest.fixture(params=["eager", "kernels"])
+@pytest.fixture(params=["eager", "kernels", "native"])
 def launchers(request, monkeypatch, unwritten_memory):
-    """The eager twins, then the kernels; the operators of ``tritonbnn.ops`` follow."""
+    """The eager twins, the kernels, the C functions; the operators of ``tritonbnn.ops`` follow."""
     if request.param == "eager":  # in several chunks, as at real sizes
         monkeypatch.setattr(common, "CHUNK", 100)
         monkeypatch.setattr(conv, "FILTERS", 7)
+        monkeypatch.setenv("TRITONBNN_LAUNCHERS", "eager")
         return eager
+    if request.param == "native":
+        if not library.available():
+            pytest.skip(library.reason())
+        monkeypatch.setenv("TRITONBNN_LAUNCHERS", "native")
+        return native
     if not HAS_GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     return kernels

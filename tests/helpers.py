@@ -30,7 +30,7 @@ INPUTS = [
 
 
 def device_of(launchers):
-    """Where launchers run: kernels on a GPU if there is one, and their eager twins on the CPU."""
+    """Where launchers run: kernels on a GPU if there is one, all others on the CPU."""
     return KERNEL_DEVICE if launchers is kernels else torch.device("cpu")
 
 

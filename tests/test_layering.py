@@ -19,7 +19,8 @@ ALLOWED = {
     "reference": set(),
     "eager": {"bits", "layout", "checks"},
     "kernels": BASE,
-    "ops": {"kernels", "eager", *BASE},
+    "native": {"eager", *BASE},
+    "ops": {"kernels", "eager", "native", *BASE},
     "nn": {"ops", *BASE},
     "models": {"nn", *BASE},
     "analysis": {"models", "nn", "ops", *BASE},
@@ -78,11 +79,12 @@ def test_imports_point_one_way(path):
 
 
 def test_importing_is_inert():
-    """No output, no CUDA initialisation, no Triton, and no environment read of ours."""
+    """No output, no CUDA initialisation, no Triton, no C library, no environment read of ours."""
     code = (
         "import sys, torch, tritonbnn, tritonbnn.ops, tritonbnn.nn, tritonbnn.models\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert 'tritonbnn.kernels' not in sys.modules\n"
+        "assert 'native.so' not in open('/proc/self/maps').read()\n"
         "import tritonbnn.train.__main__\n"
         "assert 'matplotlib' not in sys.modules\n"
     )

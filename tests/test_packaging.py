@@ -1,34 +1,98 @@
 """A built wheel holds everything that the package reads, and nothing else."""
 
+import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import pytest
+
+from tritonbnn.native import build
+
 ROOT = Path(__file__).parent.parent
 NEEDED = {
     "tritonbnn/data/DIGITS.md",
     "tritonbnn/data/digits.npz",
+    "tritonbnn/native/csrc/cpu.c",
+    "tritonbnn/native/csrc/vector.h",
     "tritonbnn/train/recipes/digits.toml",
     "tritonbnn/train/recipes/fashion.toml",
     "tritonbnn/train/recipes/imagenet.toml",
 }
+LIBRARIES = {
+    f"tritonbnn/native/lib/{isa}/native.{kind}"
+    for isa in (build.PROBE, *build.ISAS)
+    for kind in ("so", "json")
+}
 
 
-def test_a_wheel_holds_recipes_and_data(tmp_path):
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """The sources that git knows, without what a build leaves beside them."""
+    folder = tmp_path_factory.mktemp("source")
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
-    source = tmp_path / "source"
     for name in listed.stdout.decode().split("\0"):
         if (ROOT / name).is_file():
-            (source / name).parent.mkdir(parents=True, exist_ok=True)
-            (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path]
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+def wheel(source, out, **environ):
+    """Build a wheel; its path, and the names of what it holds."""
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source]
+    environ = {**os.environ, **environ}
     built = subprocess.run(
-        [*command, source], capture_output=True, text=True, timeout=900, check=False
+        command, env=environ, capture_output=True, text=True, timeout=900, check=False
     )
     assert built.returncode == 0, built.stdout + built.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    (path,) = out.glob("*.whl")
+    names = set(zipfile.ZipFile(path).namelist())
     assert names >= NEEDED
     top = {name.split("/")[0] for name in names}
-    assert top == {"tritonbnn", f"{wheel.name.split('-py3')[0]}.dist-info"}
+    assert top == {"tritonbnn", f"{path.name.split('-py3')[0]}.dist-info"}
+    return path, names
+
+
+@pytest.mark.skipif(not build.compilers(), reason="needs a C compiler")
+def test_a_wheel_holds_recipes_data_and_libraries(source, tmp_path):
+    """Whose libraries are loaded where no compiler is, unless they are harmed."""
+    path, names = wheel(source, tmp_path)
+    assert names >= LIBRARIES
+    assert path.stem.split("-")[2:4] == ["py3", "none"]
+    assert not path.stem.endswith("-any")
+
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(path).extractall(installed)
+    folder = installed / "tritonbnn" / "native" / "lib"
+    assert loaded(installed) == str(folder / "generic/native.so")
+    for harmed in folder.glob("*/native.so"):
+        harmed.write_bytes(harmed.read_bytes()[:-1])
+    assert loaded(installed) == "there is no C compiler (install gcc, or name a C compiler by CC)"
+
+
+def test_without_a_compiler_a_wheel_is_pure(source, tmp_path):
+    path, names = wheel(source, tmp_path, CC="", PATH="")
+    assert path.stem.endswith("-py3-none-any")
+    assert not {name for name in names if "native/lib/" in name}
+
+
+def loaded(installed):
+    """The file of the baseline's library that an installed package loads, or why it does not."""
+    code = (
+        "from tritonbnn.native import library\n"
+        "print(library.reason() or [line.split()[-1] for line in open('/proc/self/maps')"
+        " if line.endswith('generic/native.so\\n')][0])"
+    )
+    environ = {**os.environ, "CC": "", "PATH": "", "PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**environ, "TRITONBNN_ISA": "generic"},
+        capture_output=True,
+        text=True,
+        cwd=installed,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()

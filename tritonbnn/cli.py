@@ -14,6 +14,10 @@ class UserError(Exception):
     """A user's mistake. The message is one line that names the thing and the remedy."""
 
 
+class SettingError(UserError, ValueError):
+    """An environment variable that says what cannot be."""
+
+
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Says what is taken where a flag is not given, unless that is nothing."""
 

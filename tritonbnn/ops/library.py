@@ -52,13 +52,18 @@ def _operator(fake: Callable[..., Any]) -> Callable[..., Any]:
     OPERATORS[name] = operator
 
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or _always_dispatched or not _holds_data(x):
+        if through_operators(x):
             return operator(x, *args, **kwargs)
         return launch(x, *args, **kwargs)
 
     call.__name__ = name
     call.__doc__ = getattr(eager, name).__doc__
     return call
+
+
+def through_operators(x: Tensor) -> bool:
+    """Whether a launcher is called as torch's operator: torch traces, or a caller asks for it."""
+    return torch.compiler.is_compiling() or _always_dispatched or not _holds_data(x)
 
 
 def _holds_data(x: Tensor) -> bool:

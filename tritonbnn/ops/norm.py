@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed
 
+from tritonbnn.contract import Statistics
+
 
 class Affine(NamedTuple):
     """BatchNorm as the launchers apply it: gamma * xhat + beta = (a - centre) * scale + offset.
@@ -33,13 +35,6 @@ class Affine(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "Affine":
         return Affine(*(vector.to(dtype) for vector in self))
-
-
-class Statistics(NamedTuple):
-    """Mean and unbiased variance of y, (O,), as BatchNorm's running averages want them."""
-
-    mean: Tensor
-    variance: Tensor
 
 
 def batch_affine(

@@ -1,33 +1,20 @@
 """The half-block as one Function, which saves packed signs and the stream."""
 
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
-from tritonbnn import checks
-from tritonbnn.ops import backend, library
+from tritonbnn import checks, native
+from tritonbnn.contract import Kept, Options, Statistics
+from tritonbnn.native import whole
+from tritonbnn.ops import backend, composed, library
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.autocast import autocast_input
-from tritonbnn.ops.conv import clipped_weight_grad
-from tritonbnn.ops.norm import Affine, Statistics, batch_affine, norm_grads, running_affine
 from tritonbnn.ops.once import differentiable_once
 
 PLANS = ("auto", "keep", "recompute", "fused")
 SHORTCUTS = ("identity", "pool", "repeat")
-
-
-class Options(NamedTuple):
-    """What a unit computes apart from its tensors; see :func:`binary_unit`."""
-
-    stride: int
-    shortcut: str
-    binary_weight: bool
-    eps: float
-    plan: str
-    group: distributed.ProcessGroup | None
-    pack: bool
 
 
 class UnitOutput(NamedTuple):
@@ -44,21 +31,6 @@ class UnitOutput(NamedTuple):
     signs: Tensor
     mean: Tensor
     variance: Tensor
-
-
-def _convolve(
-    signs: Tensor, weight: Tensor, packed: Tensor | None, stride: int, dtype: torch.dtype
-) -> Tensor:
-    """The convolution before its scale: integers, or for a real weight ``dtype``."""
-    if packed is None:
-        padding = weight.shape[2] // 2
-        return library.conv_real(signs, weight, dtype=dtype, stride=stride, padding=padding)
-    integer = checks.sum_dtype(weight[0].numel())
-    return library.conv_packed(signs, packed, None, dtype=integer, **_window(weight, stride))
-
-
-def _window(weight: Tensor, stride: int) -> dict[str, int]:
-    return {"channels": weight.shape[1], "stride": stride, "padding": weight.shape[2] // 2}
 
 
 class _BinaryUnit(torch.autograd.Function):
@@ -81,122 +53,52 @@ class _BinaryUnit(torch.autograd.Function):
         statistics: Statistics | None,
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if signs is None:
-            signs = library.pack_signs(x, shift_in)
-        packed, alpha = library.pack_weight(weight) if options.binary_weight else (None, None)
-        window = _window(weight, options.stride)
-        fused = options.plan == "fused" and packed is not None
-        a = None if fused else _convolve(signs, weight, packed, options.stride, x.dtype)
-        if statistics is None:
-            if fused:
-                moments = library.conv_moments(signs, packed, **window)
-            else:
-                moments = library.channel_moments(a)
-            values = x.shape[0] * prod(_output_size(x, weight, options.stride))
-            norm = (alpha, gamma, beta, options.eps, options.group)
-            affine, statistics = batch_affine(moments, values, *norm)
-        else:
-            affine = running_affine(*statistics, alpha, gamma, beta, options.eps)
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        affine = affine.to(dtype)
-        epilogue = (
-            x if residual is None else residual,
-            *(affine.centre, affine.scale, affine.offset),
-            *(shift_mid, slope, shift_out, next_shift),
-        )
-        kinds = {"shortcut": options.shortcut, "pack": options.pack}
-        if fused:
-            z, next_signs = library.conv_unit_forward(signs, packed, *epilogue, **window, **kinds)
-        else:
-            z, next_signs = library.unit_forward(a, *epilogue, **kinds)
-        kept = a if options.plan == "keep" else None
-        ctx.save_for_backward(
-            *(x, weight, gamma, shift_in, shift_mid, slope, residual),
-            *(signs, packed, alpha, kept, *affine),
-        )
-        ctx.options = options
-        mean, variance = (s.to(dtype, copy=True) for s in statistics)
-        ctx.mark_non_differentiable(next_signs, mean, variance)
-        return z, next_signs, mean, variance
+        operands = (x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out, residual)
+        given = () if statistics is None else statistics
+        at_once = _runs_at_once(*operands, next_shift, *given, options=options)
+        compute = whole.forward if at_once else composed.forward
+        outputs, kept = compute(*operands, signs, next_shift, statistics, options)
+        ctx.save_for_backward(x, weight, gamma, shift_in, shift_mid, slope, residual, *kept)
+        ctx.options, ctx.at_once = options, at_once
+        ctx.mark_non_differentiable(*outputs[1:])
+        return outputs
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, gamma, shift_in, shift_mid, slope, residual, *computed = ctx.saved_tensors
-        signs, packed, alpha, a, *vectors = computed
-        affine, options = Affine(*vectors), ctx.options
-        if a is None:
-            a = _convolve(signs, weight, packed, options.stride, x.dtype)
-        du, sums = library.unit_activation_backward(
-            grad,
-            a,
-            x if residual is None else residual,
-            *(affine.centre, affine.scale, affine.offset),
-            *(shift_mid, slope),
-            shortcut=options.shortcut,
-        )
-        du_sum, du_a_sum, dslope, dshift_out = sums
-        dgamma, coefficients = norm_grads(affine, alpha, gamma, du_sum, du_a_sum, options.group)
-        dy = library.unit_norm_backward(du, a, *coefficients)
-        del a
+        x, weight, gamma, shift_in, shift_mid, slope, residual, *kept = ctx.saved_tensors
         needs_x, needs_weight, _, _, needs_shift_in = ctx.needs_input_grad[:5]
-        dx = dweight = dshift_in = dsigns = None
-        if needs_x or needs_shift_in:
-            dsigns = _signs_grad(dy, x, weight, packed, alpha, options)
-        if needs_weight:  # after the expanded weight is gone, which may be as large
-            dweight = _weight_grad(dy, signs, weight, options)
-        del dy
-        if dsigns is not None:
-            skipped = du if residual is None else None
-            dx, dshift_in = library.sign_backward(
-                dsigns, x, shift_in, skipped, shortcut=options.shortcut
-            )
-        if shift_in is None:
-            dshift_in = None
+        compute = whole.backward if ctx.at_once else composed.backward
+        gradients = compute(
+            *(grad, x, weight, gamma, shift_in, shift_mid, slope, residual, Kept(*kept)),
+            ctx.options,
+            wants_input=needs_x or needs_shift_in,
+            wants_weight=needs_weight,
+        )
+        dbeta, dgamma, dslope, dshift_out = gradients.sums
         # beta and shift_mid have equal gradients, but must not share memory: under torch.compile
         # what clips or accumulates the one in place would change the other too
-        activation = (None,) * 3 if slope is None else (du_sum.clone(), dslope, dshift_out)
-        dresidual = None if residual is None else du
-        unused = (None,) * 4
-        return dx, dweight, dgamma, du_sum, dshift_in, *activation, dresidual, *unused
+        activation = (None,) * 3 if slope is None else (dbeta.clone(), dslope, dshift_out)
+        return (
+            gradients.x if needs_x else None,
+            *(gradients.weight, dgamma, dbeta),
+            None if shift_in is None else gradients.shift_in,
+            *activation,
+            gradients.residual,
+            *(None,) * 4,
+        )
 
 
-def _output_size(x: Tensor, weight: Tensor, stride: int) -> tuple[int, int]:
-    size = weight.shape[2]
-    return checks.conv_output_size(x.shape[2], x.shape[3], size, stride, size // 2)
+def _runs_at_once(x: Tensor, weight: Tensor, *others: Tensor | None, options: Options) -> bool:
+    """Whether C computes this unit in one call a direction.
 
-
-def _weight_grad(dy: Tensor, signs: Tensor, weight: Tensor, options: Options) -> Tensor:
-    channels, kernel_size = weight.shape[1], weight.shape[2]
-    grad = library.conv_weight_grad(
-        dy,
-        signs,
-        channels=channels,
-        kernel_size=kernel_size,
-        stride=options.stride,
-        padding=kernel_size // 2,
-    )
-    return clipped_weight_grad(grad, weight) if options.binary_weight else grad
-
-
-def _signs_grad(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    packed: Tensor | None,
-    alpha: Tensor | None,
-    options: Options,
-) -> Tensor:
-    _, channels, height, width = x.shape
-    return library.conv_input_grad(
-        dy,
-        weight if packed is None else packed,
-        alpha,
-        channels=channels,
-        height=height,
-        width=width,
-        stride=options.stride,
-        padding=weight.shape[2] // 2,
+    Not while torch traces, which is to see operators, nor where processes share statistics.
+    """
+    return (
+        options.group is None
+        and not library.through_operators(x)
+        and backend.launchers(x.device) is native
+        and whole.takes(x, weight, *others)
     )
 
 
@@ -280,7 +182,7 @@ def binary_unit(
     if plan not in PLANS:
         raise ValueError(f"plan must be one of {', '.join(PLANS)}, not {plan!r}")
     kind = "identity" if isinstance(shortcut, Tensor) else shortcut
-    shape = (x.shape[0], weight.shape[0], *_output_size(x, weight, stride))
+    shape = (x.shape[0], weight.shape[0], *composed.output_size(x, weight, stride))
     _check_shortcut(x, residual, kind, stride, shape)
     if statistics is None and x.shape[0] and shape[0] * shape[2] * shape[3] == 1:
         raise ValueError(

@@ -1,0 +1,60 @@
+"""What whoever computes a whole unit takes beside its tensors, keeps for backward, and returns."""
+
+from typing import NamedTuple
+
+from torch import Tensor, distributed
+
+
+class Options(NamedTuple):
+    """What a unit computes apart from its tensors; see :func:`tritonbnn.ops.binary_unit`."""
+
+    stride: int
+    shortcut: str
+    binary_weight: bool
+    eps: float
+    plan: str
+    group: distributed.ProcessGroup | None
+    pack: bool
+
+
+class Statistics(NamedTuple):
+    """Mean and unbiased variance of y, (O,), as BatchNorm's running averages want them."""
+
+    mean: Tensor
+    variance: Tensor
+
+
+class Kept(NamedTuple):
+    """What the forward pass leaves for backward, apart from its operands.
+
+    Attributes:
+        signs: of the input, packed.
+        packed: the weight's signs, or None for a real weight.
+        alpha: (O,), the weight's scale, or None.
+        a: the convolution before its scale, or None where it is computed again.
+        vectors: (6, O), the fields of :class:`tritonbnn.ops.norm.Affine`.
+    """
+
+    signs: Tensor
+    packed: Tensor | None
+    alpha: Tensor | None
+    a: Tensor | None
+    vectors: Tensor
+
+
+class Gradients(NamedTuple):
+    """The gradients to a unit's operands.
+
+    Attributes:
+        x: None if it was not wanted.
+        weight: None if it was not wanted.
+        sums: (4, O), to beta and shift_mid, to gamma, to slope, to shift_out.
+        shift_in: None if neither it nor x was wanted.
+        residual: None if there was none.
+    """
+
+    x: Tensor | None
+    weight: Tensor | None
+    sums: Tensor
+    shift_in: Tensor | None
+    residual: Tensor | None

@@ -1,0 +1,85 @@
+/* Products of real numbers with signs, by table.
+
+   A product with a sign is a number or its negative. Six numbers have 64 signed sums. They are made
+   once, and each later use of the six numbers is one look-up and one addition, where it would have
+   been six multiplications and additions. Numbers and sums are vectors: 16 lanes share the signs.
+
+   Thirty signs, in five groups of six, make a word: bit 6 g + i is the sign of number i in group g,
+   1 for +1 and 0 for -1. The five tables of a word take 20 KiB, so that they stay in the first
+   cache. */
+#ifndef TRITONBNN_TABLE_H
+#define TRITONBNN_TABLE_H
+
+#include "vector.h"
+
+#define GROUP 6
+#define GROUPS 5
+#define WORD (GROUP * GROUPS)
+#define ENTRIES (1 << GROUP)
+
+typedef struct {
+    vec sums[GROUPS][ENTRIES];
+} tables;
+
+INLINE int64_t table_words(int64_t signs) { return (signs + WORD - 1) / WORD; }
+
+/* Numbers in the given word of a row of so many. */
+INLINE int64_t word_size(int64_t numbers, int64_t word) {
+    int64_t rest = numbers - word * WORD;
+    return rest < WORD ? rest : WORD;
+}
+
+INLINE int64_t groups_of(int64_t numbers) { return (numbers + GROUP - 1) / GROUP; }
+
+/* All signed sums of three numbers, by their three signs. */
+INLINE void sums_of_three(const vec *numbers, vec *sums) {
+    vec plus = numbers[0] + numbers[1], minus = numbers[0] - numbers[1], last = numbers[2];
+    vec pairs[4] = {-plus, minus, -minus, plus};
+    for (int e = 0; e < 4; e++) {
+        sums[e] = pairs[e] - last;
+        sums[e + 4] = pairs[e] + last;
+    }
+}
+
+/* Make the tables of at most 30 numbers. Room for 30 must be there: the rest is set to 0. */
+INLINE void make_tables(tables *t, vec *numbers, int64_t count) {
+    int64_t groups = groups_of(count);
+    for (int64_t i = count; i < groups * GROUP; i++) numbers[i] = splat(0);
+    for (int64_t g = 0; g < groups; g++) {
+        vec low[8], high[8];
+        sums_of_three(numbers + g * GROUP, low);
+        sums_of_three(numbers + g * GROUP + 3, high);
+        for (int e = 0; e < ENTRIES; e++) t->sums[g][e] = low[e & 7] + high[e >> 3];
+    }
+}
+
+/* The sum of one word of signs. The compiler unrolls: groups is a constant. */
+INLINE vec looked_up(const tables *t, uint32_t signs, int groups) {
+    uint64_t scaled = (uint64_t)signs * sizeof(vec); /* an offset in bytes for group 0 */
+    const char *base = (const char *)t;
+    const uint64_t field = (ENTRIES - 1) * sizeof(vec);
+    vec sum = *(const vec *)(base + (scaled & field));
+#pragma GCC unroll 8
+    for (int g = 1; g < groups; g++)
+        sum += *(const vec *)(base + g * ENTRIES * sizeof(vec) + (scaled >> GROUP * g & field));
+    return sum;
+}
+
+INLINE void add_words(const tables *t, const uint32_t *signs, int64_t step, vec *sums, int64_t n,
+                      int groups) {
+    for (int64_t i = 0; i < n; i++) sums[i] += looked_up(t, signs[i * step], groups);
+}
+
+/* sums[i] += the sum that the word signs[i * step] names, for the first so many groups. */
+static inline void add_products(const tables *t, int64_t groups, const uint32_t *signs,
+                                int64_t step, vec *sums, int64_t n) {
+    switch (groups) {
+    case 1: add_words(t, signs, step, sums, n, 1); break;
+    case 2: add_words(t, signs, step, sums, n, 2); break;
+    case 3: add_words(t, signs, step, sums, n, 3); break;
+    case 4: add_words(t, signs, step, sums, n, 4); break;
+    default: add_words(t, signs, step, sums, n, 5); break;
+    }
+}
+
+#endif

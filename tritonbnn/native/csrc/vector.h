@@ -1,0 +1,115 @@
+/* Vectors of 16 floats, in GNU C: a compiler splits them where the machine's registers are narrower. */
+#ifndef TRITONBNN_VECTOR_H
+#define TRITONBNN_VECTOR_H
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define EXPORT __attribute__((visibility("default")))
+#define INLINE static inline __attribute__((always_inline))
+#define LANES 16
+
+typedef float vec __attribute__((vector_size(64)));
+typedef int32_t ivec __attribute__((vector_size(64)));
+typedef uint32_t uvec __attribute__((vector_size(64)));
+typedef int16_t short_vec __attribute__((vector_size(32)));
+typedef uint16_t ushort_vec __attribute__((vector_size(32)));
+typedef uint16_t bfloat16; /* the upper half of a float */
+
+INLINE vec splat(float x) { return x - (vec){0}; }
+
+INLINE vec load(const float *p) {
+    vec v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+
+/* yes where mask is all ones, no where it is 0: a comparison of two vecs gives such a mask. */
+INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+
+/* Bit i is 1 iff lane i is >= 0; it is 0 for a NaN. */
+INLINE uint32_t not_negative(vec v) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GE_OQ);
+#elif defined(__AVX2__)
+    __m256 halves[2];
+    memcpy(halves, &v, sizeof v);
+    uint32_t low = _mm256_movemask_ps(_mm256_cmp_ps(halves[0], _mm256_setzero_ps(), _CMP_GE_OQ));
+    uint32_t high = _mm256_movemask_ps(_mm256_cmp_ps(halves[1], _mm256_setzero_ps(), _CMP_GE_OQ));
+    return low | high << 8;
+#elif defined(__SSE2__)
+    __m128 quarters[4];
+    memcpy(quarters, &v, sizeof v);
+    uint32_t bits = 0;
+    for (int i = 0; i < 4; i++)
+        bits |= (uint32_t)_mm_movemask_ps(_mm_cmpge_ps(quarters[i], _mm_setzero_ps())) << 4 * i;
+    return bits;
+#else
+    uint32_t bits = 0;
+    for (int i = 0; i < LANES; i++)
+        bits |= (uint32_t)(v[i] >= 0) << i;
+    return bits;
+#endif
+}
+
+INLINE vec load_bfloat16(const bfloat16 *p) {
+    ushort_vec half;
+    memcpy(&half, p, sizeof half);
+    return (vec)(__builtin_convertvector(half, uvec) << 16);
+}
+
+/* Rounded to nearest, ties to even; a NaN stays one. */
+INLINE void store_bfloat16(bfloat16 *p, vec v) {
+    uvec bits = (uvec)v;
+    uvec rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    uvec quiet = bits >> 16 | 0x40;
+    uvec is_nan = (uvec)(v != v);
+    ushort_vec half = __builtin_convertvector((is_nan & quiet) | (~is_nan & rounded), ushort_vec);
+    memcpy(p, &half, sizeof half);
+}
+
+INLINE vec load_int16(const int16_t *p) {
+    short_vec v;
+    memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, vec);
+}
+
+INLINE vec load_int32(const int32_t *p) {
+    ivec v;
+    memcpy(&v, p, sizeof v);
+    return __builtin_convertvector(v, vec);
+}
+
+/* Four floats, for transposing: every machine has shuffles of four. */
+typedef float quad __attribute__((vector_size(16)));
+typedef int32_t quad_lanes __attribute__((vector_size(16)));
+
+INLINE quad load_quad(const float *p) {
+    quad q;
+    memcpy(&q, p, sizeof q);
+    return q;
+}
+
+INLINE void store_quad(float *p, quad q) { memcpy(p, &q, sizeof q); }
+
+/* Transpose 4 x 4 floats: to[j][i] = from[i][j]. */
+INLINE void transpose_quads(const float *const from[4], float *const to[4]) {
+    quad a = load_quad(from[0]), b = load_quad(from[1]);
+    quad c = load_quad(from[2]), d = load_quad(from[3]);
+    const quad_lanes low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5},
+                     second = {2, 3, 6, 7};
+    quad ab_low = __builtin_shuffle(a, b, low), ab_high = __builtin_shuffle(a, b, high);
+    quad cd_low = __builtin_shuffle(c, d, low), cd_high = __builtin_shuffle(c, d, high);
+    store_quad(to[0], __builtin_shuffle(ab_low, cd_low, first));
+    store_quad(to[1], __builtin_shuffle(ab_low, cd_low, second));
+    store_quad(to[2], __builtin_shuffle(ab_high, cd_high, first));
+    store_quad(to[3], __builtin_shuffle(ab_high, cd_high, second));
+}
+
+#endif
