@@ -115,6 +115,7 @@ class Runner:
             point.size,
             bf16=rival.bf16,
             device=point.device,
+            in_channels=point.in_channels,
         )
         return {
             "saved_mb_per_image": round(saved.per_image, 2),

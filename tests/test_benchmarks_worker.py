@@ -96,8 +96,8 @@ class Scripted(Rival):
     after: int = 0
     scale: float = 1.0
 
-    def build(self, model, step, width, num_classes):
-        return Network(self, num_classes)
+    def build(self, model, step, **options):
+        return Network(self, options["num_classes"])
 
 
 def scripted(log):
