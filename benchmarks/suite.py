@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import ROOT, folder_name
+from benchmarks.machine import ROOT
 from benchmarks.output import read_result
 from benchmarks.parts import MINUTES, Part, parts
 from tritonbnn import cli
 from tritonbnn.files import make_folder, write_json
-from tritonbnn.kernels.provenance import commit, header
+from tritonbnn.kernels.provenance import commit, folder_name, header
 
 STATE = "suite.json"
 DONE = "done"

@@ -19,6 +19,8 @@ from tests.commands import write_tree
 from tests.helpers import gradient
 from tritonbnn import cli
 from tritonbnn.kernels.workload import model_layers
+from tritonbnn.train.arguments import parse
+from tritonbnn.train.run import open_images
 
 CPU = torch.device("cpu")
 TINY = ["--size", "32", "--width", "0.25", "--rounds", "2", "--device", "cpu"]
@@ -60,6 +62,8 @@ def test_other_models_have_rivals_of_our_own_only():
         (["--teacher", "resnet34"], "--teacher needs images"),
         (["--data", "nowhere"], "nowhere"),
         (["--data", "nowhere", "--batches", "2,4"], "the loop takes one --batch"),
+        (["--recipe", "didgits"], "didgits"),
+        (["--recipe", "digits", "--floor"], "--floor counts no network for small images"),
         (["--json", "/dev/null/x.json"], "/dev/null"),
     ],
 )
@@ -96,6 +100,51 @@ def test_a_sweep_is_a_row_of_points(tmp_path):
         assert set(point["rows"]["twin"]) == {*timed, "cpu_seconds", "page_faults"}
 
 
+@pytest.fixture
+def threads():
+    """As many as now, afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_recipe_gives_network_batch_and_images(tmp_path, threads):
+    path = tmp_path / "digits.json"
+    flags = ["--recipe", "digits", "--batch", "4", "--rivals", "expert,twin", "--no-details"]
+    more = ["--threads", "3", "--rounds", "1", "--device", "cpu", "--json", str(path)]
+    assert train_step.main([*flags, *more]) == 0
+    result = json.loads(path.read_text())
+    config = parse(["digits"]).config
+    source = open_images(config)
+    assert (result["in_channels"], result["classes"]) == (source.channels, len(source.classes))
+    assert (result["width"], result["small_images"]) == (config.width, config.small_images)
+    assert result["threads"] == 3
+    assert [(p["batch"], p["size"]) for p in result["points"]] == [(4, config.image_size)]
+    args = train_step.parser().parse_args(["--recipe", "digits"])
+    train_step.fill_shape(args)
+    assert args.batch == [config.batch_size]
+
+
+@pytest.mark.parametrize("name", ["ours", "expert", "twin"])
+def test_every_rival_takes_the_digits(name):
+    point = Point("reactnet_a", 2, 4, 32, 0.25, CPU, 1, True, 10)
+    rival = rivals.parse(name)
+    network = point.build(rival)
+    assert network(point.images(rival, 4)).shape == (4, 10)
+    stem = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    assert (stem.in_channels, stem.out_channels, stem.stride) == (1, 8, (1, 1))
+
+
+def test_what_a_compiled_network_saves_is_counted_without_making_code():
+    point = Point("reactnet_a", 2, 4, 32, 0.25, CPU, 1, True, 10)
+    saved = {
+        name: Runner(point, rivals.parse(name))._saved()["saved_mb_per_image"]
+        for name in ("ours", "expert+compile", "expert", "obvious")
+    }
+    assert list(saved.values()) == sorted(saved.values())
+    assert saved["expert+compile"] < 0.9 * saved["expert"]
+
+
 def test_a_row_says_what_was_measured(result):
     assert result["command"].endswith("--rivals ours+bf16,obvious+channels_last,twin --floor")
     assert result["own_processes"]
@@ -107,6 +156,7 @@ def test_a_row_says_what_was_measured(result):
             assert row["spread"] == pytest.approx(
                 (max(row["seconds"]) - min(row["seconds"])) / middle, abs=1e-3
             )
+            assert 0 < row["cpu_seconds"] < 10 * middle
             assert row["images_per_second"] == pytest.approx(point["batch"] / middle, rel=1e-2)
             assert set(row["time_ms"]) <= set(FAMILIES)
             assert set(row["moved_mb"]) == set(row["time_ms"])

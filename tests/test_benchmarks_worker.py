@@ -229,7 +229,25 @@ def test_no_process_outlives_the_command(ending):
 def test_a_process_whose_peak_is_too_high_is_one_line(monkeypatch):
     monkeypatch.setattr(peak_memory, "peak_of_steps", die)
     with pytest.raises(cli.UserError, match=r"ours was killed, .*: choose a smaller --batch"):
-        peak_memory.in_fresh_process("ours", 8, 224, 1)
+        peak_memory.in_fresh_process("ours", 2, 8, 224, 1)
+
+
+def test_the_peak_is_that_of_the_steps_after_the_first(monkeypatch):
+    """A step that takes 300 MB for a moment, and keeps 200 MB from its first call on."""
+    kept = []
+
+    def of_known_size(model, images, labels, **options):
+        def step():
+            if not kept:
+                kept.append(torch.ones(50_000_000))
+            torch.ones(75_000_000)
+
+        return step
+
+    monkeypatch.setattr(peak_memory, "training_step", of_known_size)
+    threads = torch.get_num_threads()
+    peak = peak_memory.peak_of_steps("ours", 2, 2, 32, threads)
+    assert peak == pytest.approx(300, abs=20)  # the resident set is counted roughly
 
 
 def test_the_environment_is_as_before_afterwards():
