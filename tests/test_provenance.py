@@ -83,8 +83,8 @@ def test_processors_of_one_name_have_folders_of_their_own(tmp_path, monkeypatch)
     head = provenance.header("", torch.device("cpu"))
     genoa = folder_of(monkeypatch, info, 17, "avx2 avx512f avx512_vpopcntdq avx512_bf16")
     masked = folder_of(monkeypatch, info, 17, "avx2 avx512f")
-    assert milan == "cpu-amd-epyc-family-25-model-1-stepping-1-avx2-2-cores"
-    assert genoa.endswith("model-17-stepping-1-avx512f-vpopcntdq-bf16-2-cores")
+    assert milan == "cpu-amd-epyc-25-1-1-avx2-2-cores"
+    assert genoa.endswith("-25-17-1-avx512f-vpopcntdq-bf16-2-cores")
     assert len({milan, genoa, masked}) == 3
     assert (head["device"], head["cpu"]) == ("AMD EPYC", "family 25, model 1, stepping 1")
     assert (head["instructions"], head["cores"]) == (["avx2"], 2)

@@ -61,12 +61,14 @@ def cpu_instructions() -> list[str]:
 def folder_name(device: torch.device) -> str:
     """The folder of a device's results, different for machines that differ in what matters.
 
-    ``nvidia-h100-80gb-hbm3``; a CPU's has its model, the widest of its instructions and its cores:
-    ``cpu-amd-epyc-family-26-model-17-stepping-0-avx512-vpopcntdq-bf16-2-cores``.
+    ``nvidia-h100-80gb-hbm3``; a CPU's has the numbers of its family, model and stepping, the widest
+    of its instructions and its cores: ``cpu-amd-epyc-26-17-0-avx512f-vpopcntdq-bf16-2-cores``.
     """
     name = device_name(device)
     if device.type == "cpu":
-        name = " ".join(["cpu", name, cpu_model(), *_widest(), str(os.cpu_count()), "cores"])
+        facts = cpu_facts()
+        numbers = [facts[key] for key in _NUMBERS.values() if key in facts]
+        name = " ".join(["cpu", name, *numbers, *_widest(), str(os.cpu_count()), "cores"])
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
