@@ -134,6 +134,7 @@ def test_times_and_page_faults_are_those_of_the_steps(race):
     assert all(seconds >= NAP for seconds in row["seconds"])
     assert COUNT * sum(row["seconds"]) < elapsed
     assert row["images_per_second"] <= POINT.batch / NAP
+    assert 0 < row["cpu_seconds"] < NAP  # it sleeps for most of the time
     assert PAGES <= row["page_faults"] < 1.5 * PAGES
     assert rows["second"]["page_faults"] < PAGES / 2
 
