@@ -30,7 +30,7 @@ import torch
 
 from benchmarks.output import command
 from benchmarks.rivals import chosen, parse
-from benchmarks.steps import CLASSES, training_step
+from benchmarks.steps import CLASSES, as_trainers_run, training_step
 from tritonbnn import cli
 from tritonbnn.files import writable, write_json
 from tritonbnn.kernels.provenance import header
@@ -63,13 +63,14 @@ def peak_of_steps(name: str, step: int, batch: int, size: int, threads: int) -> 
     images = torch.randn(batch, 3, size, size).to(memory_format=rival.memory_format)
     labels = torch.randint(CLASSES, (batch,))
     train = training_step(model, images, labels, bf16=rival.bf16, mode=rival.mode)
-    train()
-    model.zero_grad()
-    return_free_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    before = resident_megabytes("VmRSS")
-    for _ in range(STEPS):
+    with as_trainers_run():
         train()
+        model.zero_grad()
+        return_free_memory()
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+        before = resident_megabytes("VmRSS")
+        for _ in range(STEPS):
+            train()
     return resident_megabytes("VmHWM") - before
 
 

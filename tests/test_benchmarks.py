@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import parallel_num_threads
 from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torchvision.models import resnet34
@@ -252,6 +254,17 @@ def test_a_step_changes_the_weights_by_the_gradient_of_this_batch_alone():
     with torch.no_grad():
         before = F.cross_entropy(model(images), labels)
     assert step() == pytest.approx(before.item(), rel=1e-6)
+
+
+def test_compiled_code_of_other_threads_is_not_taken_from_the_disk(threads):
+    """The compiler's settings are its key on disk, so they must tell the threads."""
+    keys = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        with steps.as_trainers_run():
+            assert parallel_num_threads() == count
+            keys.append(inductor_config.save_config_portable(ignore_private_configs=False))
+    assert keys[0] != keys[1]
 
 
 def test_out_of_memory_is_met_with_half_the_batch():
