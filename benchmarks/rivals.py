@@ -57,7 +57,8 @@ DEFAULTS = {
         "obvious",
     ),
 }
-"""By device. Most CPUs multiply bf16 slowly or not at all. They compile for a minute."""
+"""By device. Most CPUs multiply bf16 slowly or not at all. They compile for a minute, and then
+convolve in channels_last whatever the network has."""
 
 
 @dataclass(frozen=True)
