@@ -145,9 +145,9 @@ def _memory(cuda: bool, tiny: bool) -> Iterator[Part]:
     """Resident memory of a CPU's steps; on a GPU the steps themselves say what they take."""
     if cuda:
         return
-    small = ("--batch", "2", "--size", "32", "--processes", "1") if tiny else ()
+    small = ("--batch", "2", "--size", "32", "--processes", "1", "--rivals", TINY) if tiny else ()
     result = "peak_memory_reactnet_a_224_batch8.json"
-    yield Part("peak-memory", ("benchmarks.peak_memory", *small), result, minutes=3, figure=True)
+    yield Part("peak-memory", ("benchmarks.peak_memory", *small), result, minutes=4, figure=True)
 
 
 def _small_steps(cuda: bool, tiny: bool) -> Iterator[Part]:

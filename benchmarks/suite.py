@@ -3,7 +3,7 @@
     make gpu                                     # or python -m benchmarks.suite
     python -m benchmarks.suite --list
     python -m benchmarks.suite --only batch-sweep,report
-    python -m benchmarks.suite --device cpu --figures   # what the README's table shows, 20 minutes
+    python -m benchmarks.suite --device cpu --figures   # what the README's table shows
     python -m benchmarks.suite --device cpu --tiny
 
 Each part is a process of its own that is stopped after minutes. Results and logs land in
