@@ -84,9 +84,9 @@ def headline(device: Device) -> list[str]:
 
 
 def _order(rival: str) -> int:
-    """Ours first, the obvious network last."""
-    networks = ("ours", "ours-recompute", "expert", "twin", "obvious")
-    return networks.index(rival.partition("+")[0])
+    """Ours first, whatever its plan, and the obvious network last."""
+    networks = ("ours", "expert", "twin", "obvious")
+    return networks.index(rival.partition("+")[0].partition("-")[0])
 
 
 def _columns(device: Device) -> Iterator[Column]:
