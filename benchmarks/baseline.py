@@ -42,19 +42,36 @@ class Shift(nn.Module):
 class SimulatedConv2d(nn.Conv2d):
     """A float convolution whose weight is scaled signs."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def binarised(self) -> Tensor:
+        """Mean |w| of a filter times sign(w), with the clipped weight in its place for backward."""
         scale = self.weight.abs().mean(dim=(1, 2, 3), keepdim=True).detach()
         clipped = self.weight.clamp(-1, 1)
-        weight = (scale * hard_sign(self.weight) - clipped).detach() + clipped
-        return F.conv2d(x, weight, stride=self.stride, padding=self.padding)
+        return (scale * hard_sign(self.weight) - clipped).detach() + clipped
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.binarised(), stride=self.stride, padding=self.padding)
 
 
 class Block(nn.Module):
-    """One published block: a 3x3 half, then one 1x1 convolution or a widening pair."""
+    """One published block: a 3x3 half, then one 1x1 convolution or a widening pair.
 
-    def __init__(self, channels: int, widen: bool, stride: int, binary_weights: bool) -> None:
+    Args:
+        channels: that come in.
+        widen: twice as many go out.
+        stride: 2 halves height and width.
+        conv: makes a convolution.
+        activation: makes the sign.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        widen: bool,
+        stride: int,
+        conv: type[nn.Conv2d],
+        activation: type[nn.Module],
+    ) -> None:
         super().__init__()
-        conv = SimulatedConv2d if binary_weights else nn.Conv2d
         out = 2 * channels if widen else channels
         self.move11 = Shift(channels)
         self.binary_3x3 = conv(channels, channels, 3, stride, padding=1, bias=False)
@@ -69,7 +86,7 @@ class Block(nn.Module):
             self.binary_pw = conv(channels, channels, 1, bias=False)
             self.bn2 = nn.BatchNorm2d(channels)
         self.move22, self.prelu2, self.move23 = Shift(out), nn.PReLU(out), Shift(out)
-        self.binary_activation = BinaryActivation()
+        self.binary_activation = activation()
         self.pooling = nn.AvgPool2d(2, 2)
         self.widen, self.stride = widen, stride
 
@@ -108,6 +125,9 @@ class ObviousReActNetA(nn.Module):
         small_images: a stem of stride 1.
     """
 
+    activation: type[nn.Module] = BinaryActivation
+    binary_conv: type[nn.Conv2d] = SimulatedConv2d
+
     def __init__(
         self,
         *,
@@ -120,9 +140,10 @@ class ObviousReActNetA(nn.Module):
         super().__init__()
         channels = scaled(STEM_CHANNELS, width)
         self.feature = nn.ModuleList([Stem(in_channels, channels, 1 if small_images else 2)])
+        conv = self.binary_conv if binary_weights else nn.Conv2d
         for out, stride in BLOCKS:
             out_channels = scaled(out, width)
-            block = Block(channels, out_channels != channels, stride, binary_weights)
+            block = Block(channels, out_channels != channels, stride, conv, self.activation)
             self.feature.append(block)
             channels = out_channels
         self.pool1 = nn.AdaptiveAvgPool2d(1)

@@ -57,6 +57,8 @@ def measure(
             row = rounds.summary([turn.seconds for turn in taken[name]])
             row["images_per_second"] = round(point.batch / row["median_seconds"], 2)
             if own:
+                cpu_seconds = median(turn.cpu_seconds for turn in taken[name])
+                row["cpu_seconds"] = round(cpu_seconds, 6)
                 row["page_faults"] = round(median(turn.page_faults for turn in taken[name]))
             field.rows[name] |= row
         if details:

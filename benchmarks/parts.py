@@ -13,12 +13,22 @@ ELEMENTWISE = (
     ("unit_activation_backward", "unit_norm_backward", "sign_backward"),
 )
 KERNEL_TESTS = ("pack", "matmul", "binarize", "rprelu", "conv", "conv_grad", "unit", "ops")
-SWEPT = "ours+bf16,obvious,obvious+bf16+channels_last,twin+bf16+channels_last"
-COMPILED = "ours+bf16,obvious+bf16+channels_last+max-autotune"
+SWEPT = "ours+bf16,expert+bf16+channels_last,obvious+bf16+channels_last,twin+bf16+channels_last"
+MAX_AUTOTUNE = "ours+bf16,expert+bf16+channels_last+max-autotune"
 EAGER = (
-    "ours+bf16,ours,ours-unfused+bf16,obvious,obvious+bf16+channels_last,"
-    "obvious+bf16+channels_last+compile,twin+bf16+channels_last+compile"
+    "ours+bf16,ours,ours-recompute+bf16,expert,expert+bf16+channels_last,"
+    "expert+bf16+channels_last+compile,twin+bf16+channels_last+compile,obvious"
 )
+"""On a GPU, all but the compiler's own search: that has a part of its own."""
+
+SMALL = {
+    "cuda": "ours+bf16,ours,expert,expert+compile,twin+compile,obvious",
+    "cpu": (
+        "ours,expert,expert+channels_last,expert+compile,twin+channels_last,twin+compile,obvious"
+    ),
+}
+ONE_THREAD = "ours,expert,expert+compile,twin+channels_last,obvious"
+TINY = "ours,expert,twin"
 
 
 @dataclass(frozen=True)
@@ -29,11 +39,13 @@ class Part:
         name: of the part, and of its log.
         command: what follows ``python -m``; or a program and its arguments.
         result: the file that it writes with ``--json``, or None.
-        minutes: that it takes on an H100, roughly; at most ``MINUTES`` in one go.
+        minutes: that it takes on an H100, or on two cores of a CPU, roughly; at most ``MINUTES``
+            in one go.
         turns: how often it may be started: more than once where it goes on where it stopped.
         program: run instead of ``python -m``, where it is installed.
         tuned: whether its figures depend on the tuning table.
         always: run it again even if it ended well.
+        figure: whether the README's own table shows its result.
         environ: more environment variables.
     """
 
@@ -45,6 +57,7 @@ class Part:
     program: tuple[str, ...] = ()
     tuned: bool = True
     always: bool = False
+    figure: bool = False
     environ: dict[str, str] = field(default_factory=dict)
 
 
@@ -62,11 +75,15 @@ def parts(folder: Path, runs: Path, *, cuda: bool, tiny: bool, fashion: Path | N
         *_tests(cuda, tiny),
         *_tuning(cuda, tiny),
         *_layers(cuda, tiny),
+        *_memory(cuda, tiny),
+        *_small_steps(cuda, tiny),
         *_steps(cuda, tiny),
+        *_sweeps(cuda, tiny),
         *_training(runs, cuda, tiny, fashion),
     ]
     if not tiny:
-        found.append(Part("report", ("benchmarks.report",), minutes=0.2, always=True))
+        report = ("benchmarks.report",)
+        found.append(Part("report", report, minutes=0.2, always=True, figure=True))
     return [_with_result(part, folder) for part in found]
 
 
@@ -124,29 +141,66 @@ def _layers(cuda: bool, tiny: bool) -> Iterator[Part]:
         )
 
 
+def _memory(cuda: bool, tiny: bool) -> Iterator[Part]:
+    """Resident memory of a CPU's steps; on a GPU the steps themselves say what they take."""
+    if cuda:
+        return
+    small = ("--batch", "2", "--size", "32", "--processes", "1", "--rivals", TINY) if tiny else ()
+    result = "peak_memory_reactnet_a_224_batch8.json"
+    yield Part("peak-memory", ("benchmarks.peak_memory", *small), result, minutes=4, figure=True)
+
+
+def _small_steps(cuda: bool, tiny: bool) -> Iterator[Part]:
+    """The recipe that ``make train`` runs."""
+    kind = "cuda" if cuda else "cpu"
+    command = ("benchmarks.train_step", "--device", kind, "--recipe", "digits", "--no-details")
+    command += ("--rounds", "1", "--batch", "2") if tiny else ("--steps", "10")
+    for step in ("2", "1"):
+        own = (*command, "--step", step, "--rivals", TINY if tiny else SMALL[kind])
+        name = f"train-step-digits-{step}"
+        yield Part(name, own, f"train_step_digits_{step}.json", minutes=2, figure=True)
+    for step in () if cuda or tiny else ("2", "1"):
+        own = (*command, "--step", step, "--rivals", ONE_THREAD, "--threads", "1")
+        name, result = (
+            f"train-step-digits-{step}-1-thread",
+            f"train_step_digits_{step}_1_thread.json",
+        )
+        yield Part(name, own, result, minutes=1.2, figure=True)
+
+
+def _step_command(cuda: bool, tiny: bool) -> tuple[str, ...]:
+    """How a step is timed, but for what."""
+    small = ("--width", "0.25", "--rounds", "1", "--floor") if tiny else ()
+    return ("benchmarks.train_step", "--device", "cuda" if cuda else "cpu", *small)
+
+
 def _steps(cuda: bool, tiny: bool) -> Iterator[Part]:
-    command: tuple[str, ...] = ("benchmarks.train_step", "--device", "cuda" if cuda else "cpu")
-    size = "32" if tiny else "224"
-    if tiny:
-        command += ("--width", "0.25", "--rounds", "1", "--floor")
+    """Both steps of the whole network."""
     batch = "256" if cuda else "2" if tiny else "8"
     for step in ("2", "1"):
-        own = (*command, "--step", step, "--batch", batch, "--size", size)
-        rivals = ("--rivals", EAGER) if cuda else ()
+        own = (*_step_command(cuda, tiny), "--step", step, "--batch", batch)
+        own += ("--size", "32" if tiny else "224")
+        rivals = ("--rivals", EAGER if cuda else TINY) if cuda or tiny else ()
         result = f"train_step_{step}.json"
-        yield Part(f"train-step-{step}", (*own, *rivals), result, minutes=6)
+        yield Part(f"train-step-{step}", (*own, *rivals), result, minutes=6, figure=True)
         if cuda:  # the compiler's own search is kept on disk, so a second turn is shorter
             yield Part(
                 f"train-step-{step}-max-autotune",
-                (*own, "--no-details", "--rivals", COMPILED),
+                (*own, "--no-details", "--rivals", MAX_AUTOTUNE),
                 f"train_step_{step}_max_autotune.json",
                 minutes=8,
                 turns=3,
+                figure=True,
             )
+
+
+def _sweeps(cuda: bool, tiny: bool) -> Iterator[Part]:
+    """Speed against batch size and resolution."""
+    size = "32" if tiny else "224"
     batches = "64,128,256,512,1024,2048,4096" if cuda else "2,4" if tiny else "1,2,4,8,16"
     sizes = "128,160,192,224,256,320" if cuda else "32,64" if tiny else "96,128,160,192,224"
-    swept = ("--rivals", SWEPT if cuda else "ours,obvious", "--no-details", "--rounds", "3")
-    own = (*command, *swept, *(("--steps", "5") if cuda else ()))
+    swept = ("--rivals", SWEPT if cuda else "ours,expert", "--no-details", "--rounds", "3")
+    own = (*_step_command(cuda, tiny), *swept, *(("--steps", "5") if cuda else ()))
     batch_sweep = (*own, "--size", size, "--batches", batches)
     yield Part("batch-sweep", batch_sweep, "batch_sweep.json", minutes=6)
     size_sweep = (*own, "--batch", "128" if cuda else "2", "--sizes", sizes)
@@ -154,7 +208,7 @@ def _steps(cuda: bool, tiny: bool) -> Iterator[Part]:
 
 
 def _training(runs: Path, cuda: bool, tiny: bool, fashion: Path | None) -> Iterator[Part]:
-    """Both data sets with fused float32, fused bf16, and the obvious code."""
+    """Both data sets with fused float32, fused bf16, the expert's network and the obvious one."""
     small = ("--epochs", "1", "--width", "0.25", "--batch-size", "512") if tiny else ()
     wide = () if tiny else ("--width", "1", "--epochs", "20", "--workers", "8")
     where = () if fashion is None else ("--data-dir", str(fashion))
@@ -163,7 +217,9 @@ def _training(runs: Path, cuda: bool, tiny: bool, fashion: Path | None) -> Itera
         if recipe == "fashion" and not cuda:
             continue
         flags += small if recipe == "digits" else wide
-        ways = {"": (), "bf16": ("--precision", "bf16"), "obvious": ("--obvious",)}
+        ways = {"": (), "bf16": ("--precision", "bf16"), "expert": ("--expert",)}
+        if recipe == "digits":
+            ways["obvious"] = ("--obvious",)
         for way, options in ways.items():
             name = f"{recipe}-{way}".rstrip("-")
             command = ("benchmarks.seeds", recipe, "--seeds", seeds, "--out", str(runs / name))
@@ -172,5 +228,5 @@ def _training(runs: Path, cuda: bool, tiny: bool, fashion: Path | None) -> Itera
                 (*command, *options, *device, *flags),
                 f"{name.replace('-', '_')}.json",
                 minutes=3 if recipe == "digits" else 8,
-                turns=1 if way == "obvious" else 3,
+                turns=1 if way in ("expert", "obvious") else 3,  # those two start over
             )

@@ -20,6 +20,9 @@ class Point:
         size: their height and width.
         width: multiplies all channels.
         device: where.
+        in_channels: of an image.
+        small_images: a stem of stride 1, for images of about 32 x 32.
+        classes: outputs of the head.
     """
 
     model: str
@@ -28,22 +31,32 @@ class Point:
     size: int
     width: float
     device: torch.device
+    in_channels: int = 3
+    small_images: bool = False
+    classes: int = CLASSES
 
     def build(self, rival: Rival) -> nn.Module:
         """A rival's network, the same weights every time."""
         torch.manual_seed(0)
-        return rival.build(self.model, self.step, self.width, CLASSES)
+        return rival.build(
+            self.model,
+            self.step,
+            width=self.width,
+            num_classes=self.classes,
+            in_channels=self.in_channels,
+            small_images=self.small_images,
+        )
 
     def step_of(self, rival: Rival, batch: int) -> Step:
         """A rival's training step on a fixed batch of its own."""
         model = self.build(rival).to(self.device).to(memory_format=rival.memory_format)
-        images, labels = self.images(rival, batch), torch.arange(batch) % CLASSES
+        images, labels = self.images(rival, batch), torch.arange(batch) % self.classes
         options = {"bf16": rival.bf16, "mode": rival.mode}
         return training_step(model, images, labels.to(self.device), **options)
 
     def images(self, rival: Rival, batch: int) -> Tensor:
         """Random images, in the rival's memory layout."""
-        shape = (batch, 3, self.size, self.size)
+        shape = (batch, self.in_channels, self.size, self.size)
         generator = torch.Generator().manual_seed(batch)
         images = torch.randn(shape, generator=generator).to(self.device)
         return images.to(memory_format=rival.memory_format)

@@ -1,20 +1,26 @@
-"""The README's results and the pictures, from the result files.
+"""The README's table, docs/results.md and the pictures, from the result files.
 
 python -m benchmarks.report
-python -m benchmarks.report --check        # fails where README.md differs from the files
+python -m benchmarks.report --check        # fails where either page differs from the files
 """
 
+import os
 import sys
 from pathlib import Path
 
+from benchmarks.headline import FIGURES, headline
 from benchmarks.machine import ROOT
 from benchmarks.pictures import draw
 from benchmarks.tables import (
     BATCH_SWEEP,
+    DIGITS_FILES,
+    MAX_AUTOTUNE_FILES,
+    ONE_THREAD_FILES,
     SIZE_SWEEP,
+    STEP_FILES,
     Device,
     overhead_line,
-    peak_line,
+    peak_table,
     runs_table,
     steps_table,
     study_table,
@@ -25,12 +31,36 @@ from tritonbnn.files import update
 
 BEGIN = "<!-- Results: written by python -m benchmarks.report -->"
 END = "<!-- End of the results -->"
-NO_GPU = (
-    "### GPU",
-    "",
-    "Not measured yet: `make gpu` on a machine that has one measures all of it and writes it here.",
-    "",
-)
+NO_GPU = "Not measured on a GPU yet: `make gpu` on a machine that has one measures all of it."
+PREFACE = f"""<!-- Written by python -m benchmarks.report from the result files. -->
+
+# Results
+
+The rivals of a training step, which is forward, backward and fused Adam:
+
+- **ours** is `tritonbnn`. "recompute" is the plan that keeps least for backward, and "unfused" is
+  made of separate operators.
+- **expert** is `benchmarks/expert.py`: plain torch, with the sign and the scaled sign written as
+  two autograd Functions in a dozen lines. It is the rival that counts.
+- **twin** is `benchmarks/twin.py`: the same layers with real weights and real activations.
+- **obvious** is `benchmarks/baseline.py`: float masks and separate modules, what the public code
+  does.
+
+In step 1 weights are real, in step 2 they are 1-bit. Rivals of one table take turns. On a CPU each
+has a process of its own that keeps freed memory, as the trainer does. The first step of a turn is
+not timed.
+
+- **ms** is measured: the median of the rounds, ± half their range.
+- **thread-ms** is measured: the time that all threads of the process worked or waited busily.
+- **MB kept** is counted: bytes that autograd holds for backward, as the slope between two batch
+  sizes. For a compiled network it is counted where torch.compile has decided what is kept, before
+  it makes code.
+- A dash stands where nothing was measured.
+
+Every file in `benchmarks/results/` has its machine, versions, commit and command. What the README's
+table shows is measured again by `make gpu`, or without a GPU by
+`{FIGURES}`.
+"""
 
 
 def devices(folder: Path) -> list[Device]:
@@ -49,25 +79,56 @@ def devices(folder: Path) -> list[Device]:
     return sorted(found, key=lambda device: device.is_cpu)
 
 
-def results_text(found: list[Device], base: Path) -> str:
-    """What stands between the markers.
+def shown(found: list[Device]) -> list[Device]:
+    """Those of the README: every GPU, and one CPU, if it can be one with the expert measured."""
+    cpus = [device for device in found if device.is_cpu]
+    best = max(cpus, key=lambda device: "expert" in device.rows(2), default=None)
+    return [device for device in found if not device.is_cpu or device is best]
+
+
+def results_text(found: list[Device]) -> str:
+    """What stands between the README's markers."""
+    lines = [BEGIN, ""]
+    if all(device.is_cpu for device in found):
+        lines += [NO_GPU, ""]
+    for device in shown(found):
+        lines += [f"**{device.title}**", "", *headline(device)]
+    return "\n".join([*lines, END])
+
+
+def results_page(found: list[Device], base: Path) -> str:
+    """All tables and pictures of all devices.
 
     Args:
         found: the devices.
-        base: the README's folder, for links to pictures.
+        base: the page's folder, for links to pictures.
     """
-    lines = [BEGIN, ""]
-    if all(device.is_cpu for device in found):
-        lines += NO_GPU
+    lines = [PREFACE]
     for device in found:
-        lines += [f"### {device.title}", "", *steps_table(device), *peak_line(device)]
+        lines += [f"## {device.title}", ""]
+        for files in (STEP_FILES, MAX_AUTOTUNE_FILES, DIGITS_FILES, ONE_THREAD_FILES):
+            tables = [line for name in files.values() for line in steps_table(device, name)]
+            lines += [*_title(files), *tables] if tables else []
+        lines += peak_table(device)
         lines += sweep_table(device, BATCH_SWEEP, "batch")
         lines += sweep_table(device, SIZE_SWEEP, "size")
         lines += [*runs_table(device), *study_table(device), *overhead_line(device)]
         for path in sorted(device.folder.glob("*.svg")):
-            where = path.resolve().relative_to(base.resolve())
+            where = Path(os.path.relpath(path.resolve(), base.resolve())).as_posix()
             lines += [f"![{path.stem.replace('_', ' ')}]({where})", ""]
-    return "\n".join([*lines, END])
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _title(files: dict[int, str]) -> list[str]:
+    """A heading above the tables of some files."""
+    titles = {
+        "train_step": "A training step",
+        "train_step_max_autotune": "A training step, compiled with max-autotune",
+        "train_step_digits": "A training step of the digits recipe",
+        "train_step_digits_1_thread": "A training step of the digits recipe, on one thread",
+    }
+    name = files[1].removesuffix(".json").replace("_1", "", 1)
+    return [f"### {titles[name]}", ""]
 
 
 def inserted(readme: str, results: str) -> str:
@@ -89,26 +150,42 @@ def main(argv: list[str]) -> int:
         "--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder"
     )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; say if it differs")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; say if one differs")
     args = parser.parse_args(argv)
     found = devices(args.results)
-    try:
-        readme = args.readme.read_text(encoding="utf-8")
-    except OSError as error:
-        raise cli.UserError(f"cannot read {args.readme}: {error.strerror}") from error
+    readme = _text(args.readme)
+    if readme is None:
+        raise cli.UserError(f"cannot read {args.readme}: there is no such file")
     if not args.check:
         for device in found:
             draw(device)
-    text = inserted(readme, results_text(found, args.readme.parent))
-    if args.check and text != readme:
-        print(
-            f"{args.readme} differs from the result files: run python -m benchmarks.report",
-            file=sys.stderr,
-        )
+    pages = {
+        args.readme: inserted(readme, results_text(found)),
+        args.page: results_page(found, args.page.parent),
+    }
+    stale = [path for path, text in pages.items() if _text(path) != text]
+    if args.check and stale:
+        names = " and ".join(str(path) for path in stale)
+        print(f"stale: {names}: run python -m benchmarks.report", file=sys.stderr)
         return 1
-    if not args.check:
-        update(args.readme, text.encode())
+    for path in stale:
+        update(path, pages[path].encode())
     return 0
+
+
+def _text(path: Path) -> str | None:
+    """Of a file, or None where there is none.
+
+    Raises:
+        cli.UserError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise cli.UserError(f"cannot read {path}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The clock: seconds and page faults of steps in a row, and what the turns of all rounds say."""
+"""The clock: seconds, CPU time and page faults of steps, and what the turns of all rounds say."""
 
 import resource
 import time
@@ -31,11 +31,13 @@ class Turn(NamedTuple):
     """What a step of a turn took.
 
     Attributes:
-        seconds: of it.
+        seconds: by the clock on the wall.
+        cpu_seconds: that all threads of the process worked or waited busily, added up.
         page_faults: minor ones of the whole process: pages that it got from the system.
     """
 
     seconds: float
+    cpu_seconds: float
     page_faults: float
 
 
@@ -46,10 +48,11 @@ def turn(call: Call, count: int, device: torch.device) -> Turn:
     not its predecessor's.
     """
     call()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    faults, worked = resource.getrusage(resource.RUSAGE_SELF).ru_minflt, time.process_time()
     took = seconds(call, count, device)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    return Turn(took, (after - before) / count)
+    worked = time.process_time() - worked
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+    return Turn(took, worked / count, faults / count)
 
 
 def summary(times: list[float]) -> dict[str, Any]:

@@ -2,30 +2,41 @@
 
     python -m benchmarks.seeds digits --seeds 5
     python -m benchmarks.seeds fashion --seeds 1 --epochs 3
+    python -m benchmarks.seeds digits --seeds 5 --expert
     python -m benchmarks.seeds digits --seeds 5 --obvious
 
 Each run is the command that a user would type, in a folder of its own under --out; a run that is
-already there is resumed, or read if it is finished. With --obvious it is the obvious network's,
-which starts over.
+already there is resumed, or read if it is finished. With --expert or --obvious it is that
+network's, which starts over.
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
 
+import torch
+
 from tritonbnn import cli
 from tritonbnn.files import writable, write_json
 from tritonbnn.kernels.provenance import header
 
+TRAINERS = {
+    "ours": ["tritonbnn.train"],
+    "expert": ["benchmarks.train_obvious", "--expert"],
+    "obvious": ["benchmarks.train_obvious"],
+}
+"""By network: the module to run, and its first arguments."""
 
-def train(trainer: str, recipe: str, seed: int, out: Path, flags: list[str]) -> list[dict]:
+
+def train(network: str, recipe: str, seed: int, out: Path, flags: list[str]) -> list[dict]:
     """Train one seed to its end; its log, a dictionary per epoch.
 
     Args:
-        trainer: the module to run.
-        recipe: its first argument.
+        network: one of ``TRAINERS``.
+        recipe: of the trainer.
         seed: of the run.
         out: where the run's folder goes.
         flags: more arguments of the trainer.
@@ -33,8 +44,8 @@ def train(trainer: str, recipe: str, seed: int, out: Path, flags: list[str]) -> 
     Raises:
         cli.UserError: the run failed; it has said why.
     """
-    folder = out / f"{trainer.rpartition('.')[2]}-{recipe}-seed{seed}"
-    command = [sys.executable, "-m", trainer, recipe, "--seed", str(seed)]
+    folder = out / f"{network}-{recipe}-seed{seed}"
+    command = [sys.executable, "-m", *TRAINERS[network], recipe, "--seed", str(seed)]
     done = subprocess.run([*command, "--out", str(folder), *flags], check=False)
     if done.returncode:
         raise cli.UserError(f"seed {seed} ended with exit code {done.returncode}")
@@ -69,14 +80,22 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("recipe", help="a recipe's name")
     parser.add_argument("--seeds", type=cli.at_least(1), default=5, help="how many, from 0")
-    parser.add_argument("--obvious", action="store_true", help="train the obvious network")
+    rivals = parser.add_mutually_exclusive_group()
+    rivals.add_argument("--expert", action="store_true", help="train the expert's network")
+    rivals.add_argument("--obvious", action="store_true", help="train the obvious network")
+    parser.add_argument(
+        "--threads", type=cli.at_least(1), default=torch.get_num_threads(), help="of each run"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/seeds"), help="folder of the runs")
     parser.add_argument("--json", type=Path, help="write the result here")
     args, flags = parser.parse_known_args(argv)
     path = writable(args.json)
-    trainer = "benchmarks.train_obvious" if args.obvious else "tritonbnn.train"
-    logs = {seed: train(trainer, args.recipe, seed, args.out, flags) for seed in range(args.seeds)}
-    said = [args.recipe, "--seeds", str(args.seeds), *["--obvious"] * args.obvious, *flags]
+    network = "expert" if args.expert else "obvious" if args.obvious else "ours"
+    torch.set_num_threads(args.threads)  # for the header
+    os.environ["OMP_NUM_THREADS"] = str(args.threads)  # for the runs
+    logs = {seed: train(network, args.recipe, seed, args.out, flags) for seed in range(args.seeds)}
+    said = [args.recipe, "--seeds", str(args.seeds)]
+    said += [f"--{network}"] * (network != "ours") + flags
     result = header("python -m benchmarks.seeds " + " ".join(said)) | summary(logs)
     print(json.dumps(result, indent=2))
     if path:

@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch._dynamo import config as dynamo_config
+from torch._inductor import config as inductor_config
 from torch.nn import functional as F
 
 CLASSES = 1000
@@ -22,8 +23,13 @@ Step = Callable[[], Tensor]
 
 @contextmanager
 def as_trainers_run() -> Iterator[None]:
-    """cuDNN searches for its fastest algorithms and uses TF32, and any number of shapes compile."""
+    """cuDNN searches for its fastest algorithms and uses TF32, and any number of shapes compile.
+
+    Compiled CPU code has its number of threads written into it, and the compiler keeps it on disk
+    by a key without that number: only as a setting of the compiler is it part of the key.
+    """
     with (
+        inductor_config.patch({"cpp.threads": torch.get_num_threads()}),
         torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=True),
         dynamo_config.patch(recompile_limit=RECOMPILES, accumulated_recompile_limit=RECOMPILES),
     ):

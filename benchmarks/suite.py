@@ -3,6 +3,7 @@
     make gpu                                     # or python -m benchmarks.suite
     python -m benchmarks.suite --list
     python -m benchmarks.suite --only batch-sweep,report
+    python -m benchmarks.suite --device cpu --figures   # what the README's table shows
     python -m benchmarks.suite --device cpu --tiny
 
 Each part is a process of its own that is stopped after minutes. Results and logs land in
@@ -25,16 +26,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import ROOT, folder_name
+from benchmarks.machine import ROOT
 from benchmarks.output import read_result
 from benchmarks.parts import MINUTES, Part, parts
 from tritonbnn import cli
 from tritonbnn.files import make_folder, write_json
-from tritonbnn.kernels.provenance import commit, header
+from tritonbnn.kernels.provenance import commit, folder_name, header
 
 STATE = "suite.json"
 DONE = "done"
 FAILED = 1
+CPU_MINUTES = 20
+"""After which a part is stopped on a CPU, where the speed of a machine is not known."""
+
 GRACE_SECONDS = 60
 """Between asking a part to stop and ending it: a training run saves first."""
 
@@ -166,7 +170,10 @@ def main(argv: list[str]) -> int:
     everything = parts(
         folder, runs, cuda=device.type == "cuda", tiny=args.tiny, fashion=args.fashion
     )
-    suite = Suite(folder, _chosen(everything, args.only), 60 * args.minutes)
+    if args.figures:
+        everything = [part for part in everything if part.figure]
+    minutes = args.minutes or (MINUTES if device.type == "cuda" else CPU_MINUTES)
+    suite = Suite(folder, _chosen(everything, args.only), 60 * minutes)
     todo = [part for part in suite.todo if args.fresh or not suite.is_done(part)]
     _announce(suite, todo, header("", device if there else torch.device("cpu")))
     if args.dry_run:
@@ -218,9 +225,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="sizes that take seconds, to try it")
     parser.add_argument("--only", help="these parts, parted by commas")
+    parser.add_argument(
+        "--figures", action="store_true", help="parts that the README's table shows"
+    )
     parser.add_argument("--fresh", action="store_true", help="run finished parts again too")
     parser.add_argument("--dry-run", "--list", action="store_true", help="say what, and stop")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="limit of a part")
+    limits = f"limit of a part; {MINUTES}, or {CPU_MINUTES} on a CPU"
+    parser.add_argument("--minutes", type=float, help=limits)
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--fashion", type=Path, help="folder of Fashion-MNIST's files")
     return parser

@@ -1,4 +1,7 @@
-"""Result files as Markdown: every figure is one of a file, or a ratio of two of the same file."""
+"""Result files as Markdown: every figure is one of a file, or a ratio of two of the same file.
+
+A figure that no file has is a dash.
+"""
 
 import re
 from collections.abc import Iterator
@@ -13,7 +16,10 @@ from tritonbnn.study import summary
 from tritonbnn.study.plan import STUDIES, TWO_STEP_SGD
 
 MISSING = "not measured yet"
+DASH = "-"
 STEP_FILES = {step: f"train_step_{step}.json" for step in (1, 2)}
+DIGITS_FILES = {step: f"train_step_digits_{step}.json" for step in (1, 2)}
+ONE_THREAD_FILES = {step: f"train_step_digits_{step}_1_thread.json" for step in (1, 2)}
 MAX_AUTOTUNE_FILES = {step: f"train_step_{step}_max_autotune.json" for step in (1, 2)}
 BATCH_SWEEP, SIZE_SWEEP, PEAK = (
     "batch_sweep.json",
@@ -21,7 +27,7 @@ BATCH_SWEEP, SIZE_SWEEP, PEAK = (
     "peak_memory_reactnet_a_224_batch8.json",
 )
 TRAINING_RUNS = tuple(
-    f"{recipe}{way}.json" for recipe in ("digits", "fashion") for way in ("", "_bf16", "_obvious")
+    f"{recipe}{way}.json" for recipe in ("digits", "fashion") for way in ("", "_bf16", "_expert")
 )
 
 Result = dict[str, Any]
@@ -46,9 +52,14 @@ class Device:
     def title(self) -> str:
         """Its name, as the files have it."""
         heads = [result for result in self.files.values() if result and "device" in result]
-        name = heads[0]["device"] if heads else self.folder.name
+        if not heads:
+            return self.folder.name
+        head = max(heads, key=lambda result: "cpu" in result)
+        if not self.is_cpu:
+            return head["device"]
         cores = re.search(r"-(\d+)-cores$", self.folder.name)
-        return f"{name}, {cores[1]} cores, no GPU" if cores else name
+        said = [head["device"], head.get("cpu", ""), ", ".join(head.get("instructions", []))]
+        return ", ".join(filter(None, [*said, f"{cores[1]} cores" if cores else "", "no GPU"]))
 
     def get(self, name: str) -> Result | None:
         """A result, or None where it was not measured."""
@@ -70,12 +81,8 @@ class Device:
         for name in (STEP_FILES[step], MAX_AUTOTUNE_FILES[step]):
             with self.reading(name):
                 if result := self.get(name):
-                    rows = result["points"][0]["rows"]
-                    first = next(iter(rows.values())).get("median_seconds")
-                    for rival, row in rows.items():
-                        seconds = row.get("median_seconds")
-                        ratio = {"slower": seconds / first} if seconds and first else {}
-                        found.setdefault(rival, {**row, **ratio})
+                    for rival, row in result["points"][0]["rows"].items():
+                        found.setdefault(rival, row)
         return found
 
 
@@ -94,35 +101,63 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in (head, rule, *rows)] + [""]
 
 
-def steps_table(device: Device) -> list[str]:
-    """Rivals against each other in both steps."""
-    by_step = {step: device.rows(step) for step in STEP_FILES}
-    result = device.get(STEP_FILES[2]) or device.get(STEP_FILES[1])
-    what = "a training step"
-    if result:
-        with device.reading(STEP_FILES[2]):
-            point = result["points"][0]
-            what += f", batch {point['batch']}, {point['size']} x {point['size']}"
-            what += f", threads: {result['threads']}" if device.is_cpu else ""
-    head = [what, "step 1, img/s", "step 2, img/s", "ours is faster by", "MB saved / img"]
-    if not device.is_cpu:
-        head += ["GB at peak", "of the floor"]
-    rows = []
-    with device.reading(STEP_FILES[2]):
-        for rival in dict.fromkeys([*by_step[2], *by_step[1]]):
-            one, two = (by_step[step].get(rival, {}) for step in (1, 2))
-            slower = f"{two['slower']:.2f} x" if two.get("slower", 1) != 1 else ""
+def steps_table(device: Device, name: str) -> list[str]:
+    """Rivals that took turns in one file; nothing where it was not measured."""
+    result = device.get(name)
+    if result is None:
+        return []
+    with device.reading(name):
+        point = result["points"][0]
+        what = f"step {result['step']}, batch {point['batch']}, {point['size']} x {point['size']}"
+        if device.is_cpu:
+            what += f", threads: {result['threads']}"
+        fastest = best(point["rows"], "expert", "median_seconds")
+        head = [what, "ms", "thread-ms", "img/s", "time ÷ fastest expert's", "MB kept / img"]
+        if not device.is_cpu:
+            head += ["GB at peak", "of the floor"]
+        rows = []
+        for rival, row in point["rows"].items():
             cells = [
-                label(rival),
-                speed(one),
-                speed(two),
-                slower,
-                number(two or one, "saved_mb_per_image"),
+                milliseconds(row),
+                number(row, "cpu_seconds", 1e3),
+                number(row, "images_per_second"),
+                ratio(row.get("median_seconds"), fastest),
+                number(row, "saved_mb_per_image"),
             ]
             if not device.is_cpu:
-                cells += [number(two, "peak_mb", 1e-3), number(two, "share_of_floor", 100, " %")]
-            rows.append(cells)
-    return table(head, rows)
+                cells += [number(row, "peak_mb", 1e-3), number(row, "share_of_floor", 100, " %")]
+            rows.append([label(rival), *cells])
+        return [*table(head, rows), *source(result)]
+
+
+def best(rows: dict[str, Result], network: str, key: str) -> float | None:
+    """The least of a figure over the rows of a network, whatever its options."""
+    found = [row[key] for rival, row in rows.items() if is_of(rival, network) and key in row]
+    return min(found, default=None)
+
+
+def is_of(rival: str, network: str) -> bool:
+    """Whether a rival's word names a network."""
+    return rival.partition("+")[0] == network
+
+
+def ratio(part: float | None, whole: float | None) -> str:
+    """Of two figures of one file, or a dash."""
+    return f"{part / whole:.2f} x" if part and whole else DASH
+
+
+def milliseconds(row: Result) -> str:
+    """A step's time and half the spread of its rounds, or why there is none."""
+    if "median_seconds" in row:
+        return f"{1e3 * row['median_seconds']:,.4g} ± {row['spread'] / 2:.0%}"
+    return trouble(row) if row else DASH
+
+
+def source(result: Result) -> list[str]:
+    """Where a table is from."""
+    rounds = f", {result['rounds']} rounds" if "rounds" in result else ""
+    said = f"`{result['command']}`, " if "command" in result else ""
+    return [f"From {said}commit {result.get('commit', 'unknown')}{rounds}.", ""]
 
 
 def speed(row: Result) -> str:
@@ -133,8 +168,8 @@ def speed(row: Result) -> str:
 
 
 def number(row: Result, key: str, scale: float = 1, unit: str = "") -> str:
-    """One figure, or nothing where it does not apply."""
-    return f"{row[key] * scale:,.4g}{unit}" if key in row else ""
+    """One figure, or a dash."""
+    return f"{row[key] * scale:,.4g}{unit}" if key in row else DASH
 
 
 def sweep_table(device: Device, name: str, key: str) -> list[str]:
@@ -155,7 +190,8 @@ def sweep_table(device: Device, name: str, key: str) -> list[str]:
             [str(point[key]), *(speed(point["rows"][rival]) for rival in rivals)]
             for point in points
         ]
-    return table([f"img/s by {key}", *map(label, rivals)], rows)
+    lines = table([f"img/s by {key}", *map(label, rivals)], rows)
+    return [*lines, *(source(result) if result else [])]
 
 
 def runs_table(device: Device) -> list[str]:
@@ -168,14 +204,18 @@ def runs_table(device: Device) -> list[str]:
     for name in names:
         result = device.get(name)
         if result is None:
-            rows.append([name.removesuffix(".json").replace("_", " "), MISSING, MISSING, ""])
+            rows.append(
+                [name.removesuffix(".json").replace("_", " "), MISSING, MISSING, *[DASH] * 3]
+            )
             continue
         with device.reading(name):
             said = result["command"].removeprefix(tool)
             rows.append([f"`{said}`", *(accuracy(result[f"step{s}"]) for s in (1, 2))])
             minutes = [m for s in (1, 2) for m in result[f"step{s}"]["training_minutes"].values()]
             rows[-1].append(f"{sum(minutes) / len(minutes) * 2:.2g}")
-    return table(["`python -m benchmarks.seeds`", "step 1", "step 2", "minutes a run"], rows)
+            rows[-1] += [str(result.get(key, DASH)) for key in ("threads", "commit")]
+    head = ["`python -m benchmarks.seeds`", "step 1, top-1", "step 2, top-1"]
+    return table([*head, "minutes a run", "threads", "commit"], rows)
 
 
 def accuracy(step: Result) -> str:
@@ -223,18 +263,30 @@ def overhead_line(device: Device) -> list[str]:
     with device.reading(name):
         result = device.get(name)
         share = f"{result['share_of_step']:.1%}" if result else ""
-    return [f"`--analysis light` adds {share} to a training step.", ""] if share else []
+    said = f"`--analysis light` adds {share} to a training step of digits, in the mean of an epoch."
+    return [said, "", *source(result)] if result else []
 
 
-def peak_line(device: Device) -> list[str]:
-    """Resident memory of a CPU's step, in one line."""
+def peaks(device: Device) -> dict[str, float]:
+    """MB that a CPU's step adds to resident memory at its peak, by rival, with the usual malloc."""
+    with device.reading(PEAK):
+        result = device.get(PEAK)
+        return result["with_malloc"]["default"]["mb"] if result else {}
+
+
+def peak_table(device: Device) -> list[str]:
+    """Resident memory of a CPU's step; nothing where it was not measured."""
     result = device.get(PEAK)
-    if not device.is_cpu:
+    if result is None:
         return []
     with device.reading(PEAK):
-        figures = (
-            MISSING
-            if result is None
-            else ", ".join(f"{label(name)} {peak:,.0f} MB" for name, peak in result["mb"].items())
-        )
-    return [f"Resident memory that a step adds at its peak: {figures}.", ""]
+        found = result["with_malloc"]["default"]["mb_by_process"]
+        where = "step {step}, batch {batch}, {size} x {size}" if "size" in result else "step 2"
+        head = [where.format(**result) + f", threads: {result['threads']}", "MB", "least", "most"]
+        rows = [
+            [label(name), f"{peak:,.0f}", f"{min(found[name]):,.0f}", f"{max(found[name]):,.0f}"]
+            for name, peak in peaks(device).items()
+        ]
+        beyond = result.get("beyond", "imports and parameters")
+        what = "Resident memory at the peak of a step, with the default malloc, beyond"
+        return [f"{what} {beyond}:", "", *table(head, rows), *source(result)]

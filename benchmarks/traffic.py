@@ -58,7 +58,13 @@ def _nbytes(tensor: Tensor) -> int:
 
 
 def counted_bytes(
-    build: Callable[[], nn.Module], batch: int, size: int, *, bf16: bool, device: torch.device
+    build: Callable[[], nn.Module],
+    batch: int,
+    size: int,
+    *,
+    bf16: bool,
+    device: torch.device,
+    in_channels: int = 3,
 ) -> dict[str, int]:
     """Bytes of one training step by family, without running it.
 
@@ -68,11 +74,12 @@ def counted_bytes(
         size: height and width of an image.
         bf16: forward under bf16 autocast.
         device: the step's, which decides what autocast casts.
+        in_channels: of an image.
     """
     traffic = _Traffic()
     with FakeTensorMode(), torch.device(device), through_dispatcher():
         model = build()
-        images = torch.empty(batch, 3, size, size)
+        images = torch.empty(batch, in_channels, size, size)
         labels = torch.zeros(batch, dtype=torch.int64)
         step = training_step(model, images, labels, bf16=bf16)
         step()  # creates the optimizer's state

@@ -1,9 +1,11 @@
-"""The obvious network, trained by a recipe: what ours is to match in accuracy.
+"""The obvious network or the expert's, trained by a recipe: what ours is to match in accuracy.
 
     python -m benchmarks.train_obvious digits --seed 0 --out runs/obvious
+    python -m benchmarks.train_obvious --expert digits --seed 0 --out runs/expert
 
-The same images in the same order, the same schedule and starting weights drawn the same way, but
-:mod:`benchmarks.baseline`'s network and a loop as one writes it first: one device, no resuming.
+The same images in the same order, the same schedule and starting weights drawn the same way, fused
+Adam and malloc as our trainer sets it. The network is :mod:`benchmarks.baseline`'s or
+:mod:`benchmarks.expert`'s, and the loop is as one writes it first: one device, no resuming.
 """
 
 import time
@@ -12,12 +14,13 @@ import torch
 from torch import nn
 
 from benchmarks.baseline import ObviousReActNetA
+from benchmarks.expert import ExpertReActNetA
 from tritonbnn import cli
 from tritonbnn.files import make_folder
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.config import Config
 from tritonbnn.train.data import train_batches, val_batches
-from tritonbnn.train.device import choose_device
+from tritonbnn.train.device import choose_device, keep_freed_memory
 from tritonbnn.train.distributed import World
 from tritonbnn.train.engine import Compute, evaluate, label_objective
 from tritonbnn.train.log import Line, write_log
@@ -34,7 +37,12 @@ def groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def train_step(
-    step: int, config: Config, source: Source, compute: Compute, weights: dict | None
+    step: int,
+    config: Config,
+    source: Source,
+    compute: Compute,
+    weights: dict | None,
+    network: type[ObviousReActNetA] = ObviousReActNetA,
 ) -> tuple[list[Line], dict]:
     """Train one step of the schedule.
 
@@ -44,13 +52,14 @@ def train_step(
         source: of the images of both steps.
         compute: device and precision.
         weights: a state dict to start from, or None for the network's own.
+        network: what is trained.
 
     Returns:
         Log lines, one an epoch, and the weights of the best one.
     """
     settings, source = config.of_step(step), source.of_step(step)
     torch.manual_seed(config.seed)
-    model = ObviousReActNetA(
+    model = network(
         num_classes=len(source.classes),
         binary_weights=step == 2,
         width=config.width,
@@ -60,7 +69,7 @@ def train_step(
     if weights:
         model.load_state_dict(weights)
     compute.place(model)
-    optimizer = torch.optim.Adam(groups(model, settings.weight_decay), lr=settings.lr)
+    optimizer = torch.optim.Adam(groups(model, settings.weight_decay), lr=settings.lr, fused=True)
     lines: list[Line] = []
     best: dict = {}
     for epoch in range(settings.epochs):
@@ -110,17 +119,21 @@ def _train_epoch(
 
 
 def main(argv: list[str]) -> int:
-    arguments = parse(argv)
+    expert = "--expert" in argv
+    arguments = parse([word for word in argv if word != "--expert"])
     config = arguments.config
     if config.teacher != "none" or config.model != "reactnet_a":
         raise cli.UserError("the obvious code trains reactnet_a, and without a teacher")
     compute = Compute(choose_device(config.device), config.precision, config.channels_last)
+    if compute.device.type == "cpu":
+        keep_freed_memory()
     source = open_images(config)
+    network = ExpertReActNetA if expert else ObviousReActNetA
     make_folder(arguments.out)
     history: list[Line] = []
     weights: dict | None = None
     for step in config.steps:
-        lines, weights = train_step(step, config, source, compute, weights)
+        lines, weights = train_step(step, config, source, compute, weights, network)
         history += lines
         write_log(arguments.out, history)
     return 0

@@ -36,10 +36,18 @@ class FloatReActNetA(BinaryNetwork):
         num_classes: outputs of the head.
         binary_weights: ignored: both steps have the same twin.
         width: multiplies all channels.
+        in_channels: of the image.
+        small_images: a stem of stride 1.
     """
 
     def __init__(
-        self, *, num_classes: int = 1000, binary_weights: bool = False, width: float = 1.0
+        self,
+        *,
+        num_classes: int = 1000,
+        binary_weights: bool = False,
+        width: float = 1.0,
+        in_channels: int = 3,
+        small_images: bool = False,
     ) -> None:
         first = channels = scaled(STEM_CHANNELS, width)
         units: list[nn.Module] = []
@@ -51,7 +59,12 @@ class FloatReActNetA(BinaryNetwork):
             ]
             channels = out_channels
         super().__init__(
-            conv_bn(3, first, 3, 2), nn.Sequential(*units), 3, channels, num_classes, 32
+            conv_bn(in_channels, first, 3, 1 if small_images else 2),
+            nn.Sequential(*units),
+            in_channels,
+            channels,
+            num_classes,
+            16 if small_images else 32,
         )
 
     def _body(self, stream: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
-"""Ours against the obvious implementation: whole networks in float64, blocks in float32."""
+"""Ours and the expert's against the obvious network: whole in float64, blocks in float32."""
 
 import pytest
 import torch
+from torch import nn
 
-from benchmarks.baseline import Block, ObviousReActNetA
+from benchmarks.baseline import BinaryActivation, Block, ObviousReActNetA, SimulatedConv2d
+from benchmarks.expert import ExpertReActNetA, ScaledSignFunction, SignFunction
 from tritonbnn.models import build_model, load_adambnn
 from tritonbnn.nn import BinaryUnit
 
@@ -84,12 +86,47 @@ def test_whole_network_equals_the_baseline_in_float64(size, small, binary, train
 
 
 @pytest.mark.parametrize("binary", [False, True], ids=["step1", "step2"])
+@pytest.mark.parametrize(("channels", "size", "small"), [(1, 32, True), (3, 64, False)])
+def test_the_expert_equals_the_baseline_in_float64(channels, size, small, binary):
+    torch.manual_seed(4)
+    options = {"num_classes": 10, "width": 0.25, "small_images": small, "in_channels": channels}
+    obvious = randomised(ObviousReActNetA(**options, binary_weights=binary).double())
+    for name, parameter in obvious.named_parameters():
+        if "binary" in name:  # some beyond 1, where the gradient of a binary weight ends
+            parameter.data *= 1.3 / parameter.abs().max()
+    expert = ExpertReActNetA(**options, binary_weights=binary).double()
+    expert.load_state_dict(obvious.state_dict())
+    x = torch.randn(3, channels, size, size, dtype=torch.float64)
+    expected, actual = obvious(x), expert(x)
+    upstream = torch.randn_like(expected)
+    expected.backward(upstream)
+    actual.backward(upstream)
+    assert_close(actual, expected, 1e-11, "logits")
+    for name, parameter in obvious.named_parameters():
+        assert_close(expert.get_parameter(name).grad, parameter.grad, 1e-11, name)
+
+
+def test_the_experts_pieces_at_their_corners():
+    x = torch.tensor([-2.0, -1.0, -0.5, 0.0, 0.25, 1.0, 3.0], requires_grad=True)
+    signs = SignFunction.apply(x)
+    assert signs.tolist() == [-1, -1, -1, 1, 1, 1, 1]
+    signs.backward(torch.full_like(x, 3.0))
+    assert x.grad.tolist() == [0, 0, 3, 6, 4.5, 0, 0]
+    weight = torch.tensor([[-1.0, 0.0], [1.25, -0.25]]).view(2, 2, 1, 1).requires_grad_()
+    scaled = ScaledSignFunction.apply(weight)
+    assert scaled.flatten().tolist() == [-0.5, 0.5, 0.75, -0.75]
+    scaled.backward(torch.full_like(weight, 2.0))
+    assert weight.grad.flatten().tolist() == [2, 2, 0, 2]
+
+
+@pytest.mark.parametrize("binary", [False, True], ids=["step1", "step2"])
 @pytest.mark.parametrize(
     ("channels", "widen", "stride"), [(32, False, 1), (40, True, 2), (24, True, 1)]
 )
 def test_a_unit_equals_the_baseline_in_float32(channels, widen, stride, binary):
     torch.manual_seed(2)
-    block = randomised(Block(channels, widen, stride, binary))
+    conv = SimulatedConv2d if binary else nn.Conv2d
+    block = randomised(Block(channels, widen, stride, conv, BinaryActivation))
     x = torch.randn(4, channels, 8, 8)
     for half in (0, 1):
         unit, obvious = unit_of(block, half, channels, widen, stride, binary)

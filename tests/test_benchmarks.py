@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor_config
+from torch._inductor.utils import parallel_num_threads
 from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torchvision.models import resnet34
@@ -19,6 +21,8 @@ from tests.commands import write_tree
 from tests.helpers import gradient
 from tritonbnn import cli
 from tritonbnn.kernels.workload import model_layers
+from tritonbnn.train.arguments import parse
+from tritonbnn.train.run import open_images
 
 CPU = torch.device("cpu")
 TINY = ["--size", "32", "--width", "0.25", "--rounds", "2", "--device", "cpu"]
@@ -35,12 +39,13 @@ def test_a_rival_is_a_network_and_how_it_is_run():
     plain = rivals.parse("obvious")
     assert (plain.bf16, plain.mode, plain.memory_format) == (False, None, torch.contiguous_format)
     assert rivals.parse("ours").memory_format == torch.channels_last
-    step1 = rivals.parse("ours-unfused").build("reactnet_18", 1, 0.25, 10)
+    step1 = rivals.parse("ours-unfused").build("reactnet_18", 1, width=0.25, num_classes=10)
     assert {unit.fused for unit in step1.modules() if hasattr(unit, "fused")} == {False}
 
 
 def test_other_models_have_rivals_of_our_own_only():
-    assert set(rivals.chosen(None, CPU, "reactnet_18")) == set(rivals.OWN)
+    assert {"ours", "ours-recompute"} <= set(rivals.chosen(None, CPU, "reactnet_18"))
+    assert set(rivals.chosen(None, CPU, "reactnet_18")) <= set(rivals.OWN)
     assert set(rivals.chosen(None, CPU, "reactnet_a")) == set(rivals.DEFAULTS["cpu"])
 
 
@@ -60,6 +65,8 @@ def test_other_models_have_rivals_of_our_own_only():
         (["--teacher", "resnet34"], "--teacher needs images"),
         (["--data", "nowhere"], "nowhere"),
         (["--data", "nowhere", "--batches", "2,4"], "the loop takes one --batch"),
+        (["--recipe", "didgits"], "didgits"),
+        (["--recipe", "digits", "--floor"], "--floor counts no network for small images"),
         (["--json", "/dev/null/x.json"], "/dev/null"),
     ],
 )
@@ -92,8 +99,53 @@ def test_a_sweep_is_a_row_of_points(tmp_path):
     points = json.loads(path.read_text())["points"]
     assert [(p["batch"], p["size"]) for p in points] == [(2, 64), (3, 64)]
     for point in points:
-        expected = {"seconds", "median_seconds", "spread", "images_per_second", "page_faults"}
-        assert set(point["rows"]["twin"]) == expected
+        timed = {"seconds", "median_seconds", "spread", "images_per_second"}
+        assert set(point["rows"]["twin"]) == {*timed, "cpu_seconds", "page_faults"}
+
+
+@pytest.fixture
+def threads():
+    """As many as now, afterwards."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_recipe_gives_network_batch_and_images(tmp_path, threads):
+    path = tmp_path / "digits.json"
+    flags = ["--recipe", "digits", "--batch", "4", "--rivals", "expert,twin", "--no-details"]
+    more = ["--threads", "3", "--rounds", "1", "--device", "cpu", "--json", str(path)]
+    assert train_step.main([*flags, *more]) == 0
+    result = json.loads(path.read_text())
+    config = parse(["digits"]).config
+    source = open_images(config)
+    assert (result["in_channels"], result["classes"]) == (source.channels, len(source.classes))
+    assert (result["width"], result["small_images"]) == (config.width, config.small_images)
+    assert result["threads"] == 3
+    assert [(p["batch"], p["size"]) for p in result["points"]] == [(4, config.image_size)]
+    args = train_step.parser().parse_args(["--recipe", "digits"])
+    train_step.fill_shape(args)
+    assert args.batch == [config.batch_size]
+
+
+@pytest.mark.parametrize("name", ["ours", "expert", "twin"])
+def test_every_rival_takes_the_digits(name):
+    point = Point("reactnet_a", 2, 4, 32, 0.25, CPU, 1, True, 10)
+    rival = rivals.parse(name)
+    network = point.build(rival)
+    assert network(point.images(rival, 4)).shape == (4, 10)
+    stem = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    assert (stem.in_channels, stem.out_channels, stem.stride) == (1, 8, (1, 1))
+
+
+def test_what_a_compiled_network_saves_is_counted_without_making_code():
+    point = Point("reactnet_a", 2, 4, 32, 0.25, CPU, 1, True, 10)
+    saved = {
+        name: Runner(point, rivals.parse(name))._saved()["saved_mb_per_image"]
+        for name in ("ours", "expert+compile", "expert", "obvious")
+    }
+    assert list(saved.values()) == sorted(saved.values())
+    assert saved["expert+compile"] < 0.9 * saved["expert"]
 
 
 def test_a_row_says_what_was_measured(result):
@@ -107,6 +159,7 @@ def test_a_row_says_what_was_measured(result):
             assert row["spread"] == pytest.approx(
                 (max(row["seconds"]) - min(row["seconds"])) / middle, abs=1e-3
             )
+            assert 0 < row["cpu_seconds"] < 10 * middle
             assert row["images_per_second"] == pytest.approx(point["batch"] / middle, rel=1e-2)
             assert set(row["time_ms"]) <= set(FAMILIES)
             assert set(row["moved_mb"]) == set(row["time_ms"])
@@ -201,6 +254,17 @@ def test_a_step_changes_the_weights_by_the_gradient_of_this_batch_alone():
     with torch.no_grad():
         before = F.cross_entropy(model(images), labels)
     assert step() == pytest.approx(before.item(), rel=1e-6)
+
+
+def test_compiled_code_of_other_threads_is_not_taken_from_the_disk(threads):
+    """The compiler's settings are its key on disk, so they must tell the threads."""
+    keys = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        with steps.as_trainers_run():
+            assert parallel_num_threads() == count
+            keys.append(inductor_config.save_config_portable(ignore_private_configs=False))
+    assert keys[0] != keys[1]
 
 
 def test_out_of_memory_is_met_with_half_the_batch():

@@ -11,7 +11,13 @@ from tritonbnn import cli
 from tritonbnn.study.summary import settings
 from tritonbnn.train.arguments import parse
 
-HEAD = {"device": "A GPU", "command": "python -m benchmarks.train_step", "step": 2}
+HEAD = {
+    "device": "A GPU",
+    "command": "python -m benchmarks.train_step",
+    "step": 2,
+    "threads": 2,
+    "commit": "abc",
+}
 
 
 def row(speed, **more):
@@ -31,8 +37,11 @@ def place(tmp_path):
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     folder = tmp_path / "results" / "a-gpu"
     folder.mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
     rows = {
         "ours+bf16": row(8000.0, peak_mb=1500.0, saved_mb_per_image=12.0, share_of_floor=0.7),
+        "expert+compile": row(16000.0, peak_mb=2000.0, saved_mb_per_image=30.0),
+        "expert": row(4000.0, saved_mb_per_image=36.0),
         "obvious": {"out_of_memory": True, "largest_batch": 4},
         "twin": row(2000.0, peak_mb=3000.0),
     }
@@ -53,22 +62,45 @@ def write(path: Path, result: dict) -> None:
 
 def run(place, *flags):
     where = ["--results", str(place / "results"), "--readme", str(place / "README.md")]
-    return report.main([*where, *flags])
+    return report.main([*where, "--page", str(place / "docs" / "results.md"), *flags])
+
+
+@pytest.fixture
+def cpu(place):
+    """The results of one CPU more: three rivals, and the digits of another commit."""
+    folder = place / "results" / "cpu-a-2-cores"
+    folder.mkdir()
+    rows = {"ours": row(8.0, saved_mb_per_image=32.0), "obvious": row(4.0, cpu_seconds=3.9)}
+    head = {**HEAD, "device": "A CPU"}
+    point = {"batch": 8, "size": 224, "rows": rows}
+    write(folder / "train_step_2.json", {**head, "points": [point]})
+    rows = {"ours": row(80.0), "expert": row(50.0), "expert+compile": row(100.0)}
+    point = {"batch": 64, "size": 32, "rows": rows}
+    write(folder / "train_step_digits_2.json", {**head, "commit": "def", "points": [point]})
+    one = {"ours": row(50.0), "expert": row(40.0)}
+    single = {**head, "threads": 1, "points": [{**point, "rows": one}]}
+    write(folder / "train_step_digits_2_1_thread.json", single)
+    peak = {"mb": {"ours": 700.0, "obvious": 2800.0}}
+    peak["mb_by_process"] = {"ours": [700.0, 650.0, 720.0], "obvious": [2800.0] * 3}
+    returning = {"mb": {"ours": 1.0}, "mb_by_process": {"ours": [1.0]}}
+    mallocs = {"default": peak, "returning": returning}
+    write(folder / tables.PEAK, {**head, "step": 2, "with_malloc": mallocs})
+    return folder
 
 
 def test_figures_come_from_the_files_and_the_rest_is_said_to_be_missing(place):
     assert run(place) == 0
-    readme = (place / "README.md").read_text()
-    assert readme.startswith(f"before\n{report.BEGIN}\n\n### A GPU\n")
-    assert readme.endswith(f"{report.END}\nafter\n")
-    lines = readme.splitlines()
-    assert "| ours, bf16 | not measured yet | 8,000 ± 2% |  | 12 | 1.5 | 70 % |" in lines
-    assert "| obvious | not measured yet | out of memory; batch 4 fits |  |  |  |  |" in lines
-    assert "| twin | not measured yet | 2,000 ± 2% | 4.00 x |  | 3 |  |" in lines
-    assert "| 16 | 8,000 ± 2% | out of memory; batch 4 fits | failed: no compiler |" in lines
+    page = (place / "docs" / "results.md").read_text()
+    assert "\n## A GPU\n" in page
+    lines = page.splitlines()
+    assert "| ours, bf16 | 1 ± 2% | - | 8,000 | 2.00 x | 12 | 1.5 | 70 % |" in lines
+    assert "| obvious | out of memory; batch 4 fits | - | - | - | - | - | - |" in lines
+    assert "| twin | 4 ± 2% | - | 2,000 | 8.00 x | - | 3 | - |" in lines
+    swept = [line for line in lines if line.startswith("| 16 | 8,000 ± 2% |")]
+    assert swept[0].endswith("| out of memory; batch 4 fits | failed: no compiler |")
     run_row = "| `fashion --seeds 2` | 92.50 % (92.00 to 93.00) | 92.50 % (92.00 to 93.00) | 8 |"
-    assert run_row in lines
-    assert "| fashion bf16 | not measured yet | not measured yet |  |" in lines
+    assert f"{run_row} 2 | abc |" in lines
+    assert "| fashion bf16 | not measured yet | not measured yet | - | - | - |" in lines
     assert "| img/s by size |" in lines
     assert lines[lines.index("| img/s by size |") + 2] == "| not measured yet |"
 
@@ -95,7 +127,7 @@ def test_verdicts_are_derived_when_the_page_is_written(place):
         results["two-step-adam"]["0"]["top1"] = value
         write(path, document)
         assert run(place) == 0
-        readme = (place / "README.md").read_text()
+        readme = (place / "docs" / "results.md").read_text()
         assert f"{claim}{expected}\n" in readme
     for said in (
         "| `python -m tritonbnn.study` | top-1, % | FF ratio (sampled), 1e-3 | C2I (2p - 1) |",
@@ -119,7 +151,7 @@ def test_sgd_at_other_rates_stands_beside_the_table_s(place):
         write(folder / f"{name}.json", document)
     assert run(place) == 0
     said = "SGD at other rates, with seed 0: 77.75 % at 0.0125, 75 % at 0.025, 55 % at 0.1."
-    assert f"\n{said}\n" in (place / "README.md").read_text()
+    assert f"\n{said}\n" in (place / "docs" / "results.md").read_text()
 
 
 def test_the_study_s_file_holds_no_sentence():
@@ -134,22 +166,92 @@ def test_the_study_s_file_holds_no_sentence():
     }
 
 
+def test_the_readme_sets_ours_against_the_best_expert_and_twin(place):
+    assert run(place) == 0
+    readme = (place / "README.md").read_text()
+    assert readme.startswith(f"before\n{report.BEGIN}\n\n**A GPU**\n")
+    assert readme.endswith(f"{report.END}\nafter\n")
+    lines = readme.splitlines()
+    assert "| ours, bf16 | - | 1 ± 2% | - | - | - | 12 | 1,500 |" in lines
+    assert "| **ours ÷ best expert** | - | 2.00 x | - | - | - | 0.40 x | 0.75 x |" in lines
+    assert "| **ours ÷ best twin** | - | 0.25 x | - | - | - | - | 0.50 x |" in lines
+    assert "Ours is slower than the fastest expert in step 2." in readme
+    assert "Not measured against the expert yet: step 1, digits step 1, digits step 2." in readme
+    assert "All of commit abc." in lines
+
+
+def test_a_ratio_is_of_rivals_that_took_turns(place):
+    """Max-autotune has a file of its own, with ours in it again."""
+    rows = {"ours+bf16": row(9000.0), "expert+max-autotune": row(27000.0)}
+    point = {"batch": 8, "size": 224, "rows": rows}
+    folder = place / "results" / "a-gpu"
+    write(folder / "train_step_2_max_autotune.json", {**HEAD, "points": [point]})
+    run(place)
+    readme = (place / "README.md").read_text()
+    assert "| **ours ÷ best expert** | - | 3.00 x |" in readme
+
+
+def test_missing_rivals_are_dashes_and_commits_are_told_apart(place, cpu):
+    assert run(place) == 0
+    readme = (place / "README.md").read_text().partition("**A CPU, 2 cores, no GPU**")[2]
+    lines = readme.splitlines()
+    assert "| ours | - | 1,000 ± 2% | - | 100 ± 2% | - | 32 | 700 |" in lines
+    assert "| expert | - | - | - | 160 ± 2% | - | - | - |" in lines
+    assert "| twin, torch.compile | - | - | - | - | - | - | - |" in lines
+    assert "| **ours ÷ best expert** | - | - | - | 1.25 x | - | - | - |" in lines
+    assert "**Of several commits**" in readme
+    assert "def: train_step_digits_2.json" in readme
+    assert "step 2 at batch 8, 224 x 224, threads: 2." in readme
+    page = (place / "docs" / "results.md").read_text().partition("## A CPU")[2]
+    assert "| obvious | 2,000 ± 2% | 3,900 | 4 | - | - |" in page
+    assert "| step 2, batch 64, 32 x 32, threads: 1 |" in page
+    assert "| ours | 700 | 650 | 720 |" in page
+
+
+def test_the_readme_shows_the_cpu_on_which_the_expert_was_measured(place, cpu):
+    newer = cpu.with_name("cpu-b-8-cores")
+    newer.mkdir()
+    rows = {"ours": row(8.0), "expert": row(4.0)}
+    points = [{"batch": 8, "size": 224, "rows": rows}]
+    head = {**HEAD, "device": "B CPU", "cpu": "family 1", "instructions": ["avx2"]}
+    write(newer / "train_step_2.json", {**head, "points": points})
+    run(place)
+    readme = (place / "README.md").read_text()
+    assert "**B CPU, family 1, avx2, 8 cores, no GPU**" in readme
+    assert "A CPU" not in readme
+    assert "## A CPU, 2 cores, no GPU" in (place / "docs" / "results.md").read_text()
+
+
 def test_without_any_gpu_that_is_said(tmp_path):
     (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}")
     (tmp_path / "results" / "tiny-cpu").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
     assert run(tmp_path) == 0
-    assert "### GPU\n\nNot measured yet: `make gpu`" in (tmp_path / "README.md").read_text()
+    assert "Not measured on a GPU yet: `make gpu`" in (tmp_path / "README.md").read_text()
 
 
-def test_check_tells_a_readme_that_differs(place, capsys):
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_check_tells_a_page_that_differs(place, name, capsys):
     assert run(place, "--check") == 1
-    assert "run python -m benchmarks.report" in capsys.readouterr().err
     assert "old" in (place / "README.md").read_text()
+    assert not (place / "docs" / "results.md").exists()
     assert run(place) == 0
+    capsys.readouterr()
     assert run(place, "--check") == 0
-    path = place / "results" / "a-gpu" / "train_step_2.json"
-    path.write_text(path.read_text().replace("8000.0", "8001.0"))
+    assert capsys.readouterr().err == ""
+    page = place / name
+    page.write_text(page.read_text().replace("1.5", "1.6").replace("1,500", "1,600"))
     assert run(place, "--check") == 1
+    said = capsys.readouterr().err
+    assert said == f"stale: {page}: run python -m benchmarks.report\n"
+
+
+def test_check_tells_a_file_that_changed(place, capsys):
+    run(place)
+    path = place / "results" / "a-gpu" / "train_step_2.json"
+    path.write_text(path.read_text().replace("0.001", "0.002"))
+    assert run(place, "--check") == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_pictures_are_the_same_every_time(place):
@@ -194,15 +296,15 @@ def test_a_readme_without_a_place_for_results(place):
         run(place)
 
 
-def test_the_readme_shows_what_is_in_the_files():
+def test_the_committed_pages_show_what_is_in_the_files():
     assert report.main(["--check"]) == 0
-    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "docs" / "results.md").read_text()
     shown = 0
     for device in report.devices(ROOT / "benchmarks" / "results"):
         for name in tables.STEP_FILES.values():
             for point in (device.get(name) or {"points": []})["points"]:
                 for each in point["rows"].values():
                     if "images_per_second" in each:
-                        assert f"{each['images_per_second']:,.4g} ±" in readme
+                        assert f"| {each['images_per_second']:,.4g} |" in page
                         shown += 1
     assert shown

@@ -97,7 +97,11 @@ def test_a_launch_takes_the_longer_of_its_two():
 def test_the_count_agrees_with_what_the_operators_are_given(word, plan, step):
     rival = rivals.parse(word)
     counted = traffic.counted_bytes(
-        lambda: rival.build("reactnet_a", step, 1.0, 1000), 8, 224, bf16=rival.bf16, device=CPU
+        lambda: rival.build("reactnet_a", step, num_classes=1000),
+        8,
+        224,
+        bf16=rival.bf16,
+        device=CPU,
     )
     launches = roofline.network_launches(
         "reactnet_a",

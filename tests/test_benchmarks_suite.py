@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from benchmarks import parts, suite
+from benchmarks import parts, suite, tables
 from benchmarks.parts import MINUTES, Part
 from tritonbnn import cli
 from tritonbnn.kernels import provenance
@@ -38,6 +38,18 @@ def test_parts_end_in_time_and_write_files_of_their_own(tmp_path):
             assert len(names) == len(set(names))
         for part in found:
             assert (part.result is None) == ("--json" not in part.command)
+
+
+def test_the_readmes_figures_are_a_suite_of_their_own(tmp_path, capsys):
+    flags = ["--device", "cpu", "--figures", "--dry-run", "--out", str(tmp_path)]
+    assert suite.main(flags) == 0
+    out = capsys.readouterr().out
+    files = [*tables.STEP_FILES.values(), *tables.DIGITS_FILES.values(), tables.PEAK]
+    for name in (*files, *tables.ONE_THREAD_FILES.values()):
+        assert f"{tmp_path}/{name}" in out
+    assert "benchmarks.report" in out
+    assert "tests-kernels" not in out
+    assert "benchmarks.seeds" not in out
 
 
 def test_the_real_thing_at_a_tiny_size_and_again(tmp_path, capfd):

@@ -96,8 +96,8 @@ class Scripted(Rival):
     after: int = 0
     scale: float = 1.0
 
-    def build(self, model, step, width, num_classes):
-        return Network(self, num_classes)
+    def build(self, model, step, **options):
+        return Network(self, options["num_classes"])
 
 
 def scripted(log):
@@ -134,6 +134,7 @@ def test_times_and_page_faults_are_those_of_the_steps(race):
     assert all(seconds >= NAP for seconds in row["seconds"])
     assert COUNT * sum(row["seconds"]) < elapsed
     assert row["images_per_second"] <= POINT.batch / NAP
+    assert 0 < row["cpu_seconds"] < NAP  # it sleeps for most of the time
     assert PAGES <= row["page_faults"] < 1.5 * PAGES
     assert rows["second"]["page_faults"] < PAGES / 2
 
@@ -229,7 +230,25 @@ def test_no_process_outlives_the_command(ending):
 def test_a_process_whose_peak_is_too_high_is_one_line(monkeypatch):
     monkeypatch.setattr(peak_memory, "peak_of_steps", die)
     with pytest.raises(cli.UserError, match=r"ours was killed, .*: choose a smaller --batch"):
-        peak_memory.in_fresh_process("ours", 8, 224, 1)
+        peak_memory.in_fresh_process("ours", 2, 8, 224, 1)
+
+
+def test_the_peak_is_that_of_the_steps_after_the_first(monkeypatch):
+    """A step that takes 300 MB for a moment, and keeps 200 MB from its first call on."""
+    kept = []
+
+    def of_known_size(model, images, labels, **options):
+        def step():
+            if not kept:
+                kept.append(torch.ones(50_000_000))
+            torch.ones(75_000_000)
+
+        return step
+
+    monkeypatch.setattr(peak_memory, "training_step", of_known_size)
+    threads = torch.get_num_threads()
+    peak = peak_memory.peak_of_steps("ours", 2, 2, 32, threads)
+    assert peak == pytest.approx(300, abs=20)  # the resident set is counted roughly
 
 
 def test_the_environment_is_as_before_afterwards():

@@ -59,6 +59,43 @@ def test_a_header_names_device_versions_and_command():
     assert "driver" not in head
 
 
+CPUINFO = """processor\t: {number}
+model name\t: AMD EPYC
+cpu family\t: 25
+model\t\t: {model}
+stepping\t: 1
+flags\t\t: fpu sse2 {flags}
+
+"""
+
+
+def folder_of(monkeypatch, path, model, flags):
+    """A results' folder on two such processors."""
+    path.write_text("".join(CPUINFO.format(number=n, model=model, flags=flags) for n in (0, 1)))
+    monkeypatch.setattr(provenance, "CPUINFO", path)
+    monkeypatch.setattr(provenance.os, "cpu_count", lambda: 2)
+    return provenance.folder_name(torch.device("cpu"))
+
+
+def test_processors_of_one_name_have_folders_of_their_own(tmp_path, monkeypatch):
+    info = tmp_path / "cpuinfo"
+    milan = folder_of(monkeypatch, info, 1, "avx avx2")
+    head = provenance.header("", torch.device("cpu"))
+    genoa = folder_of(monkeypatch, info, 17, "avx2 avx512f avx512_vpopcntdq avx512_bf16")
+    masked = folder_of(monkeypatch, info, 17, "avx2 avx512f")
+    assert milan == "cpu-amd-epyc-25-1-1-avx2-2-cores"
+    assert genoa.endswith("-25-17-1-avx512f-vpopcntdq-bf16-2-cores")
+    assert len({milan, genoa, masked}) == 3
+    assert (head["device"], head["cpu"]) == ("AMD EPYC", "family 25, model 1, stepping 1")
+    assert (head["instructions"], head["cores"]) == (["avx2"], 2)
+
+
+def test_without_the_kernels_word_there_is_a_name_still(tmp_path, monkeypatch):
+    monkeypatch.setattr(provenance, "CPUINFO", tmp_path / "nowhere")
+    assert provenance.folder_name(torch.device("cpu")).startswith("cpu-")
+    assert provenance.cpu_instructions() == []
+
+
 @pytest.mark.gpu
 def test_a_header_names_a_gpu_and_its_driver(gpu):
     head = provenance.header("", gpu)

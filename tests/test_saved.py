@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.baseline import ObviousReActNetA
+from benchmarks.expert import ExpertReActNetA
 from benchmarks.saved import saved_bytes, saved_slope
 from tritonbnn.models import build_model
 
@@ -25,6 +26,10 @@ def test_the_baseline_is_the_obvious_one():
     saved = saved_slope(ObviousReActNetA(), images)
     assert saved.per_image == pytest.approx(185, abs=8)
     assert saved.per_batch == pytest.approx(113, abs=2)
+
+
+def test_the_expert_saves_one_tensor_where_the_masks_save_many():
+    assert saved_slope(ExpertReActNetA(), images).per_image == pytest.approx(85.3, abs=0.2)
 
 
 class Autocast(torch.nn.Module):

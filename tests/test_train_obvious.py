@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from benchmarks import train_obvious
+from benchmarks.baseline import ObviousReActNetA
+from benchmarks.expert import ExpertReActNetA
 from tests.pictures import random_image
 from tritonbnn.cli import UserError
 from tritonbnn.train.arguments import parse
@@ -27,6 +29,21 @@ def flags(tmp_path):
         *("digits", "--data-dir", str(tmp_path / "images"), "--out", str(tmp_path / "run")),
         *("--image-size", "16", "--batch-size", "3"),
     ]
+
+
+def test_the_expert_takes_the_obvious_networks_first_updates(flags):
+    """Later ones part: where a sum rounds differently, a sign may flip."""
+    config = parse([*flags, "--epochs", "1", "--batch-size", "4"]).config
+    source, compute = open_images(config), Compute(torch.device("cpu"))
+    lines, weights = zip(
+        *(
+            train_obvious.train_step(2, config, source, compute, None, network)
+            for network in (ObviousReActNetA, ExpertReActNetA)
+        ),
+        strict=True,
+    )
+    assert lines[1][0]["train_loss"] == pytest.approx(lines[0][0]["train_loss"], rel=1e-4)
+    assert weights[0].keys() == weights[1].keys()
 
 
 def test_the_learning_rate_falls_by_epoch_to_zero(flags, tmp_path):

@@ -1,6 +1,7 @@
 """Binary convolution and its gradients in C: by counting bits, and by table."""
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -35,20 +36,22 @@ class WeightStrides(ctypes.Structure):
 
 
 def geometry(
-    size: tuple[int, int, int],
+    size: Sequence[int],
     channels: int,
     out_channels: int,
     kernel_size: int,
     stride: int,
     padding: int,
 ) -> Geometry:
-    """The problem of so many images, height and width.
+    """The problem of an input of ``size``: images, height and width.
 
     Raises:
         ValueError: the geometry is not supported.
     """
-    output = checks.conv_output_size(size[1], size[2], kernel_size, stride, padding)
-    return Geometry(*size, channels, *output, out_channels, kernel_size, stride, padding)
+    images, height, width = size
+    output = checks.conv_output_size(height, width, kernel_size, stride, padding)
+    shape = (images, height, width, channels, *output, out_channels)
+    return Geometry(*shape, kernel_size, stride, padding)
 
 
 def conv_packed(
@@ -63,11 +66,9 @@ def conv_packed(
 ) -> Tensor:
     """:func:`tritonbnn.eager.conv_packed`."""
     if dtype not in TYPES:
-        options = {"channels": channels, "stride": stride, "padding": padding, "dtype": dtype}
-        return eager.conv_packed(x, weight, alpha, **options)
-    shape = geometry(
-        tuple(x.shape[:3]), channels, weight.shape[0], weight.shape[1], stride, padding
-    )
+        window = {"channels": channels, "stride": stride, "padding": padding}
+        return eager.conv_packed(x, weight, alpha, dtype=dtype, **window)
+    shape = geometry(x.shape[:3], channels, weight.shape[0], weight.shape[1], stride, padding)
     y = empty_channels_last(shape.output_shape, dtype, x.device)
     operands = (x.contiguous(), weight.contiguous(), vector(alpha))
     library.call("conv_packed", *operands, y, TYPES[dtype], None, None, shape)
@@ -81,7 +82,7 @@ def conv_real(
     if not runs(dtype) or weight.dtype == torch.float64:
         return eager.conv_real(x, weight, stride=stride, padding=padding, dtype=dtype)
     out_channels, channels, kernel_size, _ = weight.shape
-    shape = geometry(tuple(x.shape[:3]), channels, out_channels, kernel_size, stride, padding)
+    shape = geometry(x.shape[:3], channels, out_channels, kernel_size, stride, padding)
     y = empty_channels_last(shape.output_shape, dtype, x.device)
     real = channels_last(weight.to(torch.float32))
     library.call("conv_real", x.contiguous(), real, y, TYPES[dtype], shape)
@@ -104,7 +105,10 @@ def conv_input_grad(
         size = {"channels": channels, "height": height, "width": width}
         window = {"stride": stride, "padding": padding}
         return eager.conv_input_grad(grad, weight, alpha, **size, **window)
-    shape = geometry((len(grad), height, width), channels, *weight.shape[:2], stride, padding)
+    out_channels, kernel_size = weight.shape[:2]
+    shape = geometry(
+        (len(grad), height, width), channels, out_channels, kernel_size, stride, padding
+    )
     dx = empty_channels_last((len(grad), channels, height, width), torch.float32, grad.device)
     real = channels_last(grad.to(torch.float32))
     library.call("input_grad", real, weight.contiguous(), vector(alpha), dx, shape)
@@ -118,7 +122,7 @@ def conv_weight_grad(
     window = {"stride": stride, "padding": padding}
     if not runs(grad.dtype):
         return eager.conv_weight_grad(grad, x, channels=channels, kernel_size=kernel_size, **window)
-    shape = geometry(tuple(x.shape[:3]), channels, grad.shape[1], kernel_size, stride, padding)
+    shape = geometry(x.shape[:3], channels, grad.shape[1], kernel_size, stride, padding)
     size = (grad.shape[1], channels, kernel_size, kernel_size)
     dweight = empty_channels_last(size, torch.float32, grad.device)
     library.call(

@@ -14,8 +14,8 @@ def conv_moments(
     x: Tensor, weight: Tensor, *, channels: int, stride: int, padding: int
 ) -> tuple[Tensor, Tensor]:
     """:func:`tritonbnn.eager.conv_moments`; the convolution's output is never written."""
-    size = (weight.shape[0], weight.shape[1], stride, padding)
-    shape = geometry(tuple(x.shape[:3]), channels, *size)
+    out_channels, kernel_size = weight.shape[:2]
+    shape = geometry(x.shape[:3], channels, out_channels, kernel_size, stride, padding)
     total, squares = torch.empty((2, weight.shape[0]), dtype=torch.float64, device=x.device)
     operands = (x.contiguous(), weight.contiguous(), None, None, TYPES[torch.int32])
     library.call("conv_packed", *operands, total, squares, shape)
