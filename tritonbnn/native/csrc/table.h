@@ -35,6 +35,7 @@ INLINE int64_t groups_of(int64_t numbers) { return (numbers + GROUP - 1) / GROUP
 INLINE void sums_of_three(const vec *numbers, vec *sums) {
     vec plus = numbers[0] + numbers[1], minus = numbers[0] - numbers[1], last = numbers[2];
     vec pairs[4] = {-plus, minus, -minus, plus};
+#pragma GCC unroll 4
     for (int e = 0; e < 4; e++) {
         sums[e] = pairs[e] - last;
         sums[e + 4] = pairs[e] + last;
@@ -49,7 +50,10 @@ INLINE void make_tables(tables *t, vec *numbers, int64_t count) {
         vec low[8], high[8];
         sums_of_three(numbers + g * GROUP, low);
         sums_of_three(numbers + g * GROUP + 3, high);
-        for (int e = 0; e < ENTRIES; e++) t->sums[g][e] = low[e & 7] + high[e >> 3];
+#pragma GCC unroll 8
+        for (int h = 0; h < 8; h++)
+#pragma GCC unroll 8
+            for (int l = 0; l < 8; l++) t->sums[g][8 * h + l] = low[l] + high[h];
     }
 }
 

@@ -166,22 +166,39 @@ typedef struct {
     weight_strides strides;
 } destination;
 
-/* Write the taps of 16 output channels, in the weight's own layout. */
-static void write_taps(const geometry *g, const destination *d, int64_t out, int64_t first_tap,
-                       int64_t last_tap, const vec *sums) {
-    weight_strides s = d->strides;
-    int64_t lanes = min64(LANES, g->out_channels - out);
-    for (int64_t tap = first_tap; tap < last_tap; tap++, sums += g->channels) {
-        int64_t at = out * s.out_channel + tap / g->kernel_size * s.row +
-                     tap % g->kernel_size * s.column;
-        for (int64_t first = 0; first < g->channels; first += BLOCK)
-            for (int64_t lane = 0; lane < lanes; lane++)
-                for (int64_t c = first; c < min64(first + BLOCK, g->channels); c++) {
-                    int64_t i = at + lane * s.out_channel + c * s.channel;
-                    float w = d->clip_by ? d->clip_by[i] : 0;
-                    d->values[i] = w > 1 || w < -1 ? 0 : sums[c][lane];
-                }
+/* The gradient of a weight: 0 where it is beyond +-1, which hardtanh's derivative says. */
+INLINE float clipped(const destination *d, int64_t at, float grad) {
+    float w = d->clip_by ? d->clip_by[at] : 0;
+    return w > 1 || w < -1 ? 0 : grad;
+}
+
+/* Four output channels by four channels that lie side by side. */
+INLINE void write_quads(const destination *d, int64_t at, const vec *sums, int64_t lane) {
+    const float *from[4];
+    float rows[4][4], *to[4];
+    for (int i = 0; i < 4; i++) {
+        from[i] = (const float *)(sums + i) + lane;
+        to[i] = rows[i];
     }
+    transpose_quads(from, to);
+    for (int i = 0; i < 4; i++, at += d->strides.out_channel)
+        for (int c = 0; c < 4; c++) d->values[at + c] = clipped(d, at + c, rows[i][c]);
+}
+
+/* Write the sums of a tap, [channel] by lanes, of 16 output channels, in the weight's layout. */
+static void write_tap(const geometry *g, const destination *d, int64_t at, int64_t lanes,
+                      const vec *sums) {
+    weight_strides s = d->strides;
+    int64_t quads = s.channel == 1 && lanes == LANES ? g->channels / 4 * 4 : 0;
+    for (int64_t lane = 0; lane < lanes; lane += 4)
+        for (int64_t c = 0; c < quads; c += 4)
+            write_quads(d, at + lane * s.out_channel + c, sums + c, lane);
+    for (int64_t first = quads; first < g->channels; first += BLOCK)
+        for (int64_t lane = 0; lane < lanes; lane++)
+            for (int64_t c = first; c < min64(first + BLOCK, g->channels); c++) {
+                int64_t i = at + lane * s.out_channel + c * s.channel;
+                d->values[i] = clipped(d, i, sums[c][lane]);
+            }
 }
 
 static void block_grad(const problem *p, const destination *d, int64_t out, int64_t first_tap,
@@ -201,7 +218,12 @@ static void block_grad(const problem *p, const destination *d, int64_t out, int6
         for (int64_t tap = first_tap; tap < last_tap; tap++)
             sum_taps(p, out, tap, tap + 1, 1, sums + (tap - first_tap) * channels, sums + count);
     }
-    write_taps(p->g, d, out, first_tap, last_tap, sums);
+    for (int64_t tap = first_tap; tap < last_tap; tap++) {
+        int64_t k = p->g->kernel_size, lanes = min64(LANES, p->g->out_channels - out);
+        int64_t at = out * d->strides.out_channel + tap / k * d->strides.row +
+                     tap % k * d->strides.column;
+        write_tap(p->g, d, at, lanes, sums + (tap - first_tap) * channels);
+    }
 }
 
 /* grad: (images, out_height, out_width, out_channels), float or bfloat16. signs: the packed input.
