@@ -17,17 +17,54 @@
 
 #define PIXELS 4 /* outputs side by side whose counts stay in registers */
 
-/* The bits that are 1 in each lane. */
-INLINE ivec count_bits(uvec x) {
+/* The 16 lanes as one register or as several, whatever the machine has. Bits are counted in parts
+   that are cheap to add, and a lane's parts are joined at the end: one part a lane where an
+   instruction counts bits, else one a byte, which holds the counts of 31 words. */
 #if defined(__AVX512VPOPCNTDQ__)
-    return (ivec)_mm512_popcnt_epi32((__m512i)x);
+enum { REGISTERS = 1 };
+#define PARTS_HOLD INT64_MAX
+#elif defined(__AVX2__)
+enum { REGISTERS = 2 };
+#define PARTS_HOLD 31
+#else
+enum { REGISTERS = 4 };
+#define PARTS_HOLD 31
+#endif
+
+typedef uint32_t lanes __attribute__((vector_size(sizeof(uvec) / REGISTERS)));
+
+INLINE lanes count_parts(lanes x) {
+#if defined(__AVX512VPOPCNTDQ__)
+    return (lanes)_mm512_popcnt_epi32((__m512i)x);
+#elif defined(__AVX2__)
+    const __m256i counts = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4)); /* of half a byte */
+    __m256i low = (__m256i)(x & 0x0f0f0f0f), high = (__m256i)(x >> 4 & 0x0f0f0f0f);
+    return (lanes)_mm256_add_epi8(_mm256_shuffle_epi8(counts, low),
+                                  _mm256_shuffle_epi8(counts, high));
 #else
     x = x - (x >> 1 & 0x55555555);
     x = (x & 0x33333333) + (x >> 2 & 0x33333333);
-    x = (x + (x >> 4)) & 0x0f0f0f0f;
-    x += x >> 8;
-    return (ivec)((x + (x >> 16)) & 0x3f);
+    return (x + (x >> 4)) & 0x0f0f0f0f;
 #endif
+}
+
+INLINE lanes join_parts(lanes parts) {
+#if defined(__AVX512VPOPCNTDQ__)
+    return parts;
+#else
+    lanes pairs = (parts & 0x00ff00ff) + (parts >> 8 & 0x00ff00ff);
+    return (pairs & 0xffff) + (pairs >> 16);
+#endif
+}
+
+INLINE ivec count_bits(const uvec *x) {
+    lanes registers[REGISTERS];
+    memcpy(registers, x, sizeof registers);
+    for (int r = 0; r < REGISTERS; r++) registers[r] = join_parts(count_parts(registers[r]));
+    ivec counts;
+    memcpy(&counts, registers, sizeof counts);
+    return counts;
 }
 
 typedef struct {
@@ -48,14 +85,21 @@ typedef struct {
 INLINE void differences(const problem *p, const uint32_t *input, int64_t block, int pixels,
                         ivec counts[PIXELS]) {
     const geometry *g = p->g;
-    int64_t words = p->map.pixel, step = g->stride * words;
-    const uvec *weight = p->weight + block * g->kernel_size * g->kernel_size * words;
-    for (int i = 0; i < pixels; i++) counts[i] = (ivec){0};
-    for (int64_t ty = 0; ty < g->kernel_size; ty++)
-        for (int64_t at = 0; at < g->kernel_size * words; at++, weight++) {
-            const uint32_t *from = input + ty * p->map.row + at;
-            for (int i = 0; i < pixels; i++) counts[i] += count_bits(*weight ^ from[i * step]);
+    int64_t words = p->map.pixel, step = g->stride * words, row = g->kernel_size * words;
+    const lanes *weight = (const lanes *)(p->weight + block * g->kernel_size * row);
+    lanes totals[PIXELS][REGISTERS] = {{{0}}};
+    for (int64_t ty = 0; ty < g->kernel_size; ty++, input += p->map.row)
+        for (int64_t at = 0; at < row;) {
+            int64_t last = row - at < PARTS_HOLD ? row : at + PARTS_HOLD;
+            lanes parts[PIXELS][REGISTERS] = {{{0}}};
+            for (; at < last; at++, weight += REGISTERS)
+                for (int i = 0; i < pixels; i++)
+                    for (int r = 0; r < REGISTERS; r++)
+                        parts[i][r] += count_parts(weight[r] ^ input[at + i * step]);
+            for (int i = 0; i < pixels; i++)
+                for (int r = 0; r < REGISTERS; r++) totals[i][r] += join_parts(parts[i][r]);
         }
+    memcpy(counts, totals, pixels * sizeof *counts);
 }
 
 /* Store the sums of 16 output channels at a pixel, in the result's type, scaled if there is a scale. */
@@ -164,7 +208,7 @@ static void find_whole(const problem *p, int64_t y, int64_t x, ivec *whole) {
                          is_inside(g, x, tap % g->kernel_size, g->width);
             if (inside) total += (int32_t)g->channels;
             for (int64_t i = 0; !inside && i < words; i++)
-                total += 2 * count_bits(p->weight[(block * taps + tap) * words + i]);
+                total += 2 * count_bits(&p->weight[(block * taps + tap) * words + i]);
         }
         whole[block] = total;
     }
