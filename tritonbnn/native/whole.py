@@ -157,10 +157,13 @@ def backward(
     grad, x = channels_last(grad), channels_last(x)
     residual = None if residual is None else channels_last(residual)
     weight = weight if kept.packed is not None else channels_last(weight)
+    dweight = torch.empty_like(weight) if wants_weight else None
+    if dweight is not None and dweight.stride() != weight.stride():
+        weight = weight.contiguous()  # C writes one where it reads the other; this was a view
     out_channels, channels = weight.shape[:2]
     gradients = Gradients(
         x=torch.empty_like(x) if wants_input else None,
-        weight=torch.empty_like(weight) if wants_weight else None,
+        weight=dweight,
         sums=torch.empty((4, out_channels)),
         shift_in=torch.empty(channels) if wants_input else None,
         residual=None if residual is None else torch.empty_like(residual),
@@ -175,7 +178,7 @@ def backward(
         shift_mid=shift_mid,
         slope=slope,
         dx=gradients.x,
-        dweight=gradients.weight,
+        dweight=dweight,
         sums=gradients.sums,
         dshift_in=gradients.shift_in,
         dresidual=gradients.residual,
