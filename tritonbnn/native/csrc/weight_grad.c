@@ -5,8 +5,9 @@
    gradients make the tables, which serve all taps and input channels.
 
    A padded sign is neither +1 nor -1. Its bit is 0, which counts as -1, so the gradients of those
-   pixels whose tap falls on padding are added once more. Where that sum is not finite the pixels
-   are left out instead, tap by tap: infinity minus infinity is no number. */
+   pixels whose tap falls on padding are added once more. Where those are nearly all that a channel
+   has, or not finite, the pixels are left out instead, tap by tap: their difference would be
+   rounding, or infinity minus infinity. */
 #include "vector.h"
 
 #include "bits.h"
@@ -15,6 +16,7 @@
 #include "workspace.h"
 
 #define BLOCK 64 /* channels that are transposed at a time, so that they stay in the first cache */
+#define MOST 0.9f /* of a channel's gradients, at which padding is left out instead */
 #define SPAN 128 /* words whose sums have an accumulator of their own: long sums lose digits */
 
 typedef struct {
@@ -130,12 +132,16 @@ static void sum_taps(const problem *p, int64_t out, int64_t first_tap, int64_t l
     }
 }
 
-/* The sum of the gradients whose tap falls on padding. */
-static vec padded_sum(const problem *p, int64_t out, int64_t tap) {
+/* Without the signs. */
+INLINE vec absolute(vec v) { return (vec)((ivec)v & 0x7fffffff); }
+
+/* The sum of the gradients whose tap falls on padding, and of their absolute values. */
+static vec padded_sum(const problem *p, int64_t out, int64_t tap, vec *size) {
     const geometry *g = p->g;
     int64_t ty = tap / g->kernel_size, tx = tap % g->kernel_size;
     int64_t lanes = min64(LANES, g->out_channels - out), per_image = g->out_height * g->out_width;
     vec total = splat(0);
+    *size = splat(0);
     for (int64_t y = 0; y < g->out_height; y++) {
         int64_t row = y * g->stride + ty - g->padding;
         int all = row < 0 || row >= g->height;
@@ -145,7 +151,9 @@ static vec padded_sum(const problem *p, int64_t out, int64_t tap) {
             vec images = splat(0);
             for (int64_t n = 0; n < g->images; n++) {
                 int64_t at = (n * per_image + y * g->out_width + x) * g->out_channels + out;
-                images += load_some(p->grad, p->grad_type, at, lanes);
+                vec numbers = load_some(p->grad, p->grad_type, at, lanes);
+                images += numbers;
+                *size += absolute(numbers);
             }
             total += images;
         }
@@ -153,10 +161,20 @@ static vec padded_sum(const problem *p, int64_t out, int64_t tap) {
     return total;
 }
 
-INLINE int is_finite(vec v) {
-    vec zero = v - v;
+/* The sum of the absolute values of all gradients. */
+static vec size_of_all(const problem *p, int64_t out) {
+    int64_t lanes = min64(LANES, p->g->out_channels - out);
+    vec total = splat(0);
+    for (int64_t i = 0; i < p->pixels; i++)
+        total += absolute(load_some(p->grad, p->grad_type, i * p->g->out_channels + out, lanes));
+    return total;
+}
+
+/* Whether the gradients on padding can be added and taken off again, in all lanes. */
+INLINE int can_cancel(vec padded, vec padded_size, vec size) {
+    vec zero = padded - padded, most = MOST * size;
     for (int lane = 0; lane < LANES; lane++)
-        if (zero[lane] != 0) return 0;
+        if (zero[lane] != 0 || !(padded_size[lane] <= most[lane])) return 0;
     return 1;
 }
 
@@ -188,18 +206,19 @@ static void block_grad(const problem *p, const destination *d, int64_t out, int6
                        int64_t last_tap) {
     int64_t channels = p->g->channels, count = (last_tap - first_tap) * channels;
     vec *sums = tritonbnn_workspace(WORKSPACE_OWN, 2 * count * sizeof(vec));
-    int finite = 1;
+    vec size = p->g->padding ? size_of_all(p, out) : splat(0);
+    int left_out[9]; /* of each tap: a kernel has 3 x 3 at most */
     for (int64_t tap = first_tap; tap < last_tap; tap++) {
-        vec padded = padded_sum(p, out, tap);
-        finite = finite && is_finite(padded);
+        vec padded_size, padded = padded_sum(p, out, tap, &padded_size);
+        left_out[tap] = !can_cancel(padded, padded_size, size);
         for (int64_t c = 0; c < channels; c++) sums[(tap - first_tap) * channels + c] = padded;
     }
-    if (finite) {
-        sum_taps(p, out, first_tap, last_tap, 0, sums, sums + count);
-    } else {
-        memset(sums, 0, count * sizeof(vec));
-        for (int64_t tap = first_tap; tap < last_tap; tap++)
-            sum_taps(p, out, tap, tap + 1, 1, sums + (tap - first_tap) * channels, sums + count);
+    sum_taps(p, out, first_tap, last_tap, 0, sums, sums + count);
+    for (int64_t tap = first_tap; tap < last_tap; tap++) {
+        if (!left_out[tap]) continue;
+        vec *of_tap = sums + (tap - first_tap) * channels;
+        memset(of_tap, 0, channels * sizeof(vec));
+        sum_taps(p, out, tap, tap + 1, 1, of_tap, sums + count);
     }
     write_taps(p->g, d, out, first_tap, last_tap, sums);
 }
@@ -216,7 +235,7 @@ EXPORT void tritonbnn_weight_grad(const void *grad, int64_t grad_type, const uin
     int64_t blocks = ceil_div(g->out_channels, LANES);
     /* Taps are parted only where there are few blocks for the threads: each part makes its own
        tables. No sum is parted, so its bits are the same. */
-    int64_t parts = min64(p.taps, ceil_div(threads, blocks));
+    int64_t parts = min64(p.taps, ceil_div(threads, max64(blocks, 1)));
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t job = 0; job < blocks * parts; job++) {
         int64_t part = job % parts;
