@@ -197,7 +197,7 @@ static void write_taps(const geometry *g, const destination *d, int64_t out, int
                 for (int64_t c = first; c < min64(first + BLOCK, g->channels); c++) {
                     int64_t i = at + lane * s.out_channel + c * s.channel;
                     float w = d->clip_by ? d->clip_by[i] : 0;
-                    d->values[i] = w > 1 || w < -1 ? 0 : sums[c][lane];
+                    d->values[i] = w <= 1 && w >= -1 ? sums[c][lane] : 0; /* 0 for a NaN too */
                 }
     }
 }
