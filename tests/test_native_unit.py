@@ -159,7 +159,11 @@ def assert_right(unit):
     result, row = unit.run(whole), unit.run(composed)
     for name, truth in unit.truth().items():
         assert result[name].dtype == row[name].dtype, name
-        assert_no_worse_than_eager(result[name], row[name], truth)
+        if unit.grad.dtype == torch.float32:
+            assert_no_worse_than_eager(result[name], row[name], truth)
+        elif truth.numel():  # of a few values, either may be lucky in its roundings
+            error, usual = ((r[name] - truth).abs().max() for r in (result, row))
+            assert error <= 2 * usual + 2**-9 * truth.abs().max(), name
     packed = eager.pack_signs(result["z"], unit.next_shift)
     assert torch.equal(result["signs"], packed if unit.options.pack else packed[..., :0])
     for name, expected in row.items():
@@ -208,28 +212,34 @@ def test_given_signs_are_used():
     torch.testing.assert_close(u.run(whole)["z"], u.run(composed)["z"])
 
 
+def assert_equal_by_threads(unit):
+    """Assert the same bits for any number of threads.
+
+    The gradient of a real weight's convolution to its input is torch's, which promises none.
+    """
+    of_torch = () if unit.options.binary_weight else ("dx", "dshift_in")
+    first, *others = (with_threads(n, lambda: unit.run(whole)) for n in THREADS)
+    for other in others:
+        for name, result in first.items():
+            if result is not None and name not in of_torch:
+                assert torch.equal(result, other[name]), name
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("binary_weight", [True, False], ids=["step2", "step1"])
 @pytest.mark.parametrize("unit", UNITS_, ids=[p.id for p in UNITS])
 def test_bits_do_not_depend_on_the_number_of_threads(isa, unit, binary_weight, dtype):
-    u = Unit(*unit, binary_weight=binary_weight).to(dtype)
-    first, *others = (with_threads(n, lambda: u.run(whole)) for n in THREADS)
-    for other in others:
-        for name, result in first.items():
-            assert result is None or torch.equal(result, other[name]), name
+    assert_equal_by_threads(Unit(*unit, binary_weight=binary_weight).to(dtype))
 
 
 @pytest.mark.parametrize("binary_weight", [True, False], ids=["step2", "step1"])
 def test_a_large_unit_does_not_depend_on_the_number_of_threads(binary_weight):
     """Several blocks, tiles, strips and spans."""
-    u = Unit((3, 40, 57, 61), 40, 3, 1, "identity", binary_weight=binary_weight)
-    first, *others = (with_threads(n, lambda: u.run(whole)) for n in THREADS)
-    for other in others:
-        for name, result in first.items():
-            assert result is None or torch.equal(result, other[name]), name
+    shape = (3, 40, 57, 61)
+    assert_equal_by_threads(Unit(shape, 40, 3, 1, "identity", binary_weight=binary_weight))
 
 
-SPECIAL = (torch.nan, torch.inf, -torch.inf, 1e-40, 3e38, 0.0, -0.0)
+SPECIAL = (torch.nan, torch.inf, -torch.inf, 1e-40, 1e30, 0.0, -0.0)
 
 
 def with_special_values(values, seed):
@@ -515,12 +525,14 @@ def test_a_module_that_has_computed_is_copied_and_pickled():
         assert torch.equal(other(x), expected)
 
 
-@pytest.mark.parametrize("binary_weights", [True, False], ids=["step2", "step1"])
-def test_training_does_not_depend_on_the_number_of_threads(binary_weights):
+def test_training_does_not_depend_on_the_number_of_threads():
+    """All but the stem's weight, whose gradient is torch's: that does depend on it."""
+
     def trained():
         torch.manual_seed(0)
         options = {"width": 0.25, "small_images": True, "in_channels": 1, "num_classes": 10}
-        network = build_model("reactnet_a", binary_weights=binary_weights, **options)
+        network = build_model("reactnet_a", **options)
+        network.stem[0].requires_grad_(False)
         optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
         for _ in range(3):
             optimizer.zero_grad()
