@@ -268,6 +268,9 @@ def test_nan_and_infinity_go_where_eager_has_them(isa, monkeypatch, unit, given,
     result = u.run(whole)
     monkeypatch.setenv("TRITONBNN_LAUNCHERS", "eager")
     plain = u.run(composed)
+    of_nan = u.t["weight"].isnan()  # torch's hardtanh passes a gradient there in some layouts only
+    assert not result["dweight"][of_nan].any()
+    plain["dweight"][of_nan] = 0
     for key, expected in plain.items():
         if expected is None or not expected.is_floating_point():
             continue
