@@ -14,8 +14,8 @@ def channel_moments(a: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`tritonbnn.eager.channel_moments`."""
     if a.dtype not in TYPES:
         return eager.channel_moments(a)
-    mean = torch.empty(a.shape[1], dtype=torch.float64, device=a.device)
-    variance = torch.empty_like(mean)  # of its own: operators may not return views of one tensor
+    # not two rows of one tensor: operators may not return views of one
+    mean, variance = (torch.empty(a.shape[1], dtype=torch.float64) for _ in range(2))
     data = channels_last(a)
     library.call("channel_moments", data, TYPES[a.dtype], pixels(a), a.shape[1], mean, variance)
     return mean, variance
