@@ -67,7 +67,8 @@ class _BinaryUnit(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gamma, shift_in, shift_mid, slope, residual, *kept = ctx.saved_tensors
         needs_x, needs_weight, _, _, needs_shift_in = ctx.needs_input_grad[:5]
-        compute = whole.backward if ctx.at_once else composed.backward
+        at_once = ctx.at_once and not library.through_operators(grad)
+        compute = whole.backward if at_once else composed.backward
         gradients = compute(
             *(grad, x, weight, gamma, shift_in, shift_mid, slope, residual, Kept(*kept)),
             ctx.options,
