@@ -470,6 +470,34 @@ def test_tensors_that_are_not_their_memory(name, kind):
         torch.testing.assert_close(plain, expected[key], rtol=1e-4, atol=1e-4, msg=key)
 
 
+@pytest.mark.parametrize("kind", ["wrapper", "negated"])
+def test_a_gradient_that_is_not_its_memory(kind):
+    u = Unit((2, 33, 5, 3), 33, 3, 1, "identity")
+    expected = u.run(whole)
+    leaves = leaves_of(u)
+    grad = KINDS[kind](u.grad.contiguous(memory_format=torch.channels_last))
+    by_ops(u, leaves).backward(grad)
+    for name, leaf in leaves.items():
+        plain = leaf.grad.a if isinstance(leaf.grad, TwoTensor) else leaf.grad
+        torch.testing.assert_close(plain, expected[f"d{name}"], rtol=1e-4, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("unit", UNITS_, ids=[p.id for p in UNITS])
+def test_hooks_may_move_what_is_saved(unit):
+    """To memory in another order, as a hook that stores tensors elsewhere may."""
+    u = Unit(*unit)
+    expected = u.run(whole)
+    leaves = leaves_of(u)
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: torch.stack((t, t * 0), dim=-1), lambda pair: pair[..., 0]
+    )
+    with hooks:
+        z = by_ops(u, leaves)
+    z.backward(u.grad)
+    for name, leaf in leaves.items():  # the weight may be summed in another order
+        torch.testing.assert_close(leaf.grad, expected[f"d{name}"], rtol=1e-5, atol=1e-5, msg=name)
+
+
 def test_a_compiled_unit_is_a_row_of_operators(monkeypatch):
     """torch.compile is to see operators; what it traced runs as it is."""
     u = Unit((2, 33, 5, 3), 33, 3, 1, "identity")
