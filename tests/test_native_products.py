@@ -177,8 +177,8 @@ def test_long_sums_keep_their_digits(isa):
     p.signs[:, ::2] = 1
     p.packed = eager.pack_signs(p.signs)
     truth = p.truth()["weight_grad"]
-    result, plain = (p.weight_grad(module, torch.float32) for module in (native, eager))
-    assert_no_worse_than_eager(result, plain, truth)
+    error = (p.weight_grad(native, torch.float32) - truth).abs().max()
+    assert error <= 1e-6 * truth.abs().max()  # eager torch's is five times as large
 
 
 def test_long_sums_over_channels_keep_their_digits(isa):
