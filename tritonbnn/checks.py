@@ -107,7 +107,7 @@ def conv_output_size(
     """Output height and width of a convolution, after checking that its geometry is supported.
 
     Supported: 3x3 and 1x1 kernels, stride 1 or 2, padding ``kernel_size // 2``, no dilation, no
-    groups.
+    groups, images of one pixel at least.
     """
     if kernel_size not in (1, 3):
         raise ValueError(f"kernel_size must be 1 or 3, not {kernel_size}")
@@ -117,5 +117,7 @@ def conv_output_size(
         raise ValueError(
             f"padding must be {kernel_size // 2} for kernel_size {kernel_size}, not {padding}"
         )
+    if height < 1 or width < 1:
+        raise ValueError(f"an image must have height and width, not {height} x {width}")
     reach = kernel_size - 2 * padding
     return (height - reach) // stride + 1, (width - reach) // stride + 1

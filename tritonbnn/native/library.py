@@ -57,7 +57,7 @@ class Library:
             if tensor is not None:
                 if not tensor.is_cpu:
                     raise ValueError(f"{name}: a tensor is on {tensor.device}, others on the CPU")
-                values[index] = tensor.data_ptr()
+                values[index] = pointer(tensor)
         function(*values)
 
     def best_isa(self) -> str:
@@ -75,6 +75,18 @@ class Library:
         pointers = [index for index, kind in enumerate(kinds) if kind is ctypes.c_void_p]
         self._functions[name] = function, pointers
         return self._functions[name]
+
+
+def pointer(tensor: Tensor) -> int:
+    """Where a tensor's data are.
+
+    Raises:
+        ValueError: it has none.
+    """
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise ValueError(f"a {type(tensor).__name__} holds no data that the C functions could read")
+    return address
 
 
 def _kind(argument: Any) -> Any:

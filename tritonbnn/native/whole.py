@@ -47,7 +47,7 @@ class _Unit(ctypes.Structure):
         """Point the fields of these names at tensors' data, which the caller keeps alive."""
         for name, tensor in tensors.items():
             if tensor is not None:
-                setattr(self, name, tensor.data_ptr())
+                setattr(self, name, library.pointer(tensor))
 
 
 def takes(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
@@ -138,6 +138,21 @@ def forward(
     return (z, next_signs, mean, variance), kept
 
 
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _as_left(kept: Kept) -> Kept:
+    """In the memory in which forward left it: hooks of autograd may return it in another."""
+    return kept._replace(
+        signs=kept.signs.contiguous(),
+        packed=_contiguous(kept.packed),
+        alpha=_contiguous(kept.alpha),
+        a=None if kept.a is None else channels_last(kept.a),
+        vectors=kept.vectors.contiguous(),
+    )
+
+
 def backward(
     grad: Tensor,
     x: Tensor,
@@ -156,11 +171,17 @@ def backward(
     """All gradients of a unit; those to x and shift_in, and to the weight, if they are wanted."""
     grad, x = channels_last(grad), channels_last(x)
     residual = None if residual is None else channels_last(residual)
+    kept = _as_left(kept)
+    vectors = {"gamma": gamma, "shift_in": shift_in, "shift_mid": shift_mid, "slope": slope}
+    vectors = {name: _contiguous(vector) for name, vector in vectors.items()}
     weight = weight if kept.packed is not None else channels_last(weight)
+    dweight = torch.empty_like(weight) if wants_weight else None
+    if dweight is not None and dweight.stride() != weight.stride():
+        weight = weight.contiguous()  # C writes one where it reads the other; this was a view
     out_channels, channels = weight.shape[:2]
     gradients = Gradients(
         x=torch.empty_like(x) if wants_input else None,
-        weight=torch.empty_like(weight) if wants_weight else None,
+        weight=dweight,
         sums=torch.empty((4, out_channels)),
         shift_in=torch.empty(channels) if wants_input else None,
         residual=None if residual is None else torch.empty_like(residual),
@@ -170,12 +191,9 @@ def backward(
     unit.a_type, unit.wants_input = TYPES[a_type], wants_input
     unit.point(
         grad=grad,
-        gamma=gamma,
-        shift_in=shift_in,
-        shift_mid=shift_mid,
-        slope=slope,
+        **vectors,
         dx=gradients.x,
-        dweight=gradients.weight,
+        dweight=dweight,
         sums=gradients.sums,
         dshift_in=gradients.shift_in,
         dresidual=gradients.residual,

@@ -52,7 +52,7 @@ def _operator(fake: Callable[..., Any]) -> Callable[..., Any]:
     OPERATORS[name] = operator
 
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if through_operators(x):
+        if through_operators(x, *args):
             return operator(x, *args, **kwargs)
         return launch(x, *args, **kwargs)
 
@@ -61,14 +61,21 @@ def _operator(fake: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def through_operators(x: Tensor) -> bool:
-    """Whether a launcher is called as torch's operator: torch traces, or a caller asks for it."""
-    return torch.compiler.is_compiling() or _always_dispatched or not _holds_data(x)
+def through_operators(*operands: Any) -> bool:
+    """Whether a launcher is called as torch's operator.
+
+    So it is where torch traces, where a caller asks for it, and where an operand is not what its
+    memory holds, so that torch must see to it first.
+    """
+    if torch.compiler.is_compiling() or _always_dispatched:
+        return True
+    return not all(_holds_data(x) for x in operands if isinstance(x, Tensor))
 
 
 def _holds_data(x: Tensor) -> bool:
-    """Whether ``x`` is an ordinary tensor: neither a tracing subclass nor on the meta device."""
-    return type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
+    """Whether ``x`` is an ordinary tensor: of no subclass, not meta, sparse, or negated lazily."""
+    ordinary = type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided
+    return ordinary and not x.is_meta and not x.is_neg()
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -68,7 +68,8 @@ class _BinaryUnit(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, gamma, shift_in, shift_mid, slope, residual, *kept = ctx.saved_tensors
         needs_x, needs_weight, _, _, needs_shift_in = ctx.needs_input_grad[:5]
-        compute = whole.backward if ctx.at_once else composed.backward
+        at_once = ctx.at_once and not library.through_operators(grad)
+        compute = whole.backward if at_once else composed.backward
         gradients = compute(
             *(grad, x, weight, gamma, shift_in, shift_mid, slope, residual, Kept(*kept)),
             ctx.options,
@@ -96,7 +97,7 @@ def _runs_at_once(x: Tensor, weight: Tensor, *others: Tensor | None, options: Op
     """
     return (
         options.group is None
-        and not library.through_operators(x)
+        and not library.through_operators(x, weight, *others)
         and backend.launchers(x.device) is native
         and whole.takes(x, weight, *others)
     )
@@ -170,12 +171,22 @@ def binary_unit(
     checks.check_per_channel(weight.shape[0], **vectors)
     checks.check_per_channel(x.shape[1], shift_in=shift_in)
     checks.check_per_channel(weight.shape[0], next_shift=next_shift)
+    given = None if statistics is None else Statistics(*statistics)
+    by_name = {} if given is None else given._asdict()
+    checks.check_per_channel(weight.shape[0], **by_name)
     if signs is not None:
         checks.check_packed("signs", signs, x.shape[1])
         checks.check_shape("signs", signs, (x.shape[0], *x.shape[2:], signs.shape[-1]))
     residual = shortcut if isinstance(shortcut, Tensor) else None
     checks.check_same_device(
-        x=x, weight=weight, shift_in=shift_in, shortcut=residual, signs=signs, **vectors
+        x=x,
+        weight=weight,
+        shift_in=shift_in,
+        shortcut=residual,
+        signs=signs,
+        next_shift=next_shift,
+        **vectors,
+        **by_name,
     )
     if len({v is None for v in (shift_mid, slope, shift_out)}) > 1:
         raise ValueError("shift_mid, slope and shift_out must be given together, or none of them")
@@ -190,7 +201,6 @@ def binary_unit(
         )
     x = autocast_input(x)
     residual = None if residual is None else residual.to(x.dtype)
-    given = None if statistics is None else Statistics(*statistics)
     if plan == "auto":
         plan = _planned(*x.shape, *weight.shape[::2], stride, x.dtype, binary_weight, x.device)
     options = Options(stride, kind, binary_weight, eps, plan, group, pack)

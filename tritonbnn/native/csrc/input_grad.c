@@ -70,8 +70,13 @@ static void load_row(const problem *p, const strip strips[LANES], int64_t row, v
         }
     for (int64_t i = quads; i < size; i++)
         for (int lane = 0; lane < LANES; lane++) numbers[i][lane] = rows[lane] ? rows[lane][i] : 0;
+    ivec used = {0};
+    for (int lane = 0; lane < LANES; lane++) used[lane] = rows[lane] ? -1 : 0;
     for (int64_t x = 0; x < g->out_width; x++)
-        for (int64_t o = 0; o < outputs; o++) numbers[x * outputs + o] *= p->alpha[o];
+        for (int64_t o = 0; o < outputs; o++) { /* 0 stays 0 where alpha is infinite */
+            vec *number = numbers + x * outputs + o;
+            *number = (vec)(used & (ivec)(*number * p->alpha[o]));
+        }
 }
 
 /* Add what one row of grad sends to the strip: sums[row][column][channel]. */

@@ -5,8 +5,9 @@
    gradients make the tables, which serve all taps and input channels.
 
    A padded sign is neither +1 nor -1. Its bit is 0, which counts as -1, so the gradients of those
-   pixels whose tap falls on padding are added once more. Where that sum is not finite the pixels
-   are left out instead, tap by tap: infinity minus infinity is no number. */
+   pixels whose tap falls on padding are added once more. Where those are nearly all that a channel
+   has, or not finite, the pixels are left out instead, tap by tap: their difference would be
+   rounding, or infinity minus infinity. */
 #include "vector.h"
 
 #include "bits.h"
@@ -15,6 +16,7 @@
 #include "workspace.h"
 
 #define BLOCK 64 /* channels that are transposed at a time, so that they stay in the first cache */
+#define MOST 0.9f /* of a channel's gradients, at which padding is left out instead */
 #define SPAN 128 /* words whose sums have an accumulator of their own: long sums lose digits */
 
 typedef struct {
@@ -108,19 +110,24 @@ static void load_pixels(const problem *p, int64_t word, int64_t out, int64_t onl
         if (!is_inside(g, at, only_tap)) numbers[i] = splat(0);
 }
 
-/* sums[tap][channel] of the given taps. With mask, each tap has tables of its own. */
-static void sum_taps(const problem *p, int64_t out, int64_t first_tap, int64_t last_tap, int mask,
-                     vec *sums, vec *span_sums) {
+/* Without the signs. */
+INLINE vec absolute(vec v) { return (vec)((ivec)v & 0x7fffffff); }
+
+/* Add sums[tap][channel] of the given taps; return the sum of the gradients' absolute values. With
+   mask, the gradients are left out whose one tap falls on padding. */
+static vec sum_taps(const problem *p, int64_t out, int64_t first_tap, int64_t last_tap, int mask,
+                    vec *sums, vec *span_sums) {
     int64_t channels = p->g->channels, count = (last_tap - first_tap) * channels;
     int64_t words = table_words(p->pixels);
     tables t;
-    vec numbers[WORD];
+    vec numbers[WORD], absolute_sum = splat(0);
     for (int64_t start = 0; start < words; start += SPAN) {
         vec *into = words > SPAN ? span_sums : sums;
         if (into == span_sums) memset(span_sums, 0, count * sizeof(vec));
         for (int64_t word = start; word < min64(start + SPAN, words); word++) {
             int64_t size = word_size(p->pixels, word);
             load_pixels(p, word, out, mask ? first_tap : -1, numbers);
+            for (int64_t i = 0; i < size; i++) absolute_sum += absolute(numbers[i]);
             make_tables(&t, numbers, size);
             const uint32_t *signs = p->index + (word * p->taps + first_tap) * channels;
             add_products(&t, groups_of(size), signs, 1, into, count);
@@ -128,14 +135,16 @@ static void sum_taps(const problem *p, int64_t out, int64_t first_tap, int64_t l
         if (into == sums) continue;
         for (int64_t i = 0; i < count; i++) sums[i] += span_sums[i];
     }
+    return absolute_sum;
 }
 
-/* The sum of the gradients whose tap falls on padding. */
-static vec padded_sum(const problem *p, int64_t out, int64_t tap) {
+/* The sum of the gradients whose tap falls on padding, and of their absolute values. */
+static vec padded_sum(const problem *p, int64_t out, int64_t tap, vec *size) {
     const geometry *g = p->g;
     int64_t ty = tap / g->kernel_size, tx = tap % g->kernel_size;
     int64_t lanes = min64(LANES, g->out_channels - out), per_image = g->out_height * g->out_width;
     vec total = splat(0);
+    *size = splat(0);
     for (int64_t y = 0; y < g->out_height; y++) {
         int64_t row = y * g->stride + ty - g->padding;
         int all = row < 0 || row >= g->height;
@@ -145,7 +154,9 @@ static vec padded_sum(const problem *p, int64_t out, int64_t tap) {
             vec images = splat(0);
             for (int64_t n = 0; n < g->images; n++) {
                 int64_t at = (n * per_image + y * g->out_width + x) * g->out_channels + out;
-                images += load_some(p->grad, p->grad_type, at, lanes);
+                vec numbers = load_some(p->grad, p->grad_type, at, lanes);
+                images += numbers;
+                *size += absolute(numbers);
             }
             total += images;
         }
@@ -153,10 +164,11 @@ static vec padded_sum(const problem *p, int64_t out, int64_t tap) {
     return total;
 }
 
-INLINE int is_finite(vec v) {
-    vec zero = v - v;
+/* Whether the gradients on padding can be added and taken off again, in all lanes. */
+INLINE int can_cancel(vec padded, vec padded_size, vec size) {
+    vec zero = padded - padded, most = MOST * size;
     for (int lane = 0; lane < LANES; lane++)
-        if (zero[lane] != 0) return 0;
+        if (zero[lane] != 0 || !(padded_size[lane] <= most[lane])) return 0;
     return 1;
 }
 
@@ -166,10 +178,10 @@ typedef struct {
     weight_strides strides;
 } destination;
 
-/* The gradient of a weight: 0 where it is beyond +-1, which hardtanh's derivative says. */
+/* The gradient of a weight: 0 where the weight is beyond +-1, or no number. */
 INLINE float clipped(const destination *d, int64_t at, float grad) {
     float w = d->clip_by ? d->clip_by[at] : 0;
-    return w > 1 || w < -1 ? 0 : grad;
+    return w <= 1 && w >= -1 ? grad : 0;
 }
 
 /* Four output channels by four channels that lie side by side. */
@@ -201,28 +213,28 @@ static void write_tap(const geometry *g, const destination *d, int64_t at, int64
             }
 }
 
+/* The gradients of some taps of 16 output channels. Whether padding is left out is decided tap by
+   tap, so that it does not depend on which taps are computed together. */
 static void block_grad(const problem *p, const destination *d, int64_t out, int64_t first_tap,
                        int64_t last_tap) {
-    int64_t channels = p->g->channels, count = (last_tap - first_tap) * channels;
-    vec *sums = tritonbnn_workspace(WORKSPACE_OWN, 2 * count * sizeof(vec));
-    int finite = 1;
-    for (int64_t tap = first_tap; tap < last_tap; tap++) {
-        vec padded = padded_sum(p, out, tap);
-        finite = finite && is_finite(padded);
-        for (int64_t c = 0; c < channels; c++) sums[(tap - first_tap) * channels + c] = padded;
+    int64_t taps = last_tap - first_tap, channels = p->g->channels, count = taps * channels;
+    vec *sums = tritonbnn_workspace(WORKSPACE_OWN, 2 * (count + taps) * sizeof(vec));
+    vec *span_sums = sums + count, *padded = span_sums + count, *padded_sizes = padded + taps;
+    for (int64_t i = 0; i < taps; i++) {
+        padded[i] = padded_sum(p, out, first_tap + i, padded_sizes + i);
+        for (int64_t c = 0; c < channels; c++) sums[i * channels + c] = padded[i];
     }
-    if (finite) {
-        sum_taps(p, out, first_tap, last_tap, 0, sums, sums + count);
-    } else {
-        memset(sums, 0, count * sizeof(vec));
-        for (int64_t tap = first_tap; tap < last_tap; tap++)
-            sum_taps(p, out, tap, tap + 1, 1, sums + (tap - first_tap) * channels, sums + count);
-    }
-    for (int64_t tap = first_tap; tap < last_tap; tap++) {
-        int64_t k = p->g->kernel_size, lanes = min64(LANES, p->g->out_channels - out);
+    vec size = sum_taps(p, out, first_tap, last_tap, 0, sums, span_sums);
+    for (int64_t i = 0; i < taps; i++) {
+        int64_t tap = first_tap + i, k = p->g->kernel_size;
+        vec *of_tap = sums + i * channels;
+        if (p->g->padding && !can_cancel(padded[i], padded_sizes[i], size)) {
+            memset(of_tap, 0, channels * sizeof(vec));
+            sum_taps(p, out, tap, tap + 1, 1, of_tap, span_sums);
+        }
         int64_t at = out * d->strides.out_channel + tap / k * d->strides.row +
                      tap % k * d->strides.column;
-        write_tap(p->g, d, at, lanes, sums + (tap - first_tap) * channels);
+        write_tap(p->g, d, at, min64(LANES, p->g->out_channels - out), of_tap);
     }
 }
 
@@ -238,7 +250,7 @@ EXPORT void tritonbnn_weight_grad(const void *grad, int64_t grad_type, const uin
     int64_t blocks = ceil_div(g->out_channels, LANES);
     /* Taps are parted only where there are few blocks for the threads: each part makes its own
        tables. No sum is parted, so its bits are the same. */
-    int64_t parts = min64(p.taps, ceil_div(threads, blocks));
+    int64_t parts = min64(p.taps, ceil_div(threads, max64(blocks, 1)));
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t job = 0; job < blocks * parts; job++) {
         int64_t part = job % parts;
