@@ -9,9 +9,10 @@ import tritonbnn
 from tests.helpers import assert_runs_silently
 
 ROOT = Path(tritonbnn.__file__).parent
-BASE = {"bits", "layout", "checks", "cli", "files"}
+BASE = {"bits", "layout", "checks", "cli", "contract", "files"}
 ALLOWED = {
     "bits": set(),
+    "contract": set(),
     "layout": set(),
     "checks": {"bits"},
     "cli": set(),
