@@ -5,6 +5,7 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from tritonbnn.nn import BinaryUnit
+from tritonbnn.nn.ends import OrderedBatchNorm2d, OrderedConv2d, OrderedLinear
 
 WIDTH_MULTIPLE = 8
 
@@ -24,10 +25,10 @@ def scaled(channels: int, width: float) -> int:
 def conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> nn.Sequential:
     """A real convolution, padded, without bias, and its BatchNorm."""
     return nn.Sequential(
-        nn.Conv2d(
+        OrderedConv2d(
             in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
         ),
-        nn.BatchNorm2d(out_channels),
+        OrderedBatchNorm2d(out_channels),
     )
 
 
@@ -55,7 +56,7 @@ class BinaryNetwork(nn.Module):
         super().__init__()
         self.stem = stem
         self.blocks = blocks
-        self.fc = nn.Linear(features, num_classes)
+        self.fc = OrderedLinear(features, num_classes)
         self.in_channels = in_channels
         self.size_multiple = size_multiple
 
