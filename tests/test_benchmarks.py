@@ -198,14 +198,13 @@ def test_our_step_is_shown_by_pass(result):
     assert passes.describe(rows["twin"]) == []
 
 
-def test_passes_and_the_rest_are_the_step(threads):
+def test_passes_and_the_rest_are_the_step():
     point = Point("reactnet_a", 2, 4, 32, 0.25, CPU, 1, True, 10)
     runner = Runner(point, rivals.parse("ours"))
     runner.trial()
     if not library.available():
         assert passes.time_by_pass(runner._step) == {}
         return
-    torch.set_num_threads(2)
     took, taken = passes._clocked(runner._step)
     assert 0 < sum(pass_.nanoseconds for pass_ in taken.values()) < took
     times = profiled.time_by_family(runner._step, CPU)
