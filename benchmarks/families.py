@@ -16,6 +16,15 @@ ENDS = "stem and head"
 OPTIMIZER = "optimizer"
 FAMILIES = (PACK, FORWARD, GRADIENTS, ELEMENTWISE, ENDS, OPTIMIZER)
 
+PASSES = {
+    "weights packed": PACK,
+    "signs packed": PACK,
+    "forward product": FORWARD,
+    "input gradient": GRADIENTS,
+    "weight gradient": GRADIENTS,
+}
+"""The passes of a whole unit in C by name; the others are elementwise."""
+
 _IMAGE_CHANNELS = (1, 3)
 
 _OURS = (

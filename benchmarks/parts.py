@@ -76,6 +76,7 @@ def parts(folder: Path, runs: Path, *, cuda: bool, tiny: bool, fashion: Path | N
         *_tuning(cuda, tiny),
         *_layers(cuda, tiny),
         *_memory(cuda, tiny),
+        *_layers_alone(cuda, tiny),
         *_small_steps(cuda, tiny),
         *_steps(cuda, tiny),
         *_sweeps(cuda, tiny),
@@ -148,6 +149,15 @@ def _memory(cuda: bool, tiny: bool) -> Iterator[Part]:
     small = ("--batch", "2", "--size", "32", "--processes", "1", "--rivals", TINY) if tiny else ()
     result = "peak_memory_reactnet_a_224_batch8.json"
     yield Part("peak-memory", ("benchmarks.peak_memory", *small), result, minutes=4, figure=True)
+
+
+def _layers_alone(cuda: bool, tiny: bool) -> Iterator[Part]:
+    """BinaryConv2d on a CPU, against nn.Conv2d."""
+    if cuda:
+        return
+    small = ("--layers", "3x3:32@6", "--rounds", "1", "--calls", "1") if tiny else ()
+    command = ("benchmarks.layers", *small)
+    yield Part("binary-conv2d", command, "binary_conv2d.json", minutes=2, figure=True)
 
 
 def _small_steps(cuda: bool, tiny: bool) -> Iterator[Part]:

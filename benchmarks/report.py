@@ -19,6 +19,7 @@ from benchmarks.tables import (
     SIZE_SWEEP,
     STEP_FILES,
     Device,
+    layers_table,
     overhead_line,
     peak_table,
     runs_table,
@@ -109,6 +110,7 @@ def results_page(found: list[Device], base: Path) -> str:
         for files in (STEP_FILES, MAX_AUTOTUNE_FILES, DIGITS_FILES, ONE_THREAD_FILES):
             tables = [line for name in files.values() for line in steps_table(device, name)]
             lines += [*_title(files), *tables] if tables else []
+        lines += layers_table(device)
         lines += peak_table(device)
         lines += sweep_table(device, BATCH_SWEEP, "batch")
         lines += sweep_table(device, SIZE_SWEEP, "size")

@@ -6,9 +6,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from benchmarks import capacity, profiled, rounds
+from benchmarks import capacity, passes, profiled, rounds
 from benchmarks.point import Point
-from benchmarks.rivals import Rival
+from benchmarks.rivals import OWN, Rival
 from benchmarks.rounds import Turn
 from benchmarks.saved import saved_slope
 from benchmarks.steps import Step, does_not_train
@@ -104,7 +104,9 @@ class Runner:
     def _details(self) -> dict[str, Any]:
         times = profiled.time_by_family(self._step, self.point.device)
         moved = {} if self.rival.mode else self._moved()  # compiled operators are the compiler's
-        return {"time_ms": _rounded(times), **self._saved(), **moved}
+        own = self.rival.network in OWN and self.point.device.type == "cpu"
+        by_pass = passes.time_by_pass(self._step) if own else {}
+        return {"time_ms": _rounded(times), **by_pass, **self._saved(), **moved}
 
     def _saved(self) -> dict[str, Any]:
         """What autograd keeps for backward."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from benchmarks.layers import FLOAT, OURS, layer_of
 from benchmarks.measure import trouble
 from benchmarks.output import read_result
 from tritonbnn import cli
@@ -26,9 +27,17 @@ BATCH_SWEEP, SIZE_SWEEP, PEAK = (
     "size_sweep.json",
     "peak_memory_reactnet_a_224_batch8.json",
 )
+LAYERS = "binary_conv2d.json"
 TRAINING_RUNS = tuple(
     f"{recipe}{way}.json" for recipe in ("digits", "fashion") for way in ("", "_bf16", "_expert")
 )
+
+LAYER_WAYS = {
+    "eval": "eval forward",
+    "weight": "forward and backward, weight's gradient alone",
+    "stream": "forward and backward, input's gradient too",
+}
+"""Ways to run a layer, and what stands above their column."""
 
 Result = dict[str, Any]
 
@@ -265,6 +274,32 @@ def overhead_line(device: Device) -> list[str]:
         share = f"{result['share_of_step']:.1%}" if result else ""
     said = f"`--analysis light` adds {share} to a training step of digits, in the mean of an epoch."
     return [said, "", *source(result)] if result else []
+
+
+def layers_table(device: Device) -> list[str]:
+    """BinaryConv2d alone against nn.Conv2d; nothing where it was not measured."""
+    result = device.get(LAYERS)
+    if result is None:
+        return []
+    with device.reading(LAYERS):
+        what = f"layer, batch {result['batch']}, {result['dtype']}, threads: {result['threads']}"
+        rows = [
+            [str(layer_of(row)), *(_against_float(row["ways"][way]) for way in LAYER_WAYS)]
+            for row in result["layers"]
+        ]
+        lines = [
+            f"`{OURS}` alone against `{FLOAT}` of the same channels, both in channels_last memory:"
+            f" ms ÷ ms, and how many times as fast `{OURS}` is:",
+            "",
+            *table([what, *LAYER_WAYS.values()], rows),
+        ]
+        return ["### A layer alone", "", *lines, *source(result)]
+
+
+def _against_float(rows: Result) -> str:
+    """Both medians in ms, and their ratio."""
+    theirs, own = (1e3 * rows[name]["median_seconds"] for name in (FLOAT, OURS))
+    return f"{theirs:,.3g} ÷ {own:,.3g} = {theirs / own:.2f} x"
 
 
 def peaks(device: Device) -> dict[str, float]:

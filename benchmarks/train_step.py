@@ -9,8 +9,9 @@ Rivals take turns, so that a change in the machine's load hits all; on a CPU eac
 its own, as a user's network has. All have the same number of threads, the same batch and fused
 Adam. Each is first seen to train. A rival that runs out of memory is
 reported with the largest batch that fits. The floor is that of our design, from ceilings measured
-in the same run (see benchmarks.roofline). With --data, the whole loop is measured: loader, teacher
-and student.
+in the same run (see benchmarks.roofline). On a CPU, our step is shown by pass of the C functions,
+each with its own bound (see benchmarks.passes). With --data, the whole loop is measured: loader,
+teacher and student.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import ceilings, loop, roofline
+from benchmarks import ceilings, loop, passes, roofline
 from benchmarks.measure import has_failed, measure, own_processes, trouble
 from benchmarks.output import command
 from benchmarks.point import Point
@@ -245,6 +246,7 @@ def table(point: dict) -> Iterator[str]:
             parts = (f"{family} {value:.1f}" for family, value in row.get(kind, {}).items())
             if kind in row:
                 yield f"  {'':40} {unit}: {', '.join(parts)}"
+        yield from (f"  {'':40} {line}" for line in passes.describe(row))
     yield from roofline.describe(point.get("floors", {}))
 
 

@@ -6,8 +6,9 @@ others have grown that heap and cut it up: the same code took up to twice the ti
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any
@@ -25,37 +26,24 @@ GRACE_SECONDS = 5
 """For a process to end by itself: what a compiler left about is then cleared away."""
 
 
-class Worker:
-    """A :class:`Runner` in a fresh process, with as many threads as here.
+class Process:
+    """A runner in a fresh process, with as many threads as here.
 
     It computes while it is asked, and waits for the next question on a pipe. It ends with the pipe:
     so it outlives its parent by one answer at most, however that ends.
 
     Args:
-        point: what the rival works on.
-        rival: whose step.
+        make: makes the runner, in that process.
     """
 
-    def __init__(self, point: Point, rival: Rival) -> None:
+    def __init__(self, make: Callable[[], Any]) -> None:
         spawn = multiprocessing.get_context("spawn")
         self._pipe, far_end = spawn.Pipe()
-        arguments = (far_end, torch.get_num_threads(), point, rival)
+        arguments = (far_end, torch.get_num_threads(), make)
         self._process = spawn.Process(target=_serve, args=arguments, daemon=True)
         with _deaf_to_interrupts():
             self._process.start()
         far_end.close()  # else the process could end, and the pipe would not
-
-    def trial(self) -> dict[str, Any]:
-        """As of the runner."""
-        return self._ask("trial")
-
-    def turn(self, count: int) -> Turn:
-        """As of the runner."""
-        return self._ask("turn", count)
-
-    def details(self) -> dict[str, Any]:
-        """As of the runner."""
-        return self._ask("details")
 
     def close(self) -> None:
         """End the process: one that waits ends with the pipe, one that computes is killed."""
@@ -64,8 +52,8 @@ class Worker:
         self._process.kill()
         self._process.join()
 
-    def _ask(self, question: str, *arguments: Any) -> Any:
-        """The runner's answer.
+    def ask(self, question: str, *arguments: Any) -> Any:
+        """The runner's answer: of its method of that name.
 
         Raises:
             RivalError: the runner's, or the process has ended.
@@ -79,6 +67,30 @@ class Worker:
         if isinstance(answer, RivalError):
             raise answer
         return answer
+
+
+class Worker(Process):
+    """A :class:`Runner` in a process of its own.
+
+    Args:
+        point: what the rival works on.
+        rival: whose step.
+    """
+
+    def __init__(self, point: Point, rival: Rival) -> None:
+        super().__init__(partial(Runner, point, rival))
+
+    def trial(self) -> dict[str, Any]:
+        """As of the runner."""
+        return self.ask("trial")
+
+    def turn(self, count: int) -> Turn:
+        """As of the runner."""
+        return self.ask("turn", count)
+
+    def details(self) -> dict[str, Any]:
+        """As of the runner."""
+        return self.ask("details")
 
 
 def _end(code: int | None) -> str:
@@ -100,11 +112,11 @@ def _deaf_to_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _serve(pipe: Connection, threads: int, point: Point, rival: Rival) -> None:
+def _serve(pipe: Connection, threads: int, make: Callable[[], Any]) -> None:
     """The process: ask a runner what comes through the pipe, until nobody is at its other end."""
     torch.set_num_threads(threads)
     keep_freed_memory()  # as the trainer does
-    runner = Runner(point, rival)
+    runner = make()
     with as_trainers_run(), suppress(EOFError, ConnectionError):
         while True:
             question, arguments = pipe.recv()

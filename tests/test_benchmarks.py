@@ -12,8 +12,9 @@ from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torchvision.models import resnet34
 
-from benchmarks import capacity, loop, profiled, rivals, rounds, steps, train_step
-from benchmarks.families import ELEMENTWISE, FAMILIES, FORWARD, GRADIENTS
+from benchmarks import capacity, loop, passes, profiled, rivals, rounds, steps, train_step
+from benchmarks.families import ELEMENTWISE, FAMILIES, FORWARD, GRADIENTS, PACK
+from benchmarks.families import PASSES as PASS_FAMILIES
 from benchmarks.point import Point
 from benchmarks.runner import RivalError, Runner
 from benchmarks.twin import FloatReActNetA, FloatUnit
@@ -21,6 +22,7 @@ from tests.commands import write_tree
 from tests.helpers import gradient
 from tritonbnn import cli
 from tritonbnn.kernels.workload import model_layers
+from tritonbnn.native import clock, library
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.run import open_images
 
@@ -177,6 +179,45 @@ def test_shares_are_of_the_floor_in_the_same_dtype(result):
             assert row["share_of_floor"] == pytest.approx(
                 row["images_per_second"] / fastest, rel=1e-2
             )
+
+
+def test_our_step_is_shown_by_pass(result):
+    if not library.available():
+        pytest.skip(library.reason())
+    rows = result["points"][0]["rows"]
+    assert [name for name, row in rows.items() if "passes" in row] == ["ours+bf16"]
+    row = rows["ours+bf16"]
+    *names, rest = row["passes"]
+    assert rest == passes.REST
+    assert set(names) == set(clock.PASSES) - {"moments"}  # they come with the product
+    assert all(row["passes"][name]["bound_ms"] > 0 for name in names)
+    assert all(pass_["thread_ms"] >= 0 for pass_ in row["passes"].values())
+    lines = passes.describe(row)
+    assert [line.split("  ")[0] for line in lines[:-1]] == list(row["passes"])
+    assert all(value > 0 for value in row["roofs"].values())
+    assert passes.describe(rows["twin"]) == []
+
+
+def test_passes_and_the_rest_are_the_step():
+    point = Point("reactnet_a", 2, 4, 32, 0.25, CPU, 1, True, 10)
+    runner = Runner(point, rivals.parse("ours"))
+    runner.trial()
+    if not library.available():
+        assert passes.time_by_pass(runner._step) == {}
+        return
+    took, taken = passes._clocked(runner._step)
+    assert 0 < sum(pass_.nanoseconds for pass_ in taken.values()) < took
+    times = profiled.time_by_family(runner._step, CPU)
+    assert min(times[family] for family in (PACK, FORWARD, GRADIENTS, ELEMENTWISE)) > 0
+    assert set(PASS_FAMILIES) < set(clock.PASSES)
+
+
+def test_the_bound_of_a_pass_is_its_bytes_or_its_products():
+    roofs = passes.Roofs(copy_gbs=10, table_gops=100, bit_gops=1000)
+    work = {"bytes": 40, "table_products": 0, "bit_products": 0}
+    for products, bound in (({}, 4), ({"table_products": 700}, 7), ({"bit_products": 5000}, 5)):
+        taken = clock.Taken(calls=2, nanoseconds=9, **(work | products))
+        assert roofs.nanoseconds(taken) == bound
 
 
 def test_only_binary_networks_pack(result):

@@ -105,6 +105,33 @@ def test_figures_come_from_the_files_and_the_rest_is_said_to_be_missing(place):
     assert lines[lines.index("| img/s by size |") + 2] == "| not measured yet |"
 
 
+def test_layers_alone_have_a_table_where_they_were_measured(place, cpu):
+    path = cpu / tables.LAYERS
+    assert run(place) == 0
+    page = place / "docs" / "results.md"
+    assert "A layer alone" not in page.read_text()
+    times = {"eval": (0.003, 0.015), "weight": (0.01, 0.02), "stream": (0.04, 0.03)}
+    ways = {
+        way: {
+            "BinaryConv2d": {"median_seconds": own, "spread": 0.1},
+            "nn.Conv2d": {"median_seconds": theirs, "spread": 0.1},
+        }
+        for way, (own, theirs) in times.items()
+    }
+    layer = {"kernel_size": 3, "channels": 128, "size": 56, "ways": ways}
+    head = {"threads": 2, "commit": "abc", "command": "python -m benchmarks.layers", "rounds": 5}
+    write(path, {**head, "device": "A CPU", "batch": 8, "dtype": "float32", "layers": [layer]})
+    assert run(place) == 0
+    lines = page.read_text().splitlines()
+    assert "| layer, batch 8, float32, threads: 2 | eval forward |" in "\n".join(lines)
+    cells = "15 ÷ 3 = 5.00 x | 20 ÷ 10 = 2.00 x | 30 ÷ 40 = 0.75 x"
+    assert f"| 3 x 3, 128 channels at 56 x 56 | {cells} |" in lines
+    assert "From `python -m benchmarks.layers`, commit abc, 5 rounds." in lines
+    write(path, {**head, "device": "A CPU", "batch": 8, "dtype": "float32", "layers": [{}]})
+    with pytest.raises(cli.UserError, match=f"{tables.LAYERS} is not as expected"):
+        run(place)
+
+
 def test_verdicts_are_derived_when_the_page_is_written(place):
     """From the seeds' numbers; a sentence in the file, of whatever code wrote it, is not read."""
     top1 = {"two-step-sgd": [80, 81, 82], "two-step-adam": [83, 84, 85]}

@@ -44,7 +44,7 @@ def test_the_readmes_figures_are_a_suite_of_their_own(tmp_path, capsys):
     flags = ["--device", "cpu", "--figures", "--dry-run", "--out", str(tmp_path)]
     assert suite.main(flags) == 0
     out = capsys.readouterr().out
-    files = [*tables.STEP_FILES.values(), *tables.DIGITS_FILES.values(), tables.PEAK]
+    files = [*tables.STEP_FILES.values(), *tables.DIGITS_FILES.values(), tables.PEAK, tables.LAYERS]
     for name in (*files, *tables.ONE_THREAD_FILES.values()):
         assert f"{tmp_path}/{name}" in out
     assert "benchmarks.report" in out

@@ -1,5 +1,7 @@
 """What is binary already passes its gradient: a sign, then a layer, against float64 autograd."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -85,13 +87,15 @@ def test_an_input_with_one_real_value_is_real(launchers, device):
     """So the clipped quadratic holds for all of it, and stops what is +-1."""
     signs = plus_minus(2, 8, 3, 3).to(device)
     weight = activation(4, 8, 1, 1, seed=3).to(device)
-    for value, reached in ((0.5, 1), (-0.0, 1), (1.5, 0)):
+    places = ((1, 2, 0, 1), (0, 7, 0, 0))  # the second in the first pixel, which is looked at first
+    values = ((0.5, 1), (-0.0, 1), (1.5, 0))
+    for place, (value, reached) in product(places, values):
         x = signs.clone()
-        x[1, 2, 0, 1] = value
+        x[place] = value
         x.requires_grad_()
         ops.binary_conv2d(x, weight).backward(gradient(2, 4, 3, 3).to(device))
         assert x.grad.count_nonzero() == reached
-        assert x.grad[1, 2, 0, 1].count_nonzero() == reached
+        assert x.grad[place].count_nonzero() == reached
 
 
 def test_a_shift_on_top_of_a_sign(launchers, device):

@@ -5,6 +5,7 @@
    tritonbnn/ops/norm.py does, whose names these are, and rounded once. */
 #include <math.h>
 
+#include "clock.h"
 #include "passes.h"
 #include "products.h"
 #include "workspace.h"
@@ -56,14 +57,57 @@ INLINE float *vector_of(const unit *u, int which) {
 
 static int64_t bytes_of(int64_t type) { return type == INT16 || type == BFLOAT16 ? 2 : 4; }
 
+/* What a pass has to read and write, each once. */
+static int64_t bytes_moved(const unit *u, Clocked pass) {
+    const geometry *g = &u->g;
+    int64_t pixels = g->images * g->height * g->width, taps = g->kernel_size * g->kernel_size;
+    int64_t x = pixels * g->channels * bytes_of(u->type), dsigns = pixels * g->channels * 4;
+    int64_t signs = pixels * packed_words(g->channels) * 4;
+    int64_t weight = g->out_channels * taps * g->channels * 4;
+    int64_t packed = g->out_channels * taps * packed_words(g->channels) * 4;
+    int64_t z = outputs(u) * g->out_channels * bytes_of(u->type);
+    int64_t a = outputs(u) * g->out_channels * bytes_of(u->a_type);
+    int64_t next_signs = u->next_signs ? outputs(u) * packed_words(g->out_channels) * 4 : 0;
+    int64_t dy = outputs(u) * g->out_channels * 4, du = u->dresidual ? z : dy;
+    int64_t stream = u->residual ? z : x;
+    int64_t activation = a + z + (u->slope ? stream : 0); /* all that backward reads of it */
+    switch (pass) {
+    case CLOCK_WEIGHT: return weight + packed;
+    case CLOCK_SIGNS: return x + signs;
+    case CLOCK_PRODUCT: return signs + (u->packed ? packed : weight) + a;
+    case CLOCK_MOMENTS: return a;
+    case CLOCK_ACTIVATION: return a + stream + z + next_signs;
+    case CLOCK_SUMS: return activation;
+    case CLOCK_APPLY: return activation + dy + du;
+    case CLOCK_INPUT_GRAD: return dy + packed + dsigns;
+    case CLOCK_WEIGHT_GRAD: return dy + signs + (u->packed ? 2 : 1) * weight; /* to clip it */
+    case CLOCK_INPUT: return x + dsigns + (u->residual ? 0 : du) + x;
+    default: return 0;
+    }
+}
+
+/* Stop the clock of a pass that began then, if it is on. */
+INLINE void clock_stop(const unit *u, Clocked pass, int64_t since) {
+    if (!since) return;
+    int64_t products = outputs(u) * u->g.out_channels * u->g.kernel_size * u->g.kernel_size *
+                       u->g.channels;
+    int by_bits = pass == CLOCK_PRODUCT && u->packed;
+    int by_table = pass == CLOCK_INPUT_GRAD || pass == CLOCK_WEIGHT_GRAD ||
+                   (pass == CLOCK_PRODUCT && !u->packed);
+    Work work = {bytes_moved(u, pass), by_table ? products : 0, by_bits ? products : 0};
+    tritonbnn_clock_add(pass, since, work);
+}
+
 /* The convolution before its scale: in memory of the unit, or of this thread. */
 static void *convolved(const unit *u, double *sum, double *square, int64_t threads) {
     int64_t bytes = outputs(u) * u->g.out_channels * bytes_of(u->a_type);
     void *a = u->a ? u->a : tritonbnn_workspace(WORKSPACE_CONVOLVED, bytes);
+    int64_t since = clock_start();
     if (u->packed)
         tritonbnn_conv_packed(u->signs, u->packed, 0, a, u->a_type, sum, square, &u->g, threads);
     else
         tritonbnn_conv_real(u->signs, u->weight, a, u->a_type, &u->g, threads);
+    clock_stop(u, CLOCK_PRODUCT, since);
     return a;
 }
 
@@ -101,8 +145,11 @@ static void *normalised(const unit *u, int64_t threads) {
     int by_batch = !u->given_mean;
     int counted = by_batch && u->packed; /* the moments of integers come with the product */
     void *a = convolved(u, counted ? first : 0, counted ? second : 0, threads);
-    if (by_batch && !counted)
+    if (by_batch && !counted) {
+        int64_t since = clock_start();
         pass_moments((Numbers){a, u->a_type}, outputs(u), channels, first, second, threads);
+        clock_stop(u, CLOCK_MOMENTS, since);
+    }
     double count = (double)max64(outputs(u), 1);
     for (int64_t c = 0; c < channels; c++) {
         if (!by_batch) {
@@ -137,18 +184,30 @@ static Unit passes_of(const unit *u, void *a) {
     return passes;
 }
 
-EXPORT void tritonbnn_unit_whole_forward(const unit *u, int64_t threads) {
+static void pack_input(const unit *u, int64_t threads) {
     const geometry *g = &u->g;
-    if (!u->signs_are_packed)
-        tritonbnn_pack_signs(u->x, u->type, u->shift_in, g->images * g->height * g->width,
-                             g->channels, u->signs, threads);
-    if (u->packed)
-        tritonbnn_pack_weight((void *)u->weight, FLOAT32, g->out_channels, g->channels,
-                              g->kernel_size, g->kernel_size, u->strides.out_channel,
-                              u->strides.channel, u->strides.row, u->strides.column, u->packed,
-                              u->alpha, threads);
+    int64_t since = clock_start();
+    tritonbnn_pack_signs(u->x, u->type, u->shift_in, g->images * g->height * g->width,
+                         g->channels, u->signs, threads);
+    clock_stop(u, CLOCK_SIGNS, since);
+}
+
+static void pack_weight(const unit *u, int64_t threads) {
+    const geometry *g = &u->g;
+    int64_t since = clock_start();
+    tritonbnn_pack_weight((void *)u->weight, FLOAT32, g->out_channels, g->channels, g->kernel_size,
+                          g->kernel_size, u->strides.out_channel, u->strides.channel,
+                          u->strides.row, u->strides.column, u->packed, u->alpha, threads);
+    clock_stop(u, CLOCK_WEIGHT, since);
+}
+
+EXPORT void tritonbnn_unit_whole_forward(const unit *u, int64_t threads) {
+    if (!u->signs_are_packed) pack_input(u, threads);
+    if (u->packed) pack_weight(u, threads);
     Unit passes = passes_of(u, normalised(u, threads));
+    int64_t since = clock_start();
     pass_forward(&passes, (Numbers){u->z, u->type}, u->next_signs, u->next_shift, threads);
+    clock_stop(u, CLOCK_ACTIVATION, since);
 }
 
 /* The gradient to a as du_scale * du + a_scale * a + constant; gamma's takes the place of the sum
@@ -175,18 +234,25 @@ static void activation_backward(const unit *u, float *dy, Numbers du, int64_t th
     float *a_scale = du_scale + channels, *constant = a_scale + channels;
     Numbers grad = {u->grad, u->type}, none = {0, FLOAT32};
     Unit passes = passes_of(u, u->a ? u->a : convolved(u, 0, 0, threads));
+    int64_t since = clock_start();
     pass_sums(&passes, grad, none, u->sums, threads);
+    clock_stop(u, CLOCK_SUMS, since);
     find_coefficients(u, du_scale, a_scale, constant);
+    since = clock_start();
     pass_apply(&passes, grad, du_scale, a_scale, constant, (Numbers){dy, FLOAT32}, du, threads);
+    clock_stop(u, CLOCK_APPLY, since);
 }
 
 /* From the convolution's output back to the weight, the shift and x. */
 static void convolution_backward(const unit *u, const float *dy, const float *dsigns, Numbers du,
                                  int64_t threads) {
     const geometry *g = &u->g;
-    if (u->dweight)
+    int64_t since = clock_start();
+    if (u->dweight) {
         tritonbnn_weight_grad(dy, FLOAT32, u->signs, u->dweight, u->packed ? u->weight : 0, g,
                               &u->strides, threads);
+        clock_stop(u, CLOCK_WEIGHT_GRAD, since);
+    }
     if (!u->wants_input) return;
     Input input = {
         .images = g->images,
@@ -199,7 +265,9 @@ static void convolution_backward(const unit *u, const float *dy, const float *ds
         .shortcut = u->shortcut,
         .shift = u->shift_in,
     };
+    since = clock_start();
     pass_input(&input, (Numbers){u->dx, u->type}, u->dshift_in, threads);
+    clock_stop(u, CLOCK_INPUT, since);
 }
 
 static Numbers du_of(const unit *u) {
@@ -219,7 +287,9 @@ EXPORT void tritonbnn_unit_whole_backward(const unit *u, int64_t threads) {
         int64_t inputs = g->images * g->height * g->width * g->channels;
         if (u->type != FLOAT32)
             dsigns = tritonbnn_workspace(WORKSPACE_DSIGNS, inputs * sizeof *dsigns);
+        int64_t since = clock_start();
         tritonbnn_input_grad(dy, u->packed, u->alpha, dsigns, g, threads);
+        clock_stop(u, CLOCK_INPUT_GRAD, since);
     }
     convolution_backward(u, dy, dsigns, du, threads);
 }
