@@ -10,7 +10,7 @@ train: $(VENV)/.ready
 
 # One thread a worker: tests are small, and two pools of threads on two cores fight.
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-all: test sanitize
 
