@@ -17,8 +17,6 @@ from tritonbnn.kernels import aot, config, shipped
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.workload import OPS, Problem
 
-pytestmark = pytest.mark.xdist_group("aot")  # one worker compiles, once
-
 TARGETS = ("sm_80", "sm_90")
 
 OPERAND_KERNELS = {"_unpack_kernel", "_fragments_kernel", "_base_kernel", "_patch_kernel"}

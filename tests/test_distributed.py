@@ -16,7 +16,6 @@ from tritonbnn.train import distributed
 from tritonbnn.train.checkpoint import read
 
 # One worker of a parallel test run takes them all, so that they do not fight for the cores.
-pytestmark = pytest.mark.xdist_group("distributed")
 
 GRADIENTS = "tests.gradients"
 

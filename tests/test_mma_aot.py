@@ -3,12 +3,8 @@
 import json
 import re
 
-import pytest
-
 from tests.test_aot import run_python
 from tritonbnn.kernels import shipped
-
-pytestmark = pytest.mark.xdist_group("aot")
 
 
 def test_a_unit_on_the_one_bit_core_keeps_its_registers():

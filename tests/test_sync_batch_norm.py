@@ -59,7 +59,6 @@ def results(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
-@pytest.mark.xdist_group("sync_batch_norm")
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("binary", [True, False], ids=["step2", "step1"])
 def test_two_processes_equal_one(results, plan, binary):
