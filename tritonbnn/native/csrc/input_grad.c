@@ -12,8 +12,7 @@
 #include "table.h"
 #include "workspace.h"
 
-#define CHANNELS 256 /* of a job, at most: the sums of three rows should stay in the second cache */
-#define LEAST_CHANNELS 16
+#define LEAST_CHANNELS 16 /* of a job */
 #define SUMS_BYTES (4 << 20)
 
 typedef struct {
@@ -194,7 +193,7 @@ static double work(const geometry *g, int64_t rows, int64_t channels) {
 static void choose_jobs(problem *p, int64_t threads) {
     const geometry *g = p->g;
     double least = -1;
-    for (int64_t channels = min64(CHANNELS, g->channels);; channels = ceil_div(channels, 2)) {
+    for (int64_t channels = g->channels;; channels = ceil_div(channels, 2)) {
         for (int64_t rows = g->stride; rows < g->height + g->stride; rows += g->stride) {
             int64_t bytes = rows * g->width * channels * (int64_t)sizeof(vec);
             if (bytes > SUMS_BYTES && rows > g->stride) break;
