@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 from tritonbnn import checks, native
 from tritonbnn.contract import Kept, Options, Statistics
@@ -152,14 +153,16 @@ def binary_unit(
             batch's own.
         eps: added to the variance.
         plan: "keep", "recompute", "fused", or "auto": what the tuning table says for these
-            shapes, else "keep". "recompute" saves least.
+            shapes, else "keep". "recompute" saves least. The table knows single shapes, so "auto"
+            is "keep" where torch.compile makes one program for many.
         group: processes that share the batch's statistics, as SyncBatchNorm does; or None.
 
     Returns:
         The output stream in ``x``'s dtype and channels_last memory, its signs, and the statistics.
 
     Raises:
-        TypeError: an operand is not floating point.
+        TypeError: an operand is not floating point, or the weight is neither in ``x``'s dtype nor
+            float32 beside a narrower x.
         ValueError: shapes that do not match, an unknown shortcut or plan, one value per channel
             where the batch's own statistics are wanted, several devices.
     """
@@ -174,8 +177,11 @@ def binary_unit(
         checks.check_packed("signs", signs, x.shape[1])
         checks.check_shape("signs", signs, (x.shape[0], *x.shape[2:], signs.shape[-1]))
     residual = shortcut if isinstance(shortcut, Tensor) else None
+    mean, variance = (None, None) if statistics is None else statistics
+    moments = {"the running mean": mean, "the running variance": variance}
+    checks.check_per_channel(weight.shape[0], **moments)
     checks.check_same_device(
-        x=x, weight=weight, shift_in=shift_in, shortcut=residual, signs=signs, **vectors
+        x=x, weight=weight, shift_in=shift_in, shortcut=residual, signs=signs, **vectors, **moments
     )
     if len({v is None for v in (shift_mid, slope, shift_out)}) > 1:
         raise ValueError("shift_mid, slope and shift_out must be given together, or none of them")
@@ -189,10 +195,11 @@ def binary_unit(
             f"Expected more than 1 value per channel when training, got input size {shape}"
         )
     x = autocast_input(x)
+    checks.check_weight_dtype(x, weight)
     residual = None if residual is None else residual.to(x.dtype)
     given = None if statistics is None else Statistics(*statistics)
     if plan == "auto":
-        plan = _planned(*x.shape, *weight.shape[::2], stride, x.dtype, binary_weight, x.device)
+        plan = _automatic_plan(x, weight, stride, binary_weight)
     options = Options(stride, kind, binary_weight, eps, plan, group, pack)
     next_shift = None if next_shift is None else next_shift.detach()
     return UnitOutput(
@@ -204,6 +211,13 @@ def binary_unit(
     )
 
 
+def _automatic_plan(x: Tensor, weight: Tensor, stride: int, binary_weight: bool) -> str:
+    if not all(map(has_static_value, x.shape)):
+        return "keep"
+    return _planned(*x.shape, *weight.shape[::2], stride, x.dtype, binary_weight, x.device)
+
+
+# torch.compile asks once and need not trace the lookup; it takes constants only
 @torch.compiler.assume_constant_result
 def _planned(
     batch: int,
@@ -217,7 +231,7 @@ def _planned(
     binary_weight: bool,
     device: torch.device,
 ) -> str:
-    """The tuning table's plan; torch.compile asks once and need not trace the lookup."""
+    """The tuning table's plan for one shape."""
     return backend.launchers(device).unit_plan(
         batch=batch,
         height=height,
