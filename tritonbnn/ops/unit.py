@@ -168,6 +168,8 @@ def binary_unit(
     """
     checks.check_activation("x", x, dims=(4,))
     checks.check_conv_weight(weight, x.shape[1])
+    if gamma is None or beta is None:
+        raise TypeError("gamma and beta must be tensors: the BatchNorm of a unit is affine")
     vectors = {"gamma": gamma, "beta": beta, "shift_mid": shift_mid, "slope": slope}
     vectors["shift_out"] = shift_out
     checks.check_per_channel(weight.shape[0], **vectors)
