@@ -295,7 +295,7 @@ def test_a_norm_that_does_not_fit_is_named(name):
 def test_averages_on_another_device_are_named():
     unit = BinaryUnit(CHANNELS, CHANNELS, 3).eval()
     unit.bn.running_var = unit.bn.running_var.to("meta")
-    with pytest.raises(ValueError, match="one device.*the running variance on meta"):
+    with pytest.raises(ValueError, match=r"one device.*the running variance on meta"):
         unit(gradient(2, CHANNELS, 4, 4))
 
 

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
-from torch.fx.experimental.symbolic_shapes import has_static_value
+from torch.fx.experimental.symbolic_shapes import guard_scalar, has_static_value
 
 from tritonbnn import checks, native
 from tritonbnn.contract import Kept, Options, Statistics
@@ -214,9 +214,12 @@ def binary_unit(
 
 
 def _automatic_plan(x: Tensor, weight: Tensor, stride: int, binary_weight: bool) -> str:
-    if not all(map(has_static_value, x.shape)):
-        return "keep"
-    return _planned(*x.shape, *weight.shape[::2], stride, x.dtype, binary_weight, x.device)
+    sizes = (*x.shape, *weight.shape[::2])
+    if torch.compiler.is_compiling():
+        if not all(map(has_static_value, sizes)):
+            return "keep"
+        sizes = tuple(map(guard_scalar, sizes))  # a symbol with one value is no constant yet
+    return _planned(*sizes, stride, x.dtype, binary_weight, x.device)
 
 
 # torch.compile asks once and need not trace the lookup; it takes constants only
