@@ -48,6 +48,10 @@ def one_of_two(rank, folder):
             unit, x, grad = problem(plan, binary)
             unit = nn.SyncBatchNorm.convert_sync_batchnorm(unit)
             results[plan, binary] = outcome(unit, x[own], grad[own])
+    unit, x, grad = problem("keep", True)
+    unit = nn.SyncBatchNorm.convert_sync_batchnorm(unit)
+    own = slice(None) if rank == 0 else slice(0, 0)
+    results["one without images"] = outcome(unit, x[own], grad[own])
     torch.save(results, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -72,3 +76,10 @@ def test_two_processes_equal_one(results, plan, binary):
         assert (total - expected).abs().max() <= 1e-10 * expected.abs().max(), name
     for a, b in zip(first["running"], whole["running"], strict=True):
         assert torch.allclose(a, b, rtol=1e-12)
+
+
+def test_a_process_without_images_keeps_the_same_averages(results):
+    whole = outcome(*problem("keep", True))
+    for result in results:
+        for a, b in zip(result["one without images"]["running"], whole["running"], strict=True):
+            assert torch.allclose(a, b, rtol=1e-12)

@@ -85,6 +85,9 @@ def test_an_empty_batch(launchers, device):
     assert z.shape == (0, 16, 4, 4)
     assert x.grad.shape == x.shape
     assert all((p.grad == 0).all() for p in unit.parameters())
+    # as nn.BatchNorm2d does it
+    assert unit.bn.num_batches_tracked == 1
+    before["bn.num_batches_tracked"] += 1
     assert all(torch.equal(v, before[k]) for k, v in unit.state_dict().items())
 
 

@@ -36,6 +36,19 @@ def check_conv_weight(weight: Tensor, channels: int) -> None:
         )
 
 
+def check_weight_dtype(x: Tensor, weight: Tensor) -> None:
+    """Raise TypeError unless ``weight`` has ``x``'s dtype, or is float32 and ``x`` is narrower.
+
+    torch's own layers refuse two dtypes too. They have no float32 weights beside a narrow input,
+    because autocast casts the weight; here it is binarised from float32.
+    """
+    narrow = x.dtype in (torch.bfloat16, torch.float16)
+    if weight.dtype != x.dtype and not (narrow and weight.dtype == torch.float32):
+        raise TypeError(
+            f"x is {x.dtype} but weight is {weight.dtype}: convert one to the other's dtype"
+        )
+
+
 def check_same_device(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all the given tensors are on one device."""
     devices = {name: x.device for name, x in tensors.items() if x is not None}

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tritonbnn.nn import BinaryLinear, BinaryUnit, binary_weights
+from tritonbnn.nn import BinaryLinear, BinaryUnit
+from tritonbnn.nn.parameters import binary_layers
 
 PROBE_IMAGES = 16
 """Images in the probe batch; fewer where the validation set has fewer."""
@@ -71,11 +72,9 @@ class Probe:
         :class:`~tritonbnn.nn.RSign`, and sees its +-1, is never saturated.
         """
         found: dict[str, Saturation] = {}
-        modules = dict(model.named_modules())
-        named = {name: modules[name.removesuffix(".weight")] for name in binary_weights(model)}
         hooks = [
             module.register_forward_pre_hook(_observer(name, found))
-            for name, module in named.items()
+            for name, module in binary_layers(model).items()
         ]
         training = model.training
         try:

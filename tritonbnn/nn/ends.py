@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from tritonbnn.nn.unit import _update_running
+from tritonbnn.nn.unit import count_batch
 from tritonbnn.ops import ends
 
 
@@ -40,7 +40,7 @@ class OrderedBatchNorm2d(nn.BatchNorm2d):
         if x.numel() <= x.shape[1] or not ends.in_order(x, self.weight, self.bias):
             return super().forward(x)
         y, mean, variance = ends.batch_norm(x, self.weight, self.bias, self.eps)
-        _update_running(self, mean, variance)
+        count_batch(self, (mean, variance))
         return y
 
 

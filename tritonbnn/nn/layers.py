@@ -1,11 +1,15 @@
 """Layers whose input, and usually weight, is one bit."""
 
+import logging
 import math
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 from tritonbnn import ops
+
+logger = logging.getLogger(__name__)
 
 
 def initial_weight(*shape: int) -> nn.Parameter:
@@ -17,6 +21,20 @@ def initial_weight(*shape: int) -> nn.Parameter:
 
 def _initial_shift(channels: int, wanted: bool) -> nn.Parameter | None:
     return nn.Parameter(torch.zeros(channels)) if wanted else None
+
+
+def tell_of_pruning(layer: nn.Module) -> None:
+    """Warn once in a process where torch.nn.utils.prune has pruned a weight that is binarised."""
+    if "weight_mask" in layer._buffers:
+        _warn_of_pruning()
+
+
+@cache
+def _warn_of_pruning() -> None:
+    logger.warning(
+        "a pruned weight of 0 counts as +1 in a binary layer, so pruning removes nothing there:"
+        " prune real layers only, or build narrower binary ones"
+    )
 
 
 class BinaryConv2d(nn.Module):
@@ -58,6 +76,8 @@ class BinaryConv2d(nn.Module):
         self.shift = _initial_shift(in_channels, shift)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.binary_weight:
+            tell_of_pruning(self)
         return ops.binary_conv2d(
             x,
             self.weight,
@@ -96,6 +116,7 @@ class BinaryLinear(nn.Module):
         self.shift = _initial_shift(in_features, shift)
 
     def forward(self, x: Tensor) -> Tensor:
+        tell_of_pruning(self)
         return ops.binary_linear(x, self.weight, self.shift)
 
     def extra_repr(self) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from tritonbnn.nn.activations import RPReLU, RSign
 from tritonbnn.nn.layers import BinaryConv2d, BinaryLinear
@@ -17,27 +18,64 @@ _SHIFTS = {
 }
 
 
+_BINARY = (BinaryConv2d, BinaryLinear, BinaryUnit)
+_PRUNED = "_orig"  # what torch.nn.utils.prune appends to the name of what it masks
+
+
 def decayed_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """The parameters that AdamBNN decays (2106.11309, methods 1.5).
 
     They are all convolution weights, and all learnable shifts: the published code decays what has
-    four dimensions, and there a shift has shape (1, C, 1, 1).
+    four dimensions, and there a shift has shape (1, C, 1, 1). Where one is parametrised or pruned,
+    it is the parameters that it is computed from.
     """
     for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter) and weight.dim() == 4:
-            yield weight
+        for _, weight in _stored(module, "weight"):
+            if weight.dim() == 4:
+                yield weight
         for kind, names in _SHIFTS.items():
             if isinstance(module, kind):
-                shifts = (getattr(module, name) for name in names)
-                yield from (shift for shift in shifts if shift is not None)
+                for name in names:
+                    yield from (shift for _, shift in _stored(module, name))
 
 
 def binary_weights(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The weights that are binarised in step 2, by their name in the state dict."""
-    kinds = (BinaryConv2d, BinaryLinear, BinaryUnit)
+    """The weights that are binarised in step 2, by their name in the state dict.
+
+    Where a weight is parametrised or pruned, it is the parameters that it is computed from.
+    """
     return {
-        f"{name}.weight": module.weight
-        for name, module in model.named_modules()
-        if isinstance(module, kinds)
+        _joined(path, name): weight
+        for path, module in model.named_modules()
+        if isinstance(module, _BINARY)
+        for name, weight in _stored(module, "weight")
     }
+
+
+def binary_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers whose weights :func:`binary_weights` has, under the same names."""
+    return {
+        _joined(path, name): module
+        for path, module in model.named_modules()
+        if isinstance(module, _BINARY)
+        for name, _ in _stored(module, "weight")
+    }
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _stored(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters that ``module``'s attribute ``name`` is, or is computed from, by their names.
+
+    The attribute itself is not looked at, as that may compute it.
+    """
+    for key in (name, name + _PRUNED):
+        parameter = module._parameters.get(key)
+        if parameter is not None:
+            yield key, parameter
+    if parametrize.is_parametrized(module, name):
+        originals = module.get_submodule(f"parametrizations.{name}")
+        for key, parameter in originals.named_parameters(recurse=False):
+            yield f"parametrizations.{name}.{key}", parameter

@@ -1,12 +1,18 @@
 """The half-block: everything between two residual streams."""
 
+from collections.abc import Callable
+from itertools import chain
+from typing import TypeGuard
+
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonbnn import ops
 from tritonbnn.nn.activations import INITIAL_SLOPE
-from tritonbnn.nn.layers import initial_weight
+from tritonbnn.nn.layers import initial_weight, tell_of_pruning
+from tritonbnn.ops.autocast import autocast_input
 
 
 class BinaryUnit(nn.Module):
@@ -15,6 +21,11 @@ class BinaryUnit(nn.Module):
     The shortcut follows from the shapes: 2x2 average pooling at stride 2, the channels repeated
     twice where ``out_channels == 2 * in_channels`` (both 1x1 convolutions of a published widening
     pair, merged into one), else the input itself. It can also be given to :meth:`forward`.
+
+    A plain affine nn.BatchNorm2d or nn.SyncBatchNorm is not called: the fused Function computes
+    exactly what it would, running averages included. Any other norm is called, and the unit is then
+    the composition of the small operators. So is a plain one that has hooks, that is parametrised,
+    or whose ``forward`` was replaced.
 
     Args:
         in_channels: C.
@@ -26,9 +37,12 @@ class BinaryUnit(nn.Module):
         fused: True for one Function that saves bits and the stream; False for the composition of
             the small operators, which saves more. The state dict is the same.
         plan: of the fused Function, see :func:`~tritonbnn.ops.binary_unit`.
+        norm: makes the norm of ``out_channels``, which becomes the attribute ``bn``. It keeps
+            shape, dtype and device; only under autocast may it return another dtype.
 
     Shape:
-        (N, C, H, W) to (N, O, H / stride, W / stride); H and W even at stride 2.
+        (N, C, H, W) to (N, O, H / stride, W / stride); H and W even at stride 2. The output has the
+        dtype of the input, or under autocast, for a float32 input, that of autocast.
     """
 
     def __init__(
@@ -42,12 +56,13 @@ class BinaryUnit(nn.Module):
         rprelu: bool = True,
         fused: bool = True,
         plan: str = "auto",
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         super().__init__()
         self.stride, self.binary_weight = stride, binary_weight
         self.fused, self.plan = fused, plan
         self.weight = initial_weight(out_channels, in_channels, kernel_size, kernel_size)
-        self.bn = nn.BatchNorm2d(out_channels)
+        self.bn = norm(out_channels)
         if rprelu:
             self.shift_in = nn.Parameter(torch.zeros(in_channels))
             self.shift_mid = nn.Parameter(torch.zeros(out_channels))
@@ -74,65 +89,95 @@ class BinaryUnit(nn.Module):
             following: the unit that comes next, or None.
 
         Returns:
-            The output stream; with ``following``, the stream and its packed signs, which are None
-            where units are not fused.
-        """
-        if not self.fused:
-            z = self._composed(x, shortcut)
-            return z if following is None else (z, None)
-        output = self._fused(x, shortcut, signs, following)
-        return output.z if following is None else (output.z, output.signs)
+            The output stream; with ``following``, the stream and its packed signs. They are None
+            where one of the two units is not fused, or where a hook may come between them.
 
-    def _shortcut_kind(self) -> str:
+        Raises:
+            ValueError: shapes that do not match, an odd size at stride 2, several devices, or a
+                norm that changes shape, dtype or device.
+            TypeError: an operand is not floating point, or the weight's dtype does not go with x's.
+        """
+        weight = self.weight  # once: a parametrised one is computed anew at each look
+        if self.binary_weight:
+            tell_of_pruning(self)
+        bn = self.bn
+        if not (self.fused and _is_fusible(bn)):
+            z = self._composed(x, weight, shortcut)
+            return z if following is None else (z, None)
+        successor = following if following is not None and self._hands_on(following) else None
+        output = self._fused(x, weight, bn, shortcut, signs, successor)
+        if following is None:
+            return output.z
+        return output.z, None if successor is None else output.signs
+
+    def _hands_on(self, following: "BinaryUnit") -> bool:
+        """Whether ``following`` can start with signs packed here.
+
+        It cannot where something may still change the stream, or the shift that is added to it:
+        a hook between the units, or a shift that is computed when ``following`` is called.
+        """
+        return (
+            following.fused
+            and _is_fusible(following.bn)
+            and "shift_in" in following._parameters
+            and not (self._forward_hooks or following._forward_pre_hooks)
+            and not any("forward" in unit.__dict__ for unit in (self, following))
+        )
+
+    def _shortcut_kind(self, weight: Tensor) -> str:
         if self.stride == 2:
             return "pool"
-        out_channels, in_channels = self.weight.shape[:2]
-        return "repeat" if out_channels == 2 * in_channels else "identity"
+        return "repeat" if weight.shape[0] == 2 * weight.shape[1] else "identity"
 
     def _fused(
         self,
         x: Tensor,
+        weight: Tensor,
+        bn: _BatchNorm,
         shortcut: Tensor | None,
         signs: Tensor | None,
-        following: "BinaryUnit | None",
+        successor: "BinaryUnit | None",
     ) -> ops.UnitOutput:
-        bn = self.bn
+        group = _statistics_group(bn)
         output = ops.binary_unit(
             x,
-            self.weight,
+            weight,
             bn.weight,
             bn.bias,
             self.shift_in,
             self.shift_mid,
             self.slope,
             self.shift_out,
-            shortcut=self._shortcut_kind() if shortcut is None else shortcut,
+            shortcut=self._shortcut_kind(weight) if shortcut is None else shortcut,
             stride=self.stride,
             binary_weight=self.binary_weight,
             signs=signs,
-            pack=following is not None,
-            next_shift=None if following is None else following.shift_in,
-            statistics=None if bn.training else _running_statistics(bn),
+            pack=successor is not None,
+            next_shift=None if successor is None else successor.shift_in,
+            statistics=None if bn.training else _averages(bn),
             eps=bn.eps,
             plan=self.plan,
-            group=_statistics_group(bn),
+            group=group,
         )
-        if bn.training and len(x):
-            _update_running(bn, output.mean, output.variance)
+        if bn.training and bn.track_running_stats:
+            # with a group there may be values of other processes
+            known = len(x) > 0 or group is not None
+            count_batch(bn, (output.mean, output.variance) if known else None)
         return output
 
-    def _composed(self, x: Tensor, shortcut: Tensor | None) -> Tensor:
+    def _composed(self, x: Tensor, weight: Tensor, shortcut: Tensor | None) -> Tensor:
+        x = autocast_input(x)
         a = ops.binary_conv2d(
             x,
-            self.weight,
+            weight,
             self.shift_in,
             stride=self.stride,
-            padding=self.weight.shape[2] // 2,
+            padding=weight.shape[2] // 2,
             binary_weight=self.binary_weight,
             may_be_binary=False,  # a stream is real, as the fused Function takes it to be
         )
-        u = self.bn(a)
-        shortcut = self._own_shortcut(x) if shortcut is None else shortcut
+        u = _normed(self.bn, a)
+        shortcut = self._own_shortcut(x, weight) if shortcut is None else shortcut.to(x.dtype)
         if shortcut.shape != u.shape:
             raise ValueError(
                 f"the shortcut must have shape {tuple(u.shape)}, not {tuple(shortcut.shape)}"
@@ -142,8 +187,8 @@ class BinaryUnit(nn.Module):
             return u
         return ops.rprelu(u, self.shift_mid, self.slope, self.shift_out)
 
-    def _own_shortcut(self, x: Tensor) -> Tensor:
-        kind = self._shortcut_kind()
+    def _own_shortcut(self, x: Tensor, weight: Tensor) -> Tensor:
+        kind = self._shortcut_kind(weight)
         if kind == "pool":
             if x.shape[2] % 2 or x.shape[3] % 2:
                 raise ValueError(
@@ -160,7 +205,64 @@ class BinaryUnit(nn.Module):
         )
 
 
-def _statistics_group(bn: nn.Module) -> distributed.ProcessGroup | None:
+def _is_fusible(norm: nn.Module) -> TypeGuard[_BatchNorm]:
+    """Whether the fused Function computes exactly what a call of ``norm`` would.
+
+    A subclass may compute anything, and parametrising a module makes it one. Hooks and a
+    ``forward`` put on the instance are seen by calls alone. What torch refuses is left to torch.
+    """
+    return (
+        isinstance(norm, _BatchNorm)
+        and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
+        and norm.weight is not None
+        and norm.bias is not None
+        and (norm.running_mean is None) == (norm.running_var is None)
+        and norm.eps > 0
+        and "forward" not in norm.__dict__
+        and not norm._forward_pre_hooks
+        and not norm._forward_hooks
+        and not norm._backward_pre_hooks
+        and not norm._backward_hooks
+    )
+
+
+def _normed(norm: nn.Module, a: Tensor) -> Tensor:
+    """``norm(a)``, in ``a``'s dtype.
+
+    Raises:
+        ValueError: the norm is on another device, or what it returns is not like ``a``.
+    """
+    _check_device(norm, a)
+    u = norm(a)
+    name = type(norm).__name__
+    if not isinstance(u, Tensor):
+        raise ValueError(f"the norm {name} must return a tensor, not {type(u).__name__}")
+    if u.dtype != a.dtype and torch.is_autocast_enabled(a.device.type):
+        u = u.to(a.dtype)  # autocast runs some norms in float32
+    for what in ("shape", "dtype", "device"):
+        given, expected = getattr(u, what), getattr(a, what)
+        if given != expected:
+            given, expected = (tuple(v) if what == "shape" else v for v in (given, expected))
+            raise ValueError(
+                f"the norm {name} must keep {what} {expected}, not return {given}: "
+                "choose a norm that does"
+            )
+    return u
+
+
+def _check_device(norm: nn.Module, a: Tensor) -> None:
+    """Raise ValueError where a norm's tensors are elsewhere and nothing is there to bring them."""
+    if any(m._forward_pre_hooks or "forward" in m.__dict__ for m in norm.modules()):
+        return
+    for name, tensor in chain(norm.named_parameters(), norm.named_buffers()):
+        if tensor.dim() and tensor.device != a.device:
+            raise ValueError(
+                f"all tensors must be on one device, not x on {a.device}, "
+                f"the norm's {name} on {tensor.device}"
+            )
+
+
+def _statistics_group(bn: _BatchNorm) -> distributed.ProcessGroup | None:
     """The processes that share ``bn``'s batch statistics: none, unless it is a SyncBatchNorm."""
     if not (isinstance(bn, nn.SyncBatchNorm) and bn.training and distributed.is_initialized()):
         return None
@@ -168,7 +270,7 @@ def _statistics_group(bn: nn.Module) -> distributed.ProcessGroup | None:
     return group if distributed.get_world_size(group) > 1 else None
 
 
-def _running_statistics(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
+def _averages(bn: _BatchNorm) -> tuple[Tensor, Tensor] | None:
     """What ``bn`` normalises by in eval mode; None for the batch's own, if it keeps no averages."""
     if bn.running_mean is None or bn.running_var is None:
         return None
@@ -176,13 +278,25 @@ def _running_statistics(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor] | None:
 
 
 @torch.no_grad()
-def _update_running(bn: nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> None:
-    """Move the running averages towards the batch's statistics, as nn.BatchNorm2d does."""
-    averages = _running_statistics(bn)
-    if averages is None or bn.num_batches_tracked is None:
+def count_batch(bn: _BatchNorm, statistics: tuple[Tensor, Tensor] | None) -> None:
+    """Count a batch, and move the running averages towards its statistics, as nn.BatchNorm2d does.
+
+    Args:
+        bn: in training mode, and tracking.
+        statistics: mean and unbiased variance, (O,) each; None for a batch without values.
+    """
+    counter, averages = bn.num_batches_tracked, _averages(bn)
+    if counter is not None:
+        counter.add_(1)
+    step: float | Tensor
+    if bn.momentum is not None:
+        step = bn.momentum
+    elif counter is not None:
+        step = 1 / counter.double()  # a cumulative average
+    else:
+        return  # nn.BatchNorm2d's, too, stands still without a count
+    if averages is None or statistics is None:
         return
-    bn.num_batches_tracked.add_(1)
-    # Without a momentum the average is cumulative.
-    step = 1 / bn.num_batches_tracked if bn.momentum is None else bn.momentum
-    for average, value in zip(averages, (mean, variance), strict=True):
-        average.lerp_(value.to(average.dtype), step)
+    for average, value in zip(averages, statistics, strict=True):
+        weight = step.to(average.dtype) if isinstance(step, Tensor) else step
+        average.lerp_(value.to(average.dtype), weight)

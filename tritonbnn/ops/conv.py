@@ -141,7 +141,8 @@ def binary_conv2d(
         (N, O, H', W') in ``x``'s dtype and channels_last memory.
 
     Raises:
-        TypeError: an operand is not floating point.
+        TypeError: an operand is not floating point, or the weight is neither in ``x``'s dtype nor
+            float32 beside a narrower x.
         ValueError: the shapes do not match, a geometry that is not supported, several devices.
     """
     checks.check_activation("x", x, dims=(4,))
@@ -149,5 +150,7 @@ def binary_conv2d(
     checks.check_per_channel(x.shape[1], shift=shift)
     checks.check_same_device(x=x, weight=weight, shift=shift)
     checks.conv_output_size(x.shape[2], x.shape[3], weight.shape[2], stride, padding)
+    x = autocast_input(x)
+    checks.check_weight_dtype(x, weight)
     options = (stride, padding, binary_weight, may_be_binary)
-    return apply(_BinaryConv2d, autocast_input(x), weight, shift, *options)
+    return apply(_BinaryConv2d, x, weight, shift, *options)

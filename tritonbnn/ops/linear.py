@@ -73,7 +73,8 @@ def binary_linear(
         (..., O) in ``x``'s dtype.
 
     Raises:
-        TypeError: an operand is not floating point.
+        TypeError: an operand is not floating point, or the weight is neither in ``x``'s dtype nor
+            float32 beside a narrower x.
         ValueError: the shapes do not match, or several devices.
     """
     checks.check_float("x", x)
@@ -85,6 +86,8 @@ def binary_linear(
         )
     checks.check_per_channel(x.shape[-1], shift=shift)
     checks.check_same_device(x=x, weight=weight, shift=shift)
-    rows = autocast_input(x).reshape(-1, x.shape[-1])
+    x = autocast_input(x)
+    checks.check_weight_dtype(x, weight)
+    rows = x.reshape(-1, x.shape[-1])
     y = apply(_BinaryLinear, rows, weight, shift, may_be_binary)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
+from torch.fx.experimental.symbolic_shapes import guard_scalar, has_static_value
 
 from tritonbnn import checks, native
 from tritonbnn.contract import Kept, Options, Statistics
@@ -153,27 +154,32 @@ def binary_unit(
             batch's own.
         eps: added to the variance.
         plan: "keep", "recompute", "fused", or "auto": what the tuning table says for these
-            shapes, else "keep". "recompute" saves least.
+            shapes, else "keep". "recompute" saves least. The table knows single shapes, so "auto"
+            is "keep" where torch.compile makes one program for many.
         group: processes that share the batch's statistics, as SyncBatchNorm does; or None.
 
     Returns:
         The output stream in ``x``'s dtype and channels_last memory, its signs, and the statistics.
 
     Raises:
-        TypeError: an operand is not floating point.
+        TypeError: an operand is not floating point, or the weight is neither in ``x``'s dtype nor
+            float32 beside a narrower x.
         ValueError: shapes that do not match, an unknown shortcut or plan, one value per channel
             where the batch's own statistics are wanted, several devices.
     """
     checks.check_activation("x", x, dims=(4,))
     checks.check_conv_weight(weight, x.shape[1])
+    if gamma is None or beta is None:
+        raise TypeError("gamma and beta must be tensors: the BatchNorm of a unit is affine")
     vectors = {"gamma": gamma, "beta": beta, "shift_mid": shift_mid, "slope": slope}
     vectors["shift_out"] = shift_out
     checks.check_per_channel(weight.shape[0], **vectors)
     checks.check_per_channel(x.shape[1], shift_in=shift_in)
     checks.check_per_channel(weight.shape[0], next_shift=next_shift)
     given = None if statistics is None else Statistics(*statistics)
-    by_name = {} if given is None else given._asdict()
-    checks.check_per_channel(weight.shape[0], **by_name)
+    mean, variance = (None, None) if given is None else given
+    moments = {"the running mean": mean, "the running variance": variance}
+    checks.check_per_channel(weight.shape[0], **moments)
     if signs is not None:
         checks.check_packed("signs", signs, x.shape[1])
         checks.check_shape("signs", signs, (x.shape[0], *x.shape[2:], signs.shape[-1]))
@@ -186,7 +192,7 @@ def binary_unit(
         signs=signs,
         next_shift=next_shift,
         **vectors,
-        **by_name,
+        **moments,
     )
     if len({v is None for v in (shift_mid, slope, shift_out)}) > 1:
         raise ValueError("shift_mid, slope and shift_out must be given together, or none of them")
@@ -200,9 +206,10 @@ def binary_unit(
             f"Expected more than 1 value per channel when training, got input size {shape}"
         )
     x = autocast_input(x)
+    checks.check_weight_dtype(x, weight)
     residual = None if residual is None else residual.to(x.dtype)
     if plan == "auto":
-        plan = _planned(*x.shape, *weight.shape[::2], stride, x.dtype, binary_weight, x.device)
+        plan = _automatic_plan(x, weight, stride, binary_weight)
     options = Options(stride, kind, binary_weight, eps, plan, group, pack)
     next_shift = None if next_shift is None else next_shift.detach()
     return UnitOutput(
@@ -214,6 +221,16 @@ def binary_unit(
     )
 
 
+def _automatic_plan(x: Tensor, weight: Tensor, stride: int, binary_weight: bool) -> str:
+    sizes = (*x.shape, *weight.shape[::2])
+    if torch.compiler.is_compiling():
+        if not all(map(has_static_value, sizes)):
+            return "keep"
+        sizes = tuple(map(guard_scalar, sizes))  # a symbol with one value is no constant yet
+    return _planned(*sizes, stride, x.dtype, binary_weight, x.device)
+
+
+# torch.compile asks once and need not trace the lookup; it takes constants only
 @torch.compiler.assume_constant_result
 def _planned(
     batch: int,
@@ -227,7 +244,7 @@ def _planned(
     binary_weight: bool,
     device: torch.device,
 ) -> str:
-    """The tuning table's plan; torch.compile asks once and need not trace the lookup."""
+    """The tuning table's plan for one shape."""
     return backend.launchers(device).unit_plan(
         batch=batch,
         height=height,
