@@ -258,7 +258,7 @@ def _layers(line: Line) -> dict[str, dict[str, Any]]:
 def _read_config(folder: Path, notes: list[str]) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8", errors="surrogateescape"))
     except (OSError, ValueError) as error:
         notes.append(f"{path} cannot be read, so its settings are not shown: {error}")
         return {}
