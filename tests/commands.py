@@ -79,7 +79,9 @@ def run(
     mishap: str | None = None,
     at_call: int = 0,
     at_step: int = 0,
+    at_file: int = 0,
     kill_after: float | None = None,
+    stdout: str = "",
     environ: dict[str, str] | None = None,
 ) -> Result:
     """Run a command to its end.
@@ -91,11 +93,14 @@ def run(
         mishap: "death", "full disk", "SIGTERM", "SIGINT" or "SIGINT twice".
         at_call: which call that makes a file last meets it, from 1.
         at_step: or which optimiser step.
+        at_file: or which file, as it is listed.
         kill_after: seconds after which it is killed.
+        stdout: where it goes if not into the output: a path, or "closed pipe".
         environ: more environment variables.
     """
     process = {"environ": environ or {}, "mishap": mishap, "output": str(cwd / "output.txt")}
-    order = {"at_call": at_call, "at_step": at_step, "kill_after": kill_after}
+    process["stdout"] = stdout
+    order = {"at_call": at_call, "at_step": at_step, "at_file": at_file, "kill_after": kill_after}
     [result] = _carry_out(module, argv, cwd, order, [process])
     return result
 
@@ -115,10 +120,11 @@ def run_two(
             "environ": {**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             "mishap": mishap if rank == 1 else None,
             "output": str(cwd / f"output-{rank}.txt"),
+            "stdout": "",
         }
         for rank in range(2)
     ]
-    order = {"at_call": 0, "at_step": at_step, "kill_after": None}
+    order = {"at_call": 0, "at_step": at_step, "at_file": 0, "kill_after": None}
     return _carry_out(module, argv, cwd, order, processes)
 
 

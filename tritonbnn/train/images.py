@@ -66,9 +66,9 @@ def _begins_like_an_image(path: str) -> bool:
     try:
         with Image.open(path, formats=_formats()):
             return True
-    except UnidentifiedImageError:
+    except OSError:  # of no format, or not to be read
         return False
-    except Exception:  # it is one, or cannot be read: load_image says so, with its name
+    except Exception:  # it is one, and damaged: load_image will say so, with its name
         return True
 
 

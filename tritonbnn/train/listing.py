@@ -37,13 +37,13 @@ class Listing:
             kinds = [f"{k} {n}" for k, n in self.passed_over.most_common(_KINDS_TOLD)]
             more = ", ..." if len(self.passed_over) > _KINDS_TOLD else ""
             logger.warning(
-                "%s: %d images; %d files passed over, no image that is read here (%s%s)",
+                "%s: %d images; other files passed over: %d (%s%s); convert those that are images",
                 *(root, images, others, ", ".join(kinds), more),
             )
         if self.skipped_links:
             logger.warning(
-                "%s: %d links not followed, for they lead to folders that are listed anyway"
-                " (the first: %s)",
+                "%s: links not followed: %d (the first: %s), because they lead to folders that are"
+                " listed anyway",
                 *(root, len(self.skipped_links), self.skipped_links[0]),
             )
 
