@@ -87,9 +87,11 @@ def run(main: Callable[[list[str]], int]) -> NoReturn:
     log_to_stderr()
     try:
         code = _outcome(main)
-    except SystemExit as end:  # --help
-        code = end.code  # type: ignore[assignment]
-    sys.exit(_close_stdout(code))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except _StdoutError as error:
+        code = _without_stdout(error)
+    sys.exit(code)
 
 
 def complain(error: object) -> int:
@@ -116,6 +118,8 @@ def _escaped(character: str) -> str:
 def _outcome(main: Callable[[list[str]], int]) -> int:
     try:
         return main(sys.argv[1:])
+    except SystemExit as end:  # --help
+        return end.code  # type: ignore[return-value]
     except UserError as error:
         return complain(error)
     except KeyboardInterrupt:
@@ -125,10 +129,6 @@ def _outcome(main: Callable[[list[str]], int]) -> int:
         if not _ran_out_of_memory(error):
             raise
         return complain("out of memory: take fewer images at a time, smaller ones or a smaller net")
-    except OSError:
-        if _flush_error() is None:  # it was not stdout that failed
-            raise
-        return USAGE_ERROR
 
 
 def _ran_out_of_memory(error: Exception) -> bool:
@@ -147,29 +147,42 @@ def _prepare_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # becomes the lowest one that is free: this one
     # without a stderr, print would take stdout instead
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    old = sys.stdout
+    if isinstance(old, io.TextIOWrapper) and old is sys.__stdout__:
+        sys.stdout = _Stdout(
+            old.buffer,
+            old.encoding,
+            errors="backslashreplace",
+            line_buffering=old.line_buffering,
+            write_through=old.write_through,
+        )
 
 
-def _flush_error() -> OSError | None:
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as error:
-        return error
-    return None
+class _StdoutError(Exception):
+    """stdout, and no other file, cannot be written. The cause is the system's error."""
 
 
-def _close_stdout(code: int) -> int:
-    """Write out what is left; the exit code, where that fails another one."""
-    error = _flush_error()
-    if error is None:
-        return code
+class _Stdout(io.TextIOWrapper):
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise _StdoutError from error
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise _StdoutError from error
+
+
+def _without_stdout(error: _StdoutError) -> int:
+    """End without it; the exit code."""
     # what is left goes nowhere: else the interpreter would try once more, and show a traceback
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error.__cause__, BrokenPipeError):
         return NOBODY_READS
-    return complain(f"cannot write to stdout: {error.strerror}")
+    return complain(f"cannot write to stdout: {getattr(error.__cause__, 'strerror', '')}")
 
 
 def _tell(line: str) -> None:
