@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -82,6 +82,7 @@ def run(
     at_file: int = 0,
     kill_after: float | None = None,
     stdout: str = "",
+    encoding: str = "utf-8",
     environ: dict[str, str] | None = None,
 ) -> Result:
     """Run a command to its end.
@@ -96,12 +97,13 @@ def run(
         at_file: or which file, as it is listed.
         kill_after: seconds after which it is killed.
         stdout: where it goes if not into the output: a path, or "closed pipe".
+        encoding: of the output.
         environ: more environment variables.
     """
     process = {"environ": environ or {}, "mishap": mishap, "output": str(cwd / "output.txt")}
     process["stdout"] = stdout
     order = {"at_call": at_call, "at_step": at_step, "at_file": at_file, "kill_after": kill_after}
-    [result] = _carry_out(module, argv, cwd, order, [process])
+    [result] = _carry_out(module, argv, cwd, order, [process], encoding)
     return result
 
 
@@ -136,7 +138,12 @@ def free_port() -> int:
 
 
 def _carry_out(
-    module: str, argv: Iterable[object], cwd: Path, order: dict, processes: list[dict]
+    module: str,
+    argv: Iterable[object],
+    cwd: Path,
+    order: dict,
+    processes: list[dict],
+    encoding: str = "utf-8",
 ) -> list[Result]:
     order |= {"module": module, "argv": [str(a) for a in argv], "cwd": str(cwd)}
     zygote = _zygote()
@@ -145,11 +152,11 @@ def _carry_out(
     zygote.stdin.write(json.dumps({**order, "processes": processes}) + "\n")
     zygote.stdin.flush()
     answers = json.loads(zygote.stdout.readline())
-    outputs = [Path(process["output"]).read_text() for process in processes]
+    outputs = [Path(process["output"]).read_text(encoding) for process in processes]
     return [Result(output=o, **a) for o, a in zip(outputs, answers, strict=True)]
 
 
-def write_tree(root: Path, *, train: int = 8, val: int = 3, classes: str = "ab") -> Path:
+def write_tree(root: Path, *, train: int = 8, val: int = 3, classes: Sequence[str] = "ab") -> Path:
     """A tree of small images whose classes differ in brightness."""
     random = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):
