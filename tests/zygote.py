@@ -36,7 +36,7 @@ class Faults:
         at_file: the file that meets it as it is listed, from 1; 0 for none.
     """
 
-    def __init__(self, mishap: str | None, at_call: int, at_step: int, at_file: int) -> None:
+    def __init__(self, mishap: str | None, at_call: int, at_step: int, at_file: int = 0) -> None:
         self.calls, self._steps, self._mishap = 0, 0, mishap
         self._at_call, self._at_step = (at_call, at_step) if mishap else (0, 0)
         for name in WATCHED:
