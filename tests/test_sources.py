@@ -194,7 +194,7 @@ def test_the_search_for_bad_images_obeys_a_signal(tree, monkeypatch):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     assert stopped.value.code == 75
-    assert len(read) < 200
+    assert len(read) < 100
 
 
 def test_a_class_of_bad_images_only_cannot_be_skipped(tree):
