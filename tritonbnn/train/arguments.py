@@ -103,6 +103,8 @@ def read_recipe(name: str) -> dict[str, Any]:
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
+        if any("\udc80" <= c <= "\udcff" for c in text):
+            raise UserError(f"cannot read recipe {name}: it is no text in UTF-8") from error
         raise UserError(f"recipe {name} is not valid TOML: {error}") from error
     flat = {"recipe": Path(name).stem}
     for key, value in content.items():
