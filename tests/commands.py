@@ -6,7 +6,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -79,7 +79,10 @@ def run(
     mishap: str | None = None,
     at_call: int = 0,
     at_step: int = 0,
+    at_file: int = 0,
     kill_after: float | None = None,
+    stdout: str = "",
+    encoding: str = "utf-8",
     environ: dict[str, str] | None = None,
 ) -> Result:
     """Run a command to its end.
@@ -91,12 +94,16 @@ def run(
         mishap: "death", "full disk", "SIGTERM", "SIGINT" or "SIGINT twice".
         at_call: which call that makes a file last meets it, from 1.
         at_step: or which optimiser step.
+        at_file: or which file, as it is listed.
         kill_after: seconds after which it is killed.
+        stdout: where it goes if not into the output: a path, or "closed pipe".
+        encoding: of the output.
         environ: more environment variables.
     """
     process = {"environ": environ or {}, "mishap": mishap, "output": str(cwd / "output.txt")}
-    order = {"at_call": at_call, "at_step": at_step, "kill_after": kill_after}
-    [result] = _carry_out(module, argv, cwd, order, [process])
+    process["stdout"] = stdout
+    order = {"at_call": at_call, "at_step": at_step, "at_file": at_file, "kill_after": kill_after}
+    [result] = _carry_out(module, argv, cwd, order, [process], encoding)
     return result
 
 
@@ -115,10 +122,11 @@ def run_two(
             "environ": {**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             "mishap": mishap if rank == 1 else None,
             "output": str(cwd / f"output-{rank}.txt"),
+            "stdout": "",
         }
         for rank in range(2)
     ]
-    order = {"at_call": 0, "at_step": at_step, "kill_after": None}
+    order = {"at_call": 0, "at_step": at_step, "at_file": 0, "kill_after": None}
     return _carry_out(module, argv, cwd, order, processes)
 
 
@@ -130,7 +138,12 @@ def free_port() -> int:
 
 
 def _carry_out(
-    module: str, argv: Iterable[object], cwd: Path, order: dict, processes: list[dict]
+    module: str,
+    argv: Iterable[object],
+    cwd: Path,
+    order: dict,
+    processes: list[dict],
+    encoding: str = "utf-8",
 ) -> list[Result]:
     order |= {"module": module, "argv": [str(a) for a in argv], "cwd": str(cwd)}
     zygote = _zygote()
@@ -139,11 +152,11 @@ def _carry_out(
     zygote.stdin.write(json.dumps({**order, "processes": processes}) + "\n")
     zygote.stdin.flush()
     answers = json.loads(zygote.stdout.readline())
-    outputs = [Path(process["output"]).read_text() for process in processes]
+    outputs = [Path(process["output"]).read_text(encoding) for process in processes]
     return [Result(output=o, **a) for o, a in zip(outputs, answers, strict=True)]
 
 
-def write_tree(root: Path, *, train: int = 8, val: int = 3, classes: str = "ab") -> Path:
+def write_tree(root: Path, *, train: int = 8, val: int = 3, classes: Sequence[str] = "ab") -> Path:
     """A tree of small images whose classes differ in brightness."""
     random = np.random.default_rng(0)
     for split, count in (("train", train), ("val", val)):

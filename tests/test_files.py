@@ -1,11 +1,12 @@
 """What is written is whole, and goes only where a file can be."""
 
 import os
+from pathlib import Path
 
 import pytest
 
 from tritonbnn.cli import UserError
-from tritonbnn.files import writable, write_atomically
+from tritonbnn.files import utf_8_name, writable, write_atomically
 
 
 @pytest.mark.parametrize("write", [writable, lambda path: write_atomically(path, b"new")])
@@ -20,3 +21,12 @@ def test_what_is_no_file_is_left_in_its_place(tmp_path, write):
     assert (tmp_path / "pipe").is_fifo()
     assert (tmp_path / "link").is_symlink()
     assert {path.name for path in tmp_path.iterdir()} == {"pipe", "folder", "link"}
+
+
+@pytest.mark.parametrize("name", [b"caf\xe9", "caf\u00e9".encode()])
+def test_a_file_has_a_name_that_is_utf_8(tmp_path, name):
+    path = tmp_path / os.fsdecode(name)
+    path.write_bytes(b"content")
+    with utf_8_name(path) as other:
+        other.encode()
+        assert Path(other).read_bytes() == b"content"

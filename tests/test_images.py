@@ -1,6 +1,8 @@
 """Reading one image file, against PIL's and numpy's idea of its pixels."""
 
 import pickle
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -90,6 +92,35 @@ def test_pixels_without_an_8_bit_meaning_are_refused(tmp_path, pixels):
     Image.fromarray(pixels).save(path)
     with pytest.raises(BadImageError, match=r"x\.tif"):
         load_image(path, 3)
+
+
+def write_png_header(path, width, height):
+    """The beginning of a PNG of any size, and no pixel."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk + struct.pack(">I", 100) + b"IDAT")
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(11_000, 10_000), (20_000, 20_000), (1_000_000, 1_000_000)])
+def test_a_small_file_of_too_many_pixels_is_refused_before_they_are_decoded(tmp_path, size):
+    write_png_header(tmp_path / "x.png", *size)
+    with pytest.raises(BadImageError, match=r"x\.png .*pixels") as error:
+        load_image(tmp_path / "x.png", 3)
+    one_line(error)
+
+
+def test_an_animation_is_its_first_image(tmp_path):
+    frames = [Image.new("L", (2, 2), level) for level in (10, 200)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    assert np.asarray(load_image(tmp_path / "x.gif", 1)).tolist() == [[10, 10], [10, 10]]
+
+
+def test_postscript_is_never_run(tmp_path):
+    """Pillow would hand it to Ghostscript, whatever its suffix."""
+    (tmp_path / "x.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")
+    with pytest.raises(BadImageError, match="no image format"):
+        load_image(tmp_path / "x.png", 3)
 
 
 def test_exif_orientation_is_ignored(tmp_path):

@@ -1,7 +1,10 @@
 """Data sources: what they hand out, against PIL and numpy, and what they refuse."""
 
 import logging
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,9 @@ from PIL import Image
 from tests.pictures import grey, one_line, random_image, source, spoil_image
 from tritonbnn import data
 from tritonbnn.cli import UserError
+from tritonbnn.train.folder import FolderImages
 from tritonbnn.train.sources import SampleKey, eval_reader
+from tritonbnn.train.stop import EXIT_CODES, Stopped, StopSignals
 
 
 @pytest.fixture
@@ -166,6 +171,30 @@ def test_bad_images_stop_training_unless_skipped(tree, caplog, monkeypatch):
     assert "skipping 2 bad images of 6" in caplog.text
     assert all(str(path) in caplog.text for path in bad)
     assert len(found.val) == 2
+
+
+def test_the_search_for_bad_images_obeys_a_signal(tree, monkeypatch):
+    for i in range(1000):
+        (tree / "train" / "ant" / f"more{i}.png").hardlink_to(tree / "train" / "ant" / "0.png")
+    read = []
+
+    def image(images, index):
+        read.append(index)
+        if len(read) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.02)
+
+    monkeypatch.setattr(FolderImages, "image", image)
+    handlers = {number: signal.getsignal(number) for number in EXIT_CODES}
+    signals = StopSignals()
+    try:
+        with pytest.raises(Stopped) as stopped, signals.obeyed_at_once():
+            source("folder", tree, skip_bad_images=True)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert stopped.value.code == 75
+    assert len(read) < 100
 
 
 def test_a_class_of_bad_images_only_cannot_be_skipped(tree):

@@ -1,6 +1,8 @@
 """Transforms, against torchvision's own, PIL and closed forms."""
 
 import random
+import resource
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -69,6 +71,39 @@ def test_imagenet_eval_view_is_resize_256_crop_224(size):
     image = photo(*size)
     oracle = tv.Compose([tv.Resize(256), tv.CenterCrop(224), NORMALISE])
     assert torch.equal(EvalTransform("imagenet", 224)(image), oracle(image))
+
+
+@pytest.mark.parametrize("size", [(330, 20), (20, 330), (7, 500), (500, 7), (3, 50), (1, 17)])
+@pytest.mark.parametrize("augment", ["imagenet", "none"])
+def test_a_thin_image_gives_what_resize_and_crop_give_to_a_grey_level(augment, size):
+    image = photo(*size)
+    resized = tv.Resize(256 if augment == "imagenet" else 224)(image)
+    expected = np.asarray(tv.CenterCrop(224)(resized)).astype(int)
+    levels = grey_levels(EvalTransform(augment, 224)(image)).round().int()
+    assert np.abs(levels.permute(1, 2, 0).numpy() - expected).max() <= 1
+
+
+@pytest.fixture
+def little_memory():
+    """Room for 300 MB more than the process has by now, and a MemoryError beyond."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    more = pages * resource.getpagesize() + 300_000_000
+    resource.setrlimit(resource.RLIMIT_AS, (more, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize("size", [(12_000, 1), (1, 12_000), (1, 60_000), (60_000, 2)])
+@pytest.mark.parametrize("augment", ["imagenet", "crop-flip", "none"])
+def test_a_very_thin_image_takes_no_more_memory_than_its_view(little_memory, augment, size):
+    image = flat(77).resize(size)
+    for view in (
+        EvalTransform(augment, 224)(image),
+        TrainTransform(augment, "none", 224)(image, torch.Generator().manual_seed(0)),
+    ):
+        assert view.shape == (3, 224, 224)
+    assert (grey_levels(EvalTransform(augment, 224)(image)).round() == 77).all()
 
 
 @pytest.mark.parametrize("augment", ["crop-flip", "crop", "none"])

@@ -3,7 +3,7 @@
 It reads an order as a line of JSON and answers with one: for each process of the command its
 ``code`` (negative: the signal that ended it) and ``calls``, how many writes, fsyncs and renames it
 made. An order may have a process meet its end at one of those calls, or at one of its optimiser
-steps, or have it killed after some time.
+steps, or at one of the files that it lists, or have it killed after some time.
 """
 
 import errno
@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tritonbnn import cli
+from tritonbnn.train import listing
 from tritonbnn.train.keeper import Keeper
 
 PATIENCE = 300  # seconds
@@ -32,14 +33,18 @@ class Faults:
         mishap: "death", "full disk", "SIGTERM", "SIGINT", "SIGINT twice" or None.
         at_call: the call that meets it, from 1; 0 for none.
         at_step: the optimiser step of this process that meets it, from 1; 0 for none.
+        at_file: the file that meets it as it is listed, from 1; 0 for none.
     """
 
-    def __init__(self, mishap: str | None, at_call: int, at_step: int) -> None:
+    def __init__(self, mishap: str | None, at_call: int, at_step: int, at_file: int = 0) -> None:
         self.calls, self._steps, self._mishap = 0, 0, mishap
         self._at_call, self._at_step = (at_call, at_step) if mishap else (0, 0)
         for name in WATCHED:
             setattr(os, name, self._watched(name, getattr(os, name)))
         Keeper.after_step = self._stepping(Keeper.after_step)
+        if mishap and at_file:
+            self._files = iter(range(1, at_file + 1))
+            listing.is_image = self._listing(listing.is_image, at_file)
 
     def _watched(self, name: str, real: Callable) -> Callable:
         def call(*arguments, **keywords):
@@ -61,6 +66,14 @@ class Faults:
 
         return after_step
 
+    def _listing(self, real: Callable, at_file: int) -> Callable:
+        def is_image(path):
+            if next(self._files, None) == at_file:
+                self._strike()
+            return real(path)
+
+        return is_image
+
     def _strike(self) -> None:
         if self._mishap == "full disk":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -75,14 +88,12 @@ def obey(order: dict, process: dict, calls_out: int) -> None:
     """Become a process of the command."""
     signal.alarm(PATIENCE)  # a command that hangs ends, and fails its test
     os.chdir(order["cwd"])
-    output = os.open(process["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    redirect(process)
     # the parent of a test run may ignore it, and what is ignored stays so in children
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(process["environ"])
     real_write = os.write
-    faults = Faults(process["mishap"], order["at_call"], order["at_step"])
+    faults = Faults(process["mishap"], order["at_call"], order["at_step"], order["at_file"])
     main = importlib.import_module(order["module"]).main
     sys.argv = [order["module"], *order["argv"]]
     code = 1
@@ -96,6 +107,21 @@ def obey(order: dict, process: dict, calls_out: int) -> None:
     sys.stderr.flush()
     real_write(calls_out, str(faults.calls).encode())
     os._exit(code)
+
+
+def redirect(process: dict) -> None:
+    """Send stderr to the command's output file, and stdout to the same, or where it is asked to."""
+    output = os.open(process["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    if process["stdout"] == "closed pipe":
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+    elif process["stdout"]:
+        os.dup2(os.open(process["stdout"], os.O_WRONLY), 1)
+    if encoding := process["environ"].get("PYTHONIOENCODING"):
+        sys.stdout.reconfigure(encoding=encoding, errors="strict")
 
 
 def start(order: dict, process: dict) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
 from pathlib import Path
 
 from tritonbnn import cli
-from tritonbnn.cli import Parser, UserError, at_least
+from tritonbnn.cli import Parser, UserError, at_least, printable
 from tritonbnn.files import make_folder, write_atomically
 from tritonbnn.report.catalogue import CATALOGUE, Picture, draw
 from tritonbnn.report.measure import Wanted, measure
@@ -31,8 +31,8 @@ def main(argv: list[str]) -> int:
         logger.warning("%s", note)
     pictures = draw(runs, measured)
     _write_pictures(pictures, pictures_folder)
-    write_atomically(out, page(runs, measured, pictures).encode())
-    print(f"{out}: {len(pictures)} pictures, also in {pictures_folder}")
+    write_atomically(out, page(runs, measured, pictures).encode(errors="backslashreplace"))
+    print(printable(f"{out}: {len(pictures)} pictures, also in {pictures_folder}"))
     return 0
 
 

@@ -1,13 +1,21 @@
 """What every command line here shares: help, one-line errors, their exit code, and logging."""
 
 import argparse
+import io
 import logging
+import math
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
+NOBODY_READS = 141  # as a shell reports a program that wrote to a closed pipe
+
+_OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # what torch says, of GPU and CPU
 
 
 class UserError(Exception):
@@ -36,23 +44,32 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """The type of a flag that is a whole number from ``least`` on."""
+def at_least(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """The type of a flag that is a whole number from ``least`` on, to ``most``."""
 
     def number(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(
                 f"must be a whole number of at least {least}, not {text!r}"
             )
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"must be at most {most}, not {text}")
         return int(text)
 
     return number
 
 
+class _OneLine(logging.Formatter):
+    """The bare message: a name in it can neither end the line nor command the terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        return printable(record.message)
+
+
 def log_to_stderr() -> None:
     """Show the package's own log lines, bare, on stderr."""
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(_OneLine())
     logger = logging.getLogger("tritonbnn")
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO)
@@ -62,21 +79,112 @@ def log_to_stderr() -> None:
 def run(main: Callable[[list[str]], int]) -> NoReturn:
     """Run ``main(argv)`` and exit with its code.
 
-    A :class:`UserError` is one line and code 2, whatever the names in it hold; so is Ctrl-C, with
-    code 130.
+    A :class:`UserError` is one line and code 2, whatever the names in it hold. So is memory that
+    runs out, and a stdout that cannot be written. Ctrl-C is one line and code 130. Where nobody
+    reads stdout any more, as behind ``| head``, the end is silent, with code 141.
     """
+    _prepare_streams()
     log_to_stderr()
     try:
-        code = main(sys.argv[1:])
-    except UserError as error:
-        print(f"error: {_printable(str(error))}", file=sys.stderr)
-        code = USAGE_ERROR
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = INTERRUPTED
+        code = _outcome(main)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except _StdoutError as error:
+        code = _without_stdout(error)
     sys.exit(code)
 
 
-def _printable(text: str) -> str:
-    """Line ends and a terminal's commands as their escapes: a file's name may hold them."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+def complain(error: object) -> int:
+    """Say on stderr, in one line, what is wrong; the exit code for it."""
+    _tell(f"error: {error}")
+    return USAGE_ERROR
+
+
+def printable(text: object) -> str:
+    """``text`` with line ends and a terminal's commands as their escapes: names may hold them.
+
+    A byte of a name that no character stands for is shown as ``\\xe9``.
+    """
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
+
+
+def _escaped(character: str) -> str:
+    number = ord(character)
+    if 0xDC80 <= number <= 0xDCFF:  # how Python keeps a byte of a name that is not UTF-8
+        return f"\\x{number - 0xDC00:02x}"
+    return ascii(character)[1:-1]
+
+
+def _outcome(main: Callable[[list[str]], int]) -> int:
+    try:
+        return main(sys.argv[1:])
+    except SystemExit as end:  # --help
+        return end.code  # type: ignore[return-value]
+    except UserError as error:
+        return complain(error)
+    except KeyboardInterrupt:
+        _tell("interrupted")
+        return INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        if not _ran_out_of_memory(error):
+            raise
+        return complain("out of memory: take fewer images at a time, smaller ones or a smaller net")
+
+
+def _ran_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def _prepare_streams() -> None:
+    """Let stdout take any text, and have all three streams, or a file opened later takes a place.
+
+    stderr escapes what the terminal's encoding lacks. stdout would raise.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # becomes the lowest one that is free: this one
+    # without a stderr, print would take stdout instead
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    old = sys.stdout
+    if isinstance(old, io.TextIOWrapper) and old is sys.__stdout__:
+        sys.stdout = _Stdout(
+            old.buffer,
+            old.encoding,
+            errors="backslashreplace",
+            line_buffering=old.line_buffering,
+            write_through=old.write_through,
+        )
+
+
+class _StdoutError(Exception):
+    """stdout, and no other file, cannot be written. The cause is the system's error."""
+
+
+class _Stdout(io.TextIOWrapper):
+    def write(self, text: str, /) -> int:
+        try:
+            return super().write(text)
+        except OSError as error:
+            raise _StdoutError from error
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError as error:
+            raise _StdoutError from error
+
+
+def _without_stdout(error: _StdoutError) -> int:
+    """End without it; the exit code."""
+    # what is left goes nowhere: else the interpreter would try once more, and show a traceback
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error.__cause__, BrokenPipeError):
+        return NOBODY_READS
+    return complain(f"cannot write to stdout: {getattr(error.__cause__, 'strerror', '')}")
+
+
+def _tell(line: str) -> None:
+    with suppress(OSError):  # nobody reads stderr
+        print(printable(line), file=sys.stderr)

@@ -3,12 +3,13 @@
 FILE may also be a published one of AdamBNN: ``model_best.pth.tar --step 2 --data-dir IMAGENET``.
 """
 
+import math
 from pathlib import Path
 
 from tritonbnn import cli
-from tritonbnn.cli import Parser, at_least
-from tritonbnn.train.config import STEPS
-from tritonbnn.train.data import val_batches
+from tritonbnn.cli import Parser, UserError, at_least, printable
+from tritonbnn.train.config import MOST_IMAGES, MOST_WORKERS, STEPS
+from tritonbnn.train.data import check_fits_memory, val_batches
 from tritonbnn.train.device import choose_device
 from tritonbnn.train.distributed import World
 from tritonbnn.train.engine import PRECISIONS, Compute, evaluate
@@ -22,12 +23,18 @@ def main(argv: list[str]) -> int:
     model = network_with_weights(checkpoint)
     compute = Compute(choose_device(given.device), given.precision)
     source = open_data(checkpoint, given.data_dir)
+    check_fits_memory(source, given.batch_size)
     batches = val_batches(source.val, batch_size=given.batch_size, workers=given.workers)
     compute.place(model)
     score = evaluate(model, batches, compute, World())
+    if not math.isfinite(score.loss):
+        raise UserError(
+            f"{checkpoint.path}: the loss is {score.loss} in {given.precision}: try --precision"
+            " fp32, or use another checkpoint"
+        )
     weights = "1-bit" if checkpoint.facts["network"]["binary_weights"] else "real"
     print(
-        f"{checkpoint.path}: {weights} weights, {score.images} images of {source.name}:"
+        f"{printable(checkpoint.path)}: {weights} weights, {score.images} images of {source.name}:"
         f" top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f}"
     )
     return 0
@@ -46,8 +53,12 @@ def _parser() -> Parser:
     )
     parser.add_argument("--data-dir", type=Path, help="where the data are now")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--batch-size", type=at_least(1), default=128, help="images at a time")
-    parser.add_argument("--workers", type=at_least(0), default=0, help="processes that read images")
+    parser.add_argument(
+        "--batch-size", type=at_least(1, MOST_IMAGES), default=128, help="images at a time"
+    )
+    parser.add_argument(
+        "--workers", type=at_least(0, MOST_WORKERS), default=0, help="processes that read images"
+    )
     parser.add_argument(
         "--precision", choices=list(PRECISIONS), default="fp32", help="of activations"
     )

@@ -4,7 +4,8 @@ import errno
 import fcntl
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,22 @@ def writable(path: Path | None) -> Path | None:
     write_atomically(probe, b"")
     probe.unlink()
     return path
+
+
+@contextmanager
+def utf_8_name(path: Path) -> Iterator[str]:
+    """A name of an existing file for those who refuse any that is not UTF-8, as safetensors does.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with path.open("rb") as file:
+            yield f"/dev/fd/{file.fileno()}"
+    else:
+        yield str(path)
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:

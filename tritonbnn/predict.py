@@ -1,22 +1,28 @@
 """``python -m tritonbnn.predict RUN|FILE IMAGE...``: name what is in images."""
 
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 from tritonbnn import cli
-from tritonbnn.cli import Parser, UserError
+from tritonbnn.cli import Parser, UserError, printable
 from tritonbnn.train.device import choose_device
-from tritonbnn.train.images import is_image
+from tritonbnn.train.listing import list_images
 from tritonbnn.train.meters import TOP
 from tritonbnn.train.sources import eval_reader
 from tritonbnn.train.weights import load_network
 
 
 def main(argv: list[str]) -> int:
-    """Print the likeliest classes of each image. Returns the exit code."""
+    """Print the likeliest classes of each image. Returns the exit code.
+
+    What cannot be read is named on stderr, and the next image comes: one bad file among thousands
+    loses no other's answer, but the exit code tells.
+    """
     given = _parser().parse_args(argv)
-    paths = [path for place in given.images for path in _images(place)]
     model, checkpoint = load_network(given.checkpoint)
     device = choose_device(given.device)
     model = model.to(device).eval()
@@ -27,11 +33,17 @@ def main(argv: list[str]) -> int:
         augment=data["augment"],
         channels=data["channels"],
     )
-    for path in paths:
-        with torch.no_grad():
-            probabilities = model(read(path)[None].to(device))[0].softmax(dim=0)
-        print(f"{path}: {_guesses(probabilities, data['classes'])}")
-    return 0
+    code = 0
+    for place in given.images:
+        for found in _images(place):
+            try:
+                probabilities = _probabilities(model, read, found, device)
+            except UserError as error:
+                code = cli.complain(error)
+                continue
+            guesses = _guesses(probabilities, data["classes"])
+            print(printable(f"{found}: {guesses}"), flush=True)
+    return code
 
 
 def _parser() -> Parser:
@@ -46,19 +58,45 @@ def _parser() -> Parser:
     return parser
 
 
-def _images(place: Path) -> list[Path]:
-    """The image itself, or all images below a folder."""
-    if not place.is_dir():
-        if not place.exists():
-            raise UserError(f"{place} does not exist: name an image file or a folder")
-        return [place]
-    found = sorted(p for p in place.rglob("*") if p.is_file() and is_image(p.name))
-    if not found:
-        raise UserError(f"{place} holds no image files")
-    return found
+def _images(place: Path) -> Iterator[Path | UserError]:
+    """The image itself, or all images below a folder, or what is wrong with the place."""
+    try:
+        if not place.is_dir():
+            missing = UserError(f"{place} does not exist: name an image file or a folder")
+            yield place if place.exists() else missing
+            return
+        listing = list_images(place)
+    except OSError as error:
+        yield UserError(f"cannot read {error.filename}: {error.strerror}")
+        return
+    listing.tell(place)
+    [below] = listing.paths.values()
+    if not below:
+        yield UserError(f"{place} holds no image files")
+    yield from (place / os.fsdecode(path) for path in below)
 
 
-def _guesses(probabilities: torch.Tensor, classes: list[str]) -> str:
+def _probabilities(
+    model: nn.Module,
+    read: Callable[[Path], Tensor],
+    found: Path | UserError,
+    device: torch.device,
+) -> Tensor:
+    """Of each class, (C,).
+
+    Raises:
+        UserError: there is no image to read, or the network has no finite answer.
+    """
+    if isinstance(found, UserError):
+        raise found
+    with torch.no_grad():
+        probabilities = model(read(found)[None].to(device))[0].softmax(dim=0)
+    if not probabilities.isfinite().all():
+        raise UserError(f"{found}: the network's answer is not finite: use another checkpoint")
+    return probabilities
+
+
+def _guesses(probabilities: Tensor, classes: list[str]) -> str:
     values, indices = probabilities.topk(min(TOP, len(classes)))
     pairs = zip(indices.tolist(), values.tolist(), strict=True)
     return ", ".join(f"{classes[index]} {value:.1%}" for index, value in pairs)

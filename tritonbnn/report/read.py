@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from tritonbnn.cli import UserError
+from tritonbnn.files import utf_8_name
 from tritonbnn.train.config import STEPS
 from tritonbnn.train.log import ANALYSIS, LOG, Line
 from tritonbnn.train.rundir import CONFIG, step_folder
@@ -258,7 +259,7 @@ def _layers(line: Line) -> dict[str, dict[str, Any]]:
 def _read_config(folder: Path, notes: list[str]) -> dict[str, Any]:
     path = folder / CONFIG
     try:
-        return tomllib.loads(path.read_text("utf-8"))
+        return tomllib.loads(path.read_text("utf-8", errors="surrogateescape"))
     except (OSError, ValueError) as error:
         notes.append(f"{path} cannot be read, so its settings are not shown: {error}")
         return {}
@@ -268,7 +269,8 @@ def _read_tensors(path: Path, notes: list[str]) -> dict[str, np.ndarray]:
     if not path.exists():
         return {}
     try:
-        tensors = load_file(path)
+        with utf_8_name(path) as name:
+            tensors = load_file(name)
     except (SafetensorError, OSError, ValueError) as error:
         notes.append(f"{path} is damaged, so histograms and channels are not shown: {error}")
         return {}

@@ -153,7 +153,7 @@ def _report(
     text = markdown(studies, results, failed, trained)
     make_folder(out)
     update(out / "study.json", (json.dumps(document, indent=2) + "\n").encode())
-    update(out / "study.md", text.encode())
+    update(out / "study.md", text.encode(errors="backslashreplace"))
     print(text)
 
 

@@ -3,12 +3,13 @@
 import logging
 
 from tritonbnn import cli
+from tritonbnn.cli import printable
 from tritonbnn.train import distributed
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.checkpoint import BEST
 from tritonbnn.train.device import choose_device, keep_freed_memory
 from tritonbnn.train.engine import Compute
-from tritonbnn.train.log import table
+from tritonbnn.train.log import Line, table
 from tritonbnn.train.run import StepRun, open_images
 from tritonbnn.train.rundir import RunFolder, step_folder
 from tritonbnn.train.stop import Stopped, StopSignals
@@ -30,10 +31,14 @@ def main(argv: list[str]) -> int:
     )
     folder = world.share(run.path if run else arguments.out)
     compute = Compute(device, config.precision, config.channels_last, config.compile)
+    if not world.leads:  # it would say the same of the same files
+        logging.getLogger("tritonbnn").setLevel(logging.ERROR)
     if world.leads:
         logger.info("%s on %s, in %s", config.recipe, device, folder)
-    source, history = open_images(config), []
+    history: list[Line] = []
     try:
+        with signals.obeyed_at_once():  # a large tree takes minutes
+            source = open_images(config)
         for step in config.steps:
             history = StepRun(step, config, source, folder, compute, world, signals).train()
     except Stopped as stopped:
@@ -46,7 +51,7 @@ def main(argv: list[str]) -> int:
         return stopped.code
     if world.leads:
         print(table(history, published=config.recipe == "imagenet"))
-        print(f"best weights: {step_folder(folder, config.steps[-1]) / BEST}")
+        print(f"best weights: {printable(step_folder(folder, config.steps[-1]) / BEST)}")
     distributed.leave()
     return 0
 

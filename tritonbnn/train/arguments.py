@@ -103,6 +103,8 @@ def read_recipe(name: str) -> dict[str, Any]:
     try:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
+        if any("\udc80" <= c <= "\udcff" for c in text):
+            raise UserError(f"cannot read recipe {name}: it is no text in UTF-8") from error
         raise UserError(f"recipe {name} is not valid TOML: {error}") from error
     flat = {"recipe": Path(name).stem}
     for key, value in content.items():
@@ -115,8 +117,9 @@ def read_recipe(name: str) -> dict[str, Any]:
 
 def _read_file(name: str) -> str:
     try:
-        return Path(name).read_text("utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        # a path in it may hold bytes that are not UTF-8, and config.toml keeps them as they are
+        return Path(name).read_text("utf-8", errors="surrogateescape")
+    except (OSError, ValueError) as error:
         if os.sep in name or name.endswith(".toml"):
             raise UserError(f"cannot read recipe {name}: {error}") from error
         known = shipped_recipes()
@@ -182,6 +185,8 @@ def _checked(key: str, value: Any, spec: dataclasses.Field) -> Any:
         raise UserError(f"{flag} must be a finite number, not {value}")
     if "least" in limits and value < limits["least"]:
         raise UserError(f"{flag} must be at least {limits['least']}, not {value}")
+    if "most" in limits and value > limits["most"]:
+        raise UserError(f"{flag} must be at most {limits['most']}, not {value}")
     if "above" in limits and value <= limits["above"]:
         raise UserError(f"{flag} must be greater than {limits['above']}, not {value}")
     if "below" in limits and value >= limits["below"]:

@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tritonbnn.cli import UserError
+from tritonbnn.files import utf_8_name
 
 # The files in a step's folder: where to go on, where before that, and the best weights.
 LAST = "last.safetensors"
@@ -62,7 +63,7 @@ def read(path: Path) -> Checkpoint:
     if not path.is_file():
         raise UserError(f"there is no checkpoint {path}")
     try:
-        with safe_open(path, framework="pt") as file:
+        with utf_8_name(path) as name, safe_open(name, framework="pt") as file:
             header = (file.metadata() or {})[_FACTS]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         facts = json.loads(header)

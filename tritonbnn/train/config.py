@@ -7,6 +7,9 @@ from typing import Any
 from tritonbnn.analysis import LEVELS
 
 STEPS = (1, 2)
+# More is a slip of the finger, which would end in a machine out of memory or out of processes.
+MOST_IMAGES = 1 << 20  # of a batch
+MOST_WORKERS = 1024
 # A run may go on with another value of these. The epochs of a step may grow too.
 MAY_CHANGE_ON_RESUME = (
     *("device", "workers", "data_dir", "step"),
@@ -22,8 +25,8 @@ def setting(default: Any, help_text: str, **limits: Any) -> Any:
     Args:
         default: its value where neither recipe nor command line sets it.
         help_text: what it means.
-        limits: ``choices``, ``least`` (smallest legal value), ``above`` or ``below`` (bounds that
-            are not legal themselves).
+        limits: ``choices``, ``least`` and ``most`` (bounds that are legal), ``above`` and ``below``
+            (bounds that are not).
     """
     return field(default=default, metadata={"help": help_text, **limits})
 
@@ -58,7 +61,9 @@ class Config:
     teacher: str = setting("none", "resnet34, a file with its weights, or none (labels)")
     label_smoothing: float = setting(0.0, "of the labels, without a teacher", least=0, below=1)
     optimizer: str = setting("adam", "SGD has momentum 0.9", choices=("adam", "sgd"))
-    batch_size: int = setting(64, "images of an optimiser step, over all processes", least=1)
+    batch_size: int = setting(
+        64, "images of an optimiser step, over all processes", least=1, most=MOST_IMAGES
+    )
     accumulation: int = setting(1, "parts that a process computes its share in", least=1)
     precision: str = setting("fp32", "of the activations", choices=("fp32", "bf16", "fp16"))
     channels_last: bool = setting(False, "keep images and convolution weights in NHWC order")
@@ -77,7 +82,9 @@ class Config:
     step: int = setting(0, "1 or 2 runs that step alone, 0 both", choices=(0, 1, 2))
     seed: int = setting(0, "of weights, order and views", least=0)
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto: cuda where there is one")
-    workers: int = setting(0, "processes that read images; 0 reads in the trainer itself", least=0)
+    workers: int = setting(
+        0, "processes that read images; 0 reads in the trainer itself", least=0, most=MOST_WORKERS
+    )
     save_minutes: float = setting(10.0, "time between checkpoints within an epoch", least=0)
     log_interval: int = setting(50, "optimiser steps between looks at the loss", least=1)
     analysis: str = setting("light", "what is measured of flips and the like", choices=LEVELS)

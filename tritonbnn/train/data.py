@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from tritonbnn.cli import UserError
-from tritonbnn.train.sources import SampleKey
+from tritonbnn.train.sources import SampleKey, Source
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHIELDED = hasattr(signal, "sigwaitinfo")  # not on macOS and Windows
@@ -66,6 +66,25 @@ def epoch_order(seed: int, step: int, epoch: int, size: int) -> np.ndarray:
 def train_steps(size: int, batch_size: int) -> int:
     """Optimiser steps of an epoch; the last one may be smaller."""
     return -(-size // batch_size)
+
+
+def check_fits_memory(source: Source, batch_size: int) -> None:
+    """Refuse a batch whose images alone take more than all memory, before any of them is read.
+
+    Raises:
+        UserError: it does not fit.
+    """
+    if not hasattr(os, "sysconf"):  # Windows
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    images = max(1, min(batch_size, max(len(source.train), len(source.val))))
+    side = source.val.transform.image_size
+    needed = images * source.channels * side * side * torch.float32.itemsize
+    if needed > memory:
+        raise UserError(
+            f"{images} images of {side} x {side} take {needed / 1e9:.0f} GB, and this machine has"
+            f" {memory / 1e9:.0f} GB: use a smaller --batch-size or --image-size"
+        )
 
 
 def train_batches(

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from tritonbnn.cli import UserError
-from tritonbnn.train.images import BadImageError, is_image, load_image
+from tritonbnn.train.images import BadImageError, load_image
+from tritonbnn.train.listing import list_images
 
 CHANNELS = 3
 _SCAN_BLOCK = 64
@@ -52,7 +54,8 @@ def open_tree(
 ) -> tuple[tuple[str, ...], FolderImages, FolderImages]:
     """List an image tree: class names, training images, validation images.
 
-    Hidden files and folders, and files without an image suffix, are left out. A damaged image is
+    Hidden files and folders are left out, files that are no images are counted and logged, and
+    links are followed as :func:`~tritonbnn.train.listing.list_images` says. A damaged image is
     found when it is read, unless ``skip_bad_images``: then every file is decoded once, here and by
     every process, and the damaged ones are left out of the lists and logged. What remains depends
     on the files alone, so that all processes, workers and resumed runs agree on every index.
@@ -99,21 +102,11 @@ def _folders(path: Path) -> tuple[str, ...]:
 
 
 def _list_split(root: Path, classes: tuple[str, ...]) -> FolderImages:
-    per_class = [_list_images(root, name) for name in classes]
+    listing = list_images(root, classes)
+    listing.tell(root)
+    per_class = [listing.paths[name] for name in classes]
     labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in per_class])
     return FolderImages(root, np.array([p for paths in per_class for p in paths], "S"), labels)
-
-
-def _list_images(root: Path, name: str) -> list[bytes]:
-    def stop(error: OSError) -> None:
-        raise error
-
-    paths = []
-    for folder, subfolders, files in os.walk(root / name, onerror=stop, followlinks=True):
-        subfolders[:] = [f for f in subfolders if not f.startswith(".")]
-        below = Path(folder).relative_to(root)
-        paths += [os.fsencode(below / file) for file in files if is_image(file)]
-    return sorted(paths)
 
 
 def _readable(images: FolderImages) -> FolderImages:
@@ -127,9 +120,13 @@ def _readable(images: FolderImages) -> FolderImages:
 
 
 def _find_bad(images: FolderImages) -> dict[int, str]:
+    left = threading.Event()
+
     def check(block: range) -> dict[int, str]:
         found = {}
         for index in block:
+            if left.is_set():  # else whoever interrupts would wait for whole blocks
+                break
             try:
                 images.image(index)
             except BadImageError as error:
@@ -146,6 +143,7 @@ def _find_bad(images: FolderImages) -> dict[int, str]:
                 bad |= found
                 bar.update(len(block))
     finally:
+        left.set()
         pool.shutdown(cancel_futures=True)
     return bad
 

@@ -1,5 +1,7 @@
 """Reading image files of any kind that a data set may hold."""
 
+import warnings
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +9,12 @@ from PIL import Image, UnidentifiedImageError
 
 from tritonbnn.cli import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+MOST_PIXELS = 100_000_000
+"""Of an image that is read: about 300 MB as RGB."""
+
+# What Pillow knows and cannot decode to pixels by itself: EPS would run Ghostscript.
+_NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
+_USUAL = ("JPEG", "PNG")  # tried first: some of the others take any bytes for theirs at first
 
 
 class BadImageError(UserError):
@@ -30,33 +37,70 @@ class BadImageError(UserError):
 
 
 def load_image(path: Path | str, channels: int) -> Image.Image:
-    """Read an image file as 8-bit RGB (3 channels) or grey (1 channel).
+    """Read an image file as 8-bit RGB (3 channels) or grey (1 channel); of an animation, its start.
 
     Transparency is dropped, 16-bit grey levels are scaled to 8 bits, and EXIF orientation is
     ignored: all as torchvision's loader does, except that it saturates 16-bit grey levels.
 
     Raises:
-        BadImageError: The file is missing, empty, truncated, no image, or has pixels without an
-            8-bit meaning (floating point, or integers beyond 16 bits).
+        BadImageError: The file is missing, empty, truncated, no image, has more than
+            ``MOST_PIXELS``, or pixels without an 8-bit meaning (floating point, or integers beyond
+            16 bits).
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_formats()) as image:
+            _check_size(image)
             return _to_8_bits(image).convert("RGB" if channels == 3 else "L")
     # Pillow's decoders raise almost anything on damaged bytes: SyntaxError, struct.error, EOFError
     except Exception as error:
         raise BadImageError(path, _reason(Path(path), error)) from error
 
 
-def is_image(name: str) -> bool:
-    """Whether a file of this name belongs to a data set: by its suffix, hidden files left out."""
-    return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+def is_image(path: str) -> bool:
+    """Whether a file is one of a data set: by its suffix, or by its content where it has none."""
+    suffix = Path(path).suffix.lower()
+    return suffix in _suffixes() if suffix else _begins_like_an_image(path)
+
+
+def _begins_like_an_image(path: str) -> bool:
+    try:
+        with Image.open(path, formats=_formats()):
+            return True
+    except OSError:  # of no format, or not to be read
+        return False
+    except Exception:  # it is one, and damaged: load_image will say so, with its name
+        return True
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """What Pillow may open a file as."""
+    Image.init()
+    # Pillow warns of damaged EXIF and the like, which no pixel depends on, in every image, worker
+    # and epoch. A filter for the whole process, because images are read in threads too.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+    known = (*_USUAL, *(name for name in Image.OPEN if name not in _USUAL))
+    return tuple(name for name in known if name in Image.OPEN and name not in _NOT_DECODED)
+
+
+@cache
+def _suffixes() -> frozenset[str]:
+    """Those of all formats that are decoded."""
+    Image.init()
+    return frozenset(s for s, f in Image.registered_extensions().items() if f not in _NOT_DECODED)
+
+
+def _check_size(image: Image.Image) -> None:
+    """Before a pixel is decoded: a file of some kilobytes may stand for gigabytes."""
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels")
     if image.mode.startswith("I"):
-        return Image.fromarray(_scale_16_bits(np.asarray(image).astype(np.int64)))
+        return Image.fromarray(_scale_16_bits(np.asarray(image)))
     # straight to RGB, Pillow warns about a palette with transparency; the pixels are the same
     return image.convert("RGBA") if image.mode == "P" else image
 
@@ -64,7 +108,11 @@ def _to_8_bits(image: Image.Image) -> Image.Image:
 def _scale_16_bits(levels: np.ndarray) -> np.ndarray:
     if levels.min() < 0 or levels.max() > 65535:
         raise ValueError("pixels beyond 16 bits")
-    return ((levels * 255 + 32767) // 65535).astype(np.uint8)
+    scaled = levels.astype(np.uint32)  # in place from here: an image may have MOST_PIXELS
+    scaled *= 255
+    scaled += 32767
+    scaled //= 65535
+    return scaled.astype(np.uint8)
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -1,6 +1,7 @@
 """What a run tells: a bar for the eye, a JSON line per epoch, TensorBoard, and a table."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from tritonbnn.files import cannot_write, update
 
 LOG, ANALYSIS = "log.jsonl", "analysis.safetensors"
 Line = dict[str, Any]
+
+logger = logging.getLogger(__name__)
 
 # AdamBNN on ImageNet (2106.11309): step 1 from its authors' issue 2, step 2 from the paper
 PUBLISHED_TOP1 = {1: 71.4, 2: 70.5}
@@ -57,13 +60,18 @@ class Board:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
         self._folder = folder / "tensorboard" / f"step{step}"
+        self._writer: SummaryWriter | None = None
         try:
             self._writer = SummaryWriter(str(self._folder), purge_step=epoch + 1)
+        except UnicodeEncodeError:
+            logger.warning("%s is not UTF-8: TensorBoard cannot write there", self._folder)
         except OSError as error:
             raise cannot_write(self._folder, error) from error
 
     def add(self, line: Line) -> None:
         """Draw one epoch."""
+        if self._writer is None:
+            return
         try:
             for tag, value in scalars(line).items():
                 self._writer.add_scalar(tag, value, line["epoch"])
@@ -73,7 +81,8 @@ class Board:
 
     def close(self) -> None:
         """End the file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 class Bar:

@@ -13,7 +13,7 @@ from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
 from tritonbnn.cli import UserError
 from tritonbnn.train.checkpoint import BEST, has_begun, read
 from tritonbnn.train.config import SCRATCH, Config, to_toml
-from tritonbnn.train.data import train_batches, train_steps, val_batches
+from tritonbnn.train.data import check_fits_memory, train_batches, train_steps, val_batches
 from tritonbnn.train.distributed import World
 from tritonbnn.train.engine import (
     Compute,
@@ -322,7 +322,7 @@ class StepRun:
 
 def open_images(config: Config) -> Source:
     """The run's data set; both steps use it."""
-    return open_source(
+    source = open_source(
         config.dataset,
         data_dir=Path(config.data_dir) if config.data_dir else None,
         image_size=config.image_size,
@@ -332,6 +332,8 @@ def open_images(config: Config) -> Source:
         step=config.steps[0],
         skip_bad_images=config.skip_bad_images,
     )
+    check_fits_memory(source, config.batch_size // config.accumulation)
+    return source
 
 
 def _network(config: Config, source: Source, step: int) -> dict[str, Any]:

@@ -43,7 +43,8 @@ class RunFolder:
         self._lock = FolderLock(self.path)
         remove_leftovers(self.path)
         self._check_begun(config)
-        update(self.path / CONFIG, to_toml(config).encode())
+        # a path in it keeps its bytes, UTF-8 or not
+        update(self.path / CONFIG, to_toml(config).encode(errors="surrogateescape"))
         update(self.path / ENVIRONMENT, _environment(config, device).encode())
 
     def _check_begun(self, config: Config) -> None:

@@ -128,7 +128,7 @@ def open_source(
         data_dir: the image tree, or the folder with Fashion-MNIST's files.
         image_size: height and width of the images handed out.
         augment: see :class:`~tritonbnn.train.transforms.TrainTransform`.
-        lighting: likewise; needs colour images.
+        lighting: see the same; needs colour images.
         seed: the run's seed.
         step: the training step, 1 or 2.
         skip_bad_images: see :func:`~tritonbnn.train.folder.open_tree`.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.models import ResNet34_Weights, resnet34
 
 from tritonbnn.cli import UserError
+from tritonbnn.files import utf_8_name
 
 # Pinned: torchvision's default weights may change, and the published numbers are with these.
 WEIGHTS_URL = ResNet34_Weights.IMAGENET1K_V1.url
@@ -65,7 +66,8 @@ def _download() -> object:
 def _read(path: Path) -> object:
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            with utf_8_name(path) as name:
+                return load_file(name)
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"teacher {path} is neither a file, nor resnet34, nor none") from error

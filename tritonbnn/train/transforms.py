@@ -30,6 +30,7 @@ _NORMALISATION = {
 _CROP_SCALE = (0.08, 1.0)
 _CROP_RATIO = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
+_THIN = 16  # times as long as wide; no photograph is
 
 # Principal components of ImageNet's colours, for pixels in [0, 1] (Krizhevsky et al., 2012).
 _PCA_VALUES = torch.tensor([0.2175, 0.0188, 0.0045], dtype=torch.float64)
@@ -137,8 +138,26 @@ def _central_box(width: int, height: int) -> Box:
 
 
 def _fit(image: Image.Image, size: int, margin: float = 1) -> Image.Image:
-    image = F.resize(image, [round(size * margin)], InterpolationMode.BILINEAR)
+    """The central square, the image's shorter side resized to ``margin`` times ``size``."""
+    shorter = round(size * margin)
+    if max(image.size) > _THIN * min(image.size):
+        return _fit_thin(image, size, shorter)
+    image = F.resize(image, [shorter], InterpolationMode.BILINEAR)
     return F.center_crop(image, [size, size])
+
+
+def _fit_thin(image: Image.Image, size: int, shorter: int) -> Image.Image:
+    """The same square without the whole resized image, which could take gigabytes.
+
+    Pillow rounds a box to float32, so a pixel may differ by a grey level from resize and crop.
+    """
+    box = []
+    for length in image.size:
+        resized = int(shorter * length / min(image.size))
+        start = round((resized - size) / 2)
+        box.append((start * length / resized, min((start + size) * length / resized, length)))
+    (left, right), (top, bottom) = box
+    return image.resize((size, size), Image.Resampling.BILINEAR, (left, top, right, bottom))
 
 
 def _colour_shift(generator: torch.Generator) -> Tensor:

@@ -135,13 +135,19 @@ def load_strictly(model: nn.Module, checkpoint: Checkpoint) -> None:
     """All weights of the checkpoint, by name and shape.
 
     Raises:
-        UserError: a tensor is missing, left over, or has another shape.
+        UserError: a tensor is missing, left over, has another shape, or is not finite.
     """
     try:
         model.load_state_dict(checkpoint.group("model"))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{checkpoint.path} does not fit the network: {reason}") from error
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{checkpoint.path} holds numbers in {name} that are not finite:"
+                " use another checkpoint"
+            )
 
 
 def check_same_network(checkpoint: Checkpoint, network: dict[str, Any]) -> None:
