@@ -88,7 +88,8 @@ def loaded(installed):
     environ = {**os.environ, "CC": "", "PATH": "", "PYTHONPATH": str(installed)}
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env={**environ, "TRITONBNN_ISA": "generic"},
+        # a folder of its own, because the user's cache may hold the same library
+        env={**environ, "TRITONBNN_ISA": "generic", "TRITONBNN_CACHE": str(installed / "cache")},
         capture_output=True,
         text=True,
         cwd=installed,

@@ -49,7 +49,10 @@ class _Convolution(torch.autograd.Function):
             wanted = [True, False, False]
             dx, _, _ = torch.ops.aten.convolution_backward(grad, x, weight, None, *window, wanted)
         if ctx.needs_input_grad[1]:
-            dweight = ends.real_weight_grad(grad, x, kernel_size, stride, padding)
+            # in the weight's own layout, as its gradient from torch's convolution is
+            dweight = torch.empty_like(weight).copy_(
+                ends.real_weight_grad(grad, x, kernel_size, stride, padding)
+            )
         return dx, dweight, None, None
 
 
