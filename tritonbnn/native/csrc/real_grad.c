@@ -9,6 +9,8 @@
 #include "geometry.h"
 #include "workspace.h"
 
+#define PARTS 256 /* of all rows, at most, whose sums are joined in double */
+
 /* Add one row of outputs: sums[tap][channel][block of 16 outputs]. */
 static void add_row(const geometry *g, const float *x, const float *grad, int64_t row, vec *sums) {
     int64_t k = g->kernel_size, blocks = ceil_div(g->out_channels, LANES);
@@ -34,17 +36,20 @@ EXPORT void tritonbnn_real_weight_grad(const float *x, const float *grad, float 
                                        const geometry *g, int64_t threads) {
     int64_t rows = g->images * g->out_height, blocks = ceil_div(g->out_channels, LANES);
     int64_t inputs = g->kernel_size * g->kernel_size * g->channels, count = inputs * blocks;
-    vec *sums = tritonbnn_workspace(WORKSPACE_SHARED, rows * count * sizeof(vec));
+    int64_t part_rows = max64(1, ceil_div(rows, PARTS)), parts = ceil_div(rows, part_rows);
+    vec *sums = tritonbnn_workspace(WORKSPACE_SHARED, parts * count * sizeof(vec));
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < rows; row++) {
-        memset(sums + row * count, 0, count * sizeof(vec));
-        add_row(g, x, grad, row, sums + row * count);
+    for (int64_t part = 0; part < parts; part++) {
+        memset(sums + part * count, 0, count * sizeof(vec));
+        for (int64_t row = part * part_rows; row < min64(rows, (part + 1) * part_rows); row++)
+            add_row(g, x, grad, row, sums + part * count);
     }
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < count; i++)
         for (int64_t lane = 0; lane < min64(LANES, g->out_channels - i % blocks * LANES); lane++) {
-            double total = 0; /* of all rows, in their order */
-            for (int64_t row = 0; row < rows; row++) total += sums[row * count + i][lane];
+            double total = 0; /* of all parts, in their order */
+            for (int64_t part = 0; part < parts; part++)
+                total += sums[part * count + i][lane];
             result[(i % blocks * LANES + lane) * inputs + i / blocks] = (float)total;
         }
 }
