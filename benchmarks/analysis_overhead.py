@@ -21,13 +21,14 @@ import torch
 from benchmarks.output import command
 from tritonbnn import cli
 from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
+from tritonbnn.compute import Compute
+from tritonbnn.data.batches import MicroBatch, train_steps
 from tritonbnn.files import writable, write_json
 from tritonbnn.kernels.provenance import header, own_device
 from tritonbnn.models import build_model
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.config import Config
-from tritonbnn.train.data import MicroBatch, train_steps
-from tritonbnn.train.engine import Compute, label_objective, train_one_epoch
+from tritonbnn.train.engine import label_objective, train_one_epoch
 from tritonbnn.train.log import Board
 from tritonbnn.train.meters import FirstBad, TrainMeter
 from tritonbnn.train.optim import build_optimizer

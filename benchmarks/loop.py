@@ -18,13 +18,14 @@ from benchmarks.rounds import seconds, wait
 from benchmarks.steps import training_step
 from tritonbnn import cli
 from tritonbnn.analysis import Recorder
+from tritonbnn.compute import Compute
+from tritonbnn.data.batches import MicroBatch, train_batches
+from tritonbnn.data.sources import TrainSet, open_source
 from tritonbnn.kernels.commands import positive
 from tritonbnn.models import build_model
-from tritonbnn.train.data import MicroBatch, train_batches
-from tritonbnn.train.engine import Compute, label_objective, teacher_objective, train_one_epoch
+from tritonbnn.train.engine import label_objective, teacher_objective, train_one_epoch
 from tritonbnn.train.meters import FirstBad, TrainMeter
 from tritonbnn.train.optim import build_optimizer
-from tritonbnn.train.sources import TrainSet, open_source
 from tritonbnn.train.state import State
 from tritonbnn.train.teacher import load_teacher
 

@@ -16,17 +16,17 @@ from torch import nn
 from benchmarks.baseline import ObviousReActNetA
 from benchmarks.expert import ExpertReActNetA
 from tritonbnn import cli
+from tritonbnn.compute import Compute, choose_device, keep_freed_memory
+from tritonbnn.data.batches import train_batches, val_batches
+from tritonbnn.data.sources import Source
 from tritonbnn.files import make_folder
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.config import Config
-from tritonbnn.train.data import train_batches, val_batches
-from tritonbnn.train.device import choose_device, keep_freed_memory
 from tritonbnn.train.distributed import World
-from tritonbnn.train.engine import Compute, evaluate, label_objective
+from tritonbnn.train.engine import evaluate, label_objective
 from tritonbnn.train.log import Line, write_log
 from tritonbnn.train.optim import learning_rate
 from tritonbnn.train.run import open_images
-from tritonbnn.train.sources import Source
 
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -32,12 +32,12 @@ from benchmarks.point import Point
 from benchmarks.rivals import DEFAULTS, NETWORKS, OPTIONS, OWN, Rival, chosen
 from benchmarks.steps import CLASSES, as_trainers_run
 from tritonbnn import cli
+from tritonbnn.compute import choose_device
 from tritonbnn.files import writable, write_json
 from tritonbnn.kernels.commands import positive
 from tritonbnn.kernels.provenance import header
 from tritonbnn.models.registry import MODELS
 from tritonbnn.train.arguments import parse
-from tritonbnn.train.device import choose_device
 
 ROUNDS = 5
 STRIDE = 32

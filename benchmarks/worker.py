@@ -20,7 +20,7 @@ from benchmarks.rivals import Rival
 from benchmarks.rounds import Turn
 from benchmarks.runner import RivalError, Runner
 from benchmarks.steps import as_trainers_run
-from tritonbnn.train.device import keep_freed_memory
+from tritonbnn.compute import keep_freed_memory
 
 GRACE_SECONDS = 5
 """For a process to end by itself: what a compiler left about is then cleared away."""

@@ -10,13 +10,14 @@ from torch.utils.data import Dataset
 
 from tritonbnn import cli
 from tritonbnn.analysis import Recorder
+from tritonbnn.compute import Compute
+from tritonbnn.data.batches import train_batches, val_batches
+from tritonbnn.data.sources import SampleKey
 from tritonbnn.nn import BinaryConv2d, RPReLU, RSign
 from tritonbnn.train import distributed
-from tritonbnn.train.data import train_batches, val_batches
-from tritonbnn.train.engine import Compute, evaluate, label_objective, train_one_epoch
+from tritonbnn.train.engine import evaluate, label_objective, train_one_epoch
 from tritonbnn.train.meters import FirstBad, TrainMeter
 from tritonbnn.train.optim import build_optimizer
-from tritonbnn.train.sources import SampleKey
 from tritonbnn.train.state import State
 
 CPU = torch.device("cpu")

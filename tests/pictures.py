@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tritonbnn.train.sources import open_source
+from tritonbnn.data.sources import open_source
 
 
 def source(name, data_dir=None, **options):

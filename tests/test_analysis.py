@@ -10,10 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.helpers import flips, gradient, signs
 from tritonbnn.analysis import EDGES, Probe, Recorder, histogram
+from tritonbnn.compute import Compute
+from tritonbnn.data.batches import MicroBatch
 from tritonbnn.models import build_model
 from tritonbnn.nn import BinaryConv2d, BinaryLinear, BinaryUnit, binary_weights
-from tritonbnn.train.data import MicroBatch
-from tritonbnn.train.engine import Compute, label_objective, train_one_epoch
+from tritonbnn.train.engine import label_objective, train_one_epoch
 from tritonbnn.train.log import describe, scalars
 from tritonbnn.train.meters import FirstBad, TrainMeter
 from tritonbnn.train.state import State

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import EVALUATE, PREDICT, TRAIN, run, write_tiny, write_tree
-from tritonbnn.train.sources import SampleKey, open_source
+from tritonbnn.data.sources import SampleKey, open_source
 from tritonbnn.train.weights import load_network
 
 SEVEN = "abcdefg"

@@ -13,9 +13,10 @@ from torch import nn
 from tests.commands import write_tiny
 from tritonbnn import evaluate
 from tritonbnn.cli import UserError
+from tritonbnn.compute import Compute
 from tritonbnn.train import __main__ as trainer
 from tritonbnn.train.checkpoint import read
-from tritonbnn.train.engine import Compute, teacher_objective
+from tritonbnn.train.engine import teacher_objective
 
 
 @pytest.fixture

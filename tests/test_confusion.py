@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
+from tritonbnn.compute import Compute
 from tritonbnn.report.confusion import Pair, confusion, most_confused
-from tritonbnn.train.engine import Compute
 
 CLASSES = 5
 

@@ -14,8 +14,8 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from tritonbnn.cli import UserError
-from tritonbnn.train.data import epoch_order, train_batches, train_steps, val_batches
-from tritonbnn.train.sources import SampleKey, open_source
+from tritonbnn.data.batches import epoch_order, train_batches, train_steps, val_batches
+from tritonbnn.data.sources import SampleKey, open_source
 
 
 class Numbers(Dataset):
@@ -176,7 +176,7 @@ def test_an_abandoned_epoch_leaves_no_worker():
 SCRIPT = """
 import signal, sys
 from tests.test_data import digits
-from tritonbnn.train.data import train_batches
+from tritonbnn.data.batches import train_batches
 
 caught = []
 for number in (signal.SIGINT, signal.SIGTERM):

@@ -9,7 +9,7 @@ import pytest
 
 CODE = """
 import resource, sys, torch
-from tritonbnn.train.device import keep_freed_memory
+from tritonbnn.compute import keep_freed_memory
 
 if sys.argv[1] == "keep":
     keep_freed_memory()

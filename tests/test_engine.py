@@ -10,16 +10,11 @@ from torch import Tensor, nn
 
 from tritonbnn.analysis import Recorder
 from tritonbnn.cli import UserError
+from tritonbnn.compute import Compute
+from tritonbnn.data.batches import MicroBatch
 from tritonbnn.nn import BinaryConv2d, RPReLU, RSign
-from tritonbnn.train.data import MicroBatch
 from tritonbnn.train.distributed import World
-from tritonbnn.train.engine import (
-    Compute,
-    evaluate,
-    label_objective,
-    teacher_objective,
-    train_one_epoch,
-)
+from tritonbnn.train.engine import evaluate, label_objective, teacher_objective, train_one_epoch
 from tritonbnn.train.keeper import Keeper
 from tritonbnn.train.meters import FirstBad, TrainMeter, evaluation_sums
 from tritonbnn.train.optim import build_optimizer

@@ -10,8 +10,8 @@ from PIL import Image
 
 from tests.pictures import fashion_arrays, grey, one_line, source, write_fashion, write_idx
 from tritonbnn.cli import UserError
-from tritonbnn.train import fashion
-from tritonbnn.train.sources import SampleKey, eval_reader
+from tritonbnn.data import fashion
+from tritonbnn.data.sources import SampleKey, eval_reader
 
 
 @pytest.mark.parametrize("suffix", [".gz", ""], ids=["packed", "unpacked"])

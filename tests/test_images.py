@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.pictures import one_line, random_image, spoil_image
 from tritonbnn.cli import UserError
-from tritonbnn.train.images import BadImageError, load_image
+from tritonbnn.data.images import BadImageError, load_image
 
 BAD = ["empty", "text", "truncated"]
 

@@ -25,13 +25,14 @@ ALLOWED = {
     "nn": {"ops", *BASE},
     "models": {"nn", *BASE},
     "analysis": {"models", "nn", "ops", *BASE},
-    "data": set(),
-    "train": {"analysis", "models", "nn", "data", *BASE},
-    "evaluate": {"train", "models", "nn", *BASE},
-    "study": {"train", *BASE},
-    "predict": {"train", "models", "nn", *BASE},
-    "report": {"train", "analysis", *BASE},
-    "analyze": {"report", "train", *BASE},
+    "compute": {"cli"},
+    "data": {"cli", "files"},
+    "train": {"analysis", "models", "nn", "data", "compute", *BASE},
+    "evaluate": {"train", "models", "nn", "data", "compute", *BASE},
+    "study": {"train", "data", "compute", *BASE},
+    "predict": {"train", "models", "nn", "data", "compute", *BASE},
+    "report": {"train", "analysis", "data", "compute", *BASE},
+    "analyze": {"report", "train", "data", "compute", *BASE},
 }
 # At the top of the stack:
 TOOLS = {

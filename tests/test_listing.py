@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tests.pictures import random_image, source
-from tritonbnn.train.listing import list_images
+from tritonbnn.data.listing import list_images
 
 
 @pytest.fixture

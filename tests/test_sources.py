@@ -15,8 +15,8 @@ from PIL import Image
 from tests.pictures import grey, one_line, random_image, source, spoil_image
 from tritonbnn import data
 from tritonbnn.cli import UserError
-from tritonbnn.train.folder import FolderImages
-from tritonbnn.train.sources import SampleKey, eval_reader
+from tritonbnn.data.folder import FolderImages
+from tritonbnn.data.sources import SampleKey, eval_reader
 from tritonbnn.train.stop import EXIT_CODES, Stopped, StopSignals
 
 

@@ -11,8 +11,8 @@ from benchmarks.baseline import ObviousReActNetA
 from benchmarks.expert import ExpertReActNetA
 from tests.pictures import random_image
 from tritonbnn.cli import UserError
+from tritonbnn.compute import Compute
 from tritonbnn.train.arguments import parse
-from tritonbnn.train.engine import Compute
 from tritonbnn.train.run import open_images
 
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torchvision import transforms as tv
 
-from tritonbnn.train.transforms import (
+from tritonbnn.data.views import (
     EvalTransform,
     TrainTransform,
     random_resized_box,

@@ -12,10 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.conftest import HAS_GPU
 from tests.helpers import KERNEL_DEVICE
 from tritonbnn.analysis import Recorder
+from tritonbnn.compute import Compute
+from tritonbnn.data.batches import MicroBatch
 from tritonbnn.kernels.launch import recording
 from tritonbnn.models import build_model
-from tritonbnn.train.data import MicroBatch
-from tritonbnn.train.engine import Compute, label_objective, teacher_objective, train_one_epoch
+from tritonbnn.train.engine import label_objective, teacher_objective, train_one_epoch
 from tritonbnn.train.meters import FirstBad, TrainMeter
 from tritonbnn.train.optim import build_optimizer
 from tritonbnn.train.state import State

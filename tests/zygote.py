@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tritonbnn import cli
-from tritonbnn.train import listing
+from tritonbnn.data import listing
 from tritonbnn.train.keeper import Keeper
 
 PATIENCE = 300  # seconds

@@ -6,13 +6,12 @@ from pathlib import Path
 
 from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, at_least, printable
+from tritonbnn.compute import PRECISIONS, Compute, choose_device
 from tritonbnn.files import make_folder, write_atomically
 from tritonbnn.report.catalogue import CATALOGUE, Picture, draw
 from tritonbnn.report.measure import Wanted, measure
 from tritonbnn.report.page import compare, page
 from tritonbnn.report.read import read_runs
-from tritonbnn.train.device import choose_device
-from tritonbnn.train.engine import PRECISIONS, Compute
 
 logger = logging.getLogger("tritonbnn.analyze")
 

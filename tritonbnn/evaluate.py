@@ -8,11 +8,11 @@ from pathlib import Path
 
 from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, at_least, printable
+from tritonbnn.compute import PRECISIONS, Compute, choose_device
+from tritonbnn.data.batches import check_fits_memory, val_batches
 from tritonbnn.train.config import MOST_IMAGES, MOST_WORKERS, STEPS
-from tritonbnn.train.data import check_fits_memory, val_batches
-from tritonbnn.train.device import choose_device
 from tritonbnn.train.distributed import World
-from tritonbnn.train.engine import PRECISIONS, Compute, evaluate
+from tritonbnn.train.engine import evaluate
 from tritonbnn.train.weights import network_with_weights, open_data, read_any
 
 

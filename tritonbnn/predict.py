@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, printable
-from tritonbnn.train.device import choose_device
-from tritonbnn.train.listing import list_images
+from tritonbnn.compute import choose_device
+from tritonbnn.data.listing import list_images
+from tritonbnn.data.sources import eval_reader
 from tritonbnn.train.meters import TOP
-from tritonbnn.train.sources import eval_reader
 from tritonbnn.train.weights import load_network
 
 

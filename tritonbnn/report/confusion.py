@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tritonbnn.train.engine import Compute
+from tritonbnn.compute import Compute
 
 _DRAWN = 20  # classes in a picture of the whole matrix
 

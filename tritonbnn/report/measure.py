@@ -9,14 +9,14 @@ from torch.utils.data import default_collate
 
 from tritonbnn.analysis.landscape import Landscape, landscape
 from tritonbnn.cli import UserError
+from tritonbnn.compute import Compute
+from tritonbnn.data.batches import val_batches
+from tritonbnn.data.sources import EvalSet, SampleKey
 from tritonbnn.report.confusion import Confused, confusion
 from tritonbnn.report.read import RunRecord
 from tritonbnn.train.checkpoint import BEST
-from tritonbnn.train.data import val_batches
-from tritonbnn.train.engine import Compute
 from tritonbnn.train.log import Bar
 from tritonbnn.train.rundir import step_folder
-from tritonbnn.train.sources import EvalSet, SampleKey
 from tritonbnn.train.weights import load_network, open_data
 
 _BATCH = 128

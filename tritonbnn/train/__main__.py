@@ -4,11 +4,10 @@ import logging
 
 from tritonbnn import cli
 from tritonbnn.cli import printable
+from tritonbnn.compute import Compute, choose_device, keep_freed_memory
 from tritonbnn.train import distributed
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.checkpoint import BEST
-from tritonbnn.train.device import choose_device, keep_freed_memory
-from tritonbnn.train.engine import Compute
 from tritonbnn.train.log import Line, table
 from tritonbnn.train.run import StepRun, open_images
 from tritonbnn.train.rundir import RunFolder, step_folder

@@ -2,65 +2,19 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tritonbnn.train.data import MicroBatch
-from tritonbnn.train.device import check_compiler
+from tritonbnn.compute import Compute
+from tritonbnn.data.batches import MicroBatch
 from tritonbnn.train.distributed import World
 from tritonbnn.train.meters import Evaluation, FirstBad, evaluation_sums
 from tritonbnn.train.state import State
 
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Compute:
-    """How the network is run.
-
-    Attributes:
-        device: where.
-        precision: "fp32", "bf16" or "fp16".
-        channels_last: keep images in NHWC order.
-        compiled: run networks through torch.compile.
-    """
-
-    device: torch.device
-    precision: str = "fp32"
-    channels_last: bool = False
-    compiled: bool = False
-
-    def autocast(self) -> AbstractContextManager:
-        """The context of a forward pass."""
-        if self.precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, PRECISIONS[self.precision])
-
-    def scaler(self) -> torch.amp.GradScaler:
-        """A loss scaler, at rest unless the precision needs one."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-
-    def place(self, model: nn.Module) -> None:
-        """Put a network where and as it runs."""
-        model.to(self.device)
-        if self.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if self.compiled:
-            check_compiler(self.device)
-            # In place, so that names stay bare. Batches come in two sizes: the last is smaller.
-            model.compile(dynamic=False)
-
-    def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch where and as the network wants it."""
-        order = torch.channels_last if self.channels_last else torch.preserve_format
-        images = images.to(self.device, non_blocking=True, memory_format=order)
-        return images, labels.to(self.device, non_blocking=True)
 
 
 def label_objective(smoothing: float) -> Objective:

@@ -11,12 +11,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
 from tritonbnn.cli import UserError
+from tritonbnn.compute import Compute
+from tritonbnn.data.batches import check_fits_memory, train_batches, train_steps, val_batches
+from tritonbnn.data.sources import Source, open_source
 from tritonbnn.train.checkpoint import BEST, has_begun, read
 from tritonbnn.train.config import SCRATCH, Config, to_toml
-from tritonbnn.train.data import check_fits_memory, train_batches, train_steps, val_batches
 from tritonbnn.train.distributed import World
 from tritonbnn.train.engine import (
-    Compute,
     Objective,
     evaluate,
     label_objective,
@@ -33,7 +34,6 @@ from tritonbnn.train.optim import (
     warn_of_few_epochs,
 )
 from tritonbnn.train.rundir import step_folder
-from tritonbnn.train.sources import Source, open_source
 from tritonbnn.train.state import State
 from tritonbnn.train.stop import StopSignals
 from tritonbnn.train.teacher import load_teacher

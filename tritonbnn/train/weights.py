@@ -7,11 +7,11 @@ from typing import Any
 from torch import nn
 
 from tritonbnn.cli import UserError
+from tritonbnn.data.sources import Source, open_source
 from tritonbnn.models import build_model
 from tritonbnn.models.blocks import BinaryNetwork
 from tritonbnn.train.checkpoint import BEST, Checkpoint, read
 from tritonbnn.train.published import is_published, read_published
-from tritonbnn.train.sources import Source, open_source
 
 logger = logging.getLogger(__name__)
 

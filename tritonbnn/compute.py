@@ -1,15 +1,63 @@
-"""The device that a command runs on, and what it does with a CPU's memory."""
+"""What a network is computed on: the device, the precision, and a CPU's memory."""
 
 import ctypes
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 from tritonbnn.cli import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _NEVER = 2**31 - 1
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the network is run.
+
+    Attributes:
+        device: where.
+        precision: "fp32", "bf16" or "fp16".
+        channels_last: keep images in NHWC order.
+        compiled: run networks through torch.compile.
+    """
+
+    device: torch.device
+    precision: str = "fp32"
+    channels_last: bool = False
+    compiled: bool = False
+
+    def autocast(self) -> AbstractContextManager:
+        """The context of a forward pass."""
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, PRECISIONS[self.precision])
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """A loss scaler, at rest unless the precision needs one."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+
+    def place(self, model: nn.Module) -> None:
+        """Put a network where and as it runs."""
+        model.to(self.device)
+        if self.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compiled:
+            check_compiler(self.device)
+            # In place, so that names stay bare. Batches come in two sizes: the last is smaller.
+            model.compile(dynamic=False)
+
+    def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch where and as the network wants it."""
+        order = torch.channels_last if self.channels_last else torch.preserve_format
+        images = images.to(self.device, non_blocking=True, memory_format=order)
+        return images, labels.to(self.device, non_blocking=True)
 
 
 def choose_device(name: str) -> torch.device:

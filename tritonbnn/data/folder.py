@@ -12,8 +12,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from tritonbnn.cli import UserError
-from tritonbnn.train.images import BadImageError, load_image
-from tritonbnn.train.listing import list_images
+from tritonbnn.data.images import BadImageError, load_image
+from tritonbnn.data.listing import list_images
 
 CHANNELS = 3
 _SCAN_BLOCK = 64
@@ -55,7 +55,7 @@ def open_tree(
     """List an image tree: class names, training images, validation images.
 
     Hidden files and folders are left out, files that are no images are counted and logged, and
-    links are followed as :func:`~tritonbnn.train.listing.list_images` says. A damaged image is
+    links are followed as :func:`~tritonbnn.data.listing.list_images` says. A damaged image is
     found when it is read, unless ``skip_bad_images``: then every file is decoded once, here and by
     every process, and the damaged ones are left out of the lists and logged. What remains depends
     on the files alone, so that all processes, workers and resumed runs agree on every index.

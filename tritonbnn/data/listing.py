@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tritonbnn.train.images import is_image
+from tritonbnn.data.images import is_image
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from tritonbnn.cli import UserError
-from tritonbnn.train.sources import SampleKey, Source
+from tritonbnn.data.sources import SampleKey, Source
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHIELDED = hasattr(signal, "sigwaitinfo")  # not on macOS and Windows

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tritonbnn.cli import UserError
-from tritonbnn.train import fashion, folder
-from tritonbnn.train.images import load_image
-from tritonbnn.train.transforms import (
+from tritonbnn.data import fashion, folder
+from tritonbnn.data.images import load_image
+from tritonbnn.data.views import (
     AUGMENTATIONS,
     LIGHTINGS,
     EvalTransform,
@@ -127,11 +127,11 @@ def open_source(
             files, the first two open that tree instead, and ``Source.name`` is ``"folder"``.
         data_dir: the image tree, or the folder with Fashion-MNIST's files.
         image_size: height and width of the images handed out.
-        augment: see :class:`~tritonbnn.train.transforms.TrainTransform`.
+        augment: see :class:`~tritonbnn.data.views.TrainTransform`.
         lighting: see the same; needs colour images.
         seed: the run's seed.
         step: the training step, 1 or 2.
-        skip_bad_images: see :func:`~tritonbnn.train.folder.open_tree`.
+        skip_bad_images: see :func:`~tritonbnn.data.folder.open_tree`.
 
     Raises:
         UserError: The data are missing or damaged, or an option does not fit them.
