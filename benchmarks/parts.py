@@ -23,11 +23,9 @@ EAGER = (
 
 SMALL = {
     "cuda": "ours+bf16,ours,expert,expert+compile,twin+compile,obvious",
-    "cpu": (
-        "ours,expert,expert+channels_last,expert+compile,twin+channels_last,twin+compile,obvious"
-    ),
+    "cpu": "ours,expert,expert+compile,twin,twin+compile,obvious",
 }
-ONE_THREAD = "ours,expert,expert+compile,twin+channels_last,obvious"
+ONE_THREAD = "ours,expert,expert+compile,twin,twin+compile"
 TINY = "ours,expert,twin"
 
 

@@ -35,7 +35,7 @@ from tritonbnn import cli
 from tritonbnn.files import writable, write_json
 from tritonbnn.kernels.provenance import header
 
-RIVALS = "ours,ours-recompute,expert,expert+compile,twin+channels_last,obvious"
+RIVALS = "ours,ours-recompute,expert,expert+compile,twin,twin+compile,obvious"
 STEPS = 3
 BEYOND = "imports, parameters, Adam's state and the compiler"
 DEFAULT = "default"
