@@ -11,11 +11,14 @@ import torch
 
 from tests.helpers import KERNEL_DEVICE, OF_BOTH_STEPS
 from tritonbnn import cli
-from tritonbnn.kernels import aot, autotune, config, conv_unit, provenance, truth, workload
+from tritonbnn.kernels import autotune, config, conv_unit, provenance, truth, workload
 from tritonbnn.kernels.candidates import candidates, spread
 from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.targets import TARGETS
 from tritonbnn.kernels.timing import Timing
 from tritonbnn.kernels.workload import OPS, PLAN, Problem
+
+H100 = TARGETS["sm_90"]
 
 LAYER = Geometry(2, 5, 3, 33, 31, 3, 1, 1)
 FORWARD = Problem("conv_packed", LAYER, torch.float32)
@@ -39,7 +42,7 @@ def test_reactnet_a_has_26_convolutions_of_18_shapes():
 @pytest.mark.parametrize("op", OPS)
 def test_candidates_are_distinct_and_start_with_the_default(op):
     key = Problem(op, Geometry(256, 14, 14, 512, 512, 3, 1, 1), torch.bfloat16).key
-    found = candidates(key, 90)
+    found = candidates(key, H100)
     assert found[0] == config.default(key)
     assert len(set(found)) == len(found) > 4
     formulations = set(config.FORMULATIONS[key.op]) - {"wgmma"}  # that of 1x1 convolutions
@@ -47,19 +50,18 @@ def test_candidates_are_distinct_and_start_with_the_default(op):
 
 
 def test_candidates_are_clipped_to_the_problem_and_to_shared_memory():
-    small = candidates(FORWARD.key, 90)[1:]
+    small = candidates(FORWARD.key, H100)[1:]
     assert max(choice.tile.block_n for choice in small) == 32
     assert max(choice.tile.block_m for choice in small) == 32
     wide = Problem("conv_real", Geometry(256, 14, 14, 512, 512, 3, 1, 1), torch.bfloat16).key
-    tiles = {t: [c.tile for c in candidates(wide, t)] for t in aot.SHARED_MEMORY_LIMIT}
-    assert len(tiles[80]) < len(tiles[90])
-    assert set(tiles[80]) < set(tiles[90])
+    tiles = {t: {c.tile for c in candidates(wide, TARGETS[t])} for t in TARGETS}
+    assert tiles["sm_89"] < tiles["sm_80"] < tiles["sm_90"]
 
 
 @pytest.mark.parametrize("op", ["conv_packed", "conv_real", "pack_signs", PLAN])
 def test_a_limit_keeps_the_default_and_spreads_over_the_rest(op):
     key = Problem(op, Geometry(256, 14, 14, 512, 512, 1, 1, 0), torch.bfloat16).key
-    found = candidates(key, 90)
+    found = candidates(key, H100)
     for limit in (1, 2, 3, 4, 7, 16, 40, len(found) - 1, len(found), len(found) + 9):
         chosen = spread(found, limit)
         assert chosen[0] == found[0] == config.default(key)
@@ -72,7 +74,7 @@ def test_a_limit_keeps_the_default_and_spreads_over_the_rest(op):
 
 def test_a_limit_leaves_no_wide_gap():
     key = Problem("conv_real", Geometry(256, 14, 14, 512, 512, 3, 1, 1), torch.bfloat16).key
-    products = [c for c in candidates(key, 90)[1:] if c.formulation == "dot"]
+    products = [c for c in candidates(key, H100)[1:] if c.formulation == "dot"]
     places = [products.index(c) for c in spread([config.default(key), *products], 9)[1:]]
     gaps = [b - a for a, b in itertools.pairwise([0, *places, len(products)])]
     assert max(gaps) <= len(products) / 8 + 1
@@ -170,7 +172,7 @@ def test_the_faster_plan_wins(monkeypatch):
     for module in (workload.kernels, conv_unit):
         monkeypatch.setattr(module, "conv_packed", counted)
     monkeypatch.setattr(autotune, "time_callable", clock)
-    plans = candidates(UNIT.key, 90)
+    plans = candidates(UNIT.key, H100)
     assert [plan.formulation for plan in plans] == ["keep", "recompute", "fused"]
     for sign, best, convolutions in ((1, "keep", 1), (-1, "fused", 3)):
         entry = autotune.tune(UNIT, plans, KERNEL_DEVICE)
@@ -181,7 +183,7 @@ def test_the_faster_plan_wins(monkeypatch):
 @pytest.mark.usefixtures("kernels_everywhere")
 def test_a_plan_is_chosen_on_the_launchers_as_tuned(monkeypatch, tmp_path):
     path = tmp_path / "gpu.json"
-    options = {"capability": 90, "limit": 2, "runs": 1}
+    options = {"target": H100, "limit": 2, "runs": 1}
     forward = Problem("conv_packed", UNIT.layer, torch.float32)
     monkeypatch.setattr(autotune, "time_callable", lambda call, *_, **__: Timing(1, 1, 1))
     autotune.tune_all([forward], path, "test gpu", KERNEL_DEVICE, **options)
@@ -203,7 +205,7 @@ def test_a_plan_is_chosen_on_the_launchers_as_tuned(monkeypatch, tmp_path):
 def test_a_table_is_written_read_and_gone_on_with(tmp_path):
     path = tmp_path / "gpu.json"
     problems = [FORWARD, Problem("pack_signs", LAYER, torch.float32)]
-    options = {"capability": 90, "limit": 2, "runs": 1}
+    options = {"target": H100, "limit": 2, "runs": 1}
     assert autotune.tune_all(problems[:1], path, "test gpu", KERNEL_DEVICE, **options) == (1, 0)
     assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == (1, 0)
     first = path.read_text()
@@ -228,7 +230,7 @@ def test_what_cannot_run_is_said_and_the_rest_is_tuned(tmp_path, monkeypatch, ca
         return run(problem, inputs)
 
     monkeypatch.setattr(Problem, "run", fragile)
-    path, options = tmp_path / "gpu.json", {"capability": 90, "limit": 2, "runs": 1}
+    path, options = tmp_path / "gpu.json", {"target": H100, "limit": 2, "runs": 1}
     tuned = autotune.tune_all([FORWARD, pack], path, "test gpu", KERNEL_DEVICE, **options)
     assert tuned == (1, 1)
     assert set(config.read_table(path, "test gpu")) == {pack.key.bucketed()}
@@ -242,7 +244,7 @@ def test_what_cannot_run_is_said_and_the_rest_is_tuned(tmp_path, monkeypatch, ca
 
 def test_other_versions_tune_again_and_a_broken_table_stops(tmp_path):
     path = tmp_path / "gpu.json"
-    options = {"capability": 90, "limit": 1, "runs": 1}
+    options = {"target": H100, "limit": 1, "runs": 1}
     problems = [Problem("pack_signs", LAYER, torch.float32)]
     autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options)
     document = json.loads(path.read_text())
@@ -258,7 +260,7 @@ def test_other_versions_tune_again_and_a_broken_table_stops(tmp_path):
     [
         (["--model", "nonsense"], "unknown model 'nonsense'"),
         (["--layer", "99"], "--layer must be from 0 to 17"),
-        (["--compile-only", "--target", "sm_10"], "target must be one of sm_80, sm_90"),
+        (["--compile-only", "--target", "sm_10"], "--target: invalid choice: 'sm_10'"),
         (["--dtype", "int8"], "invalid choice"),
         (["--batch", "0"], "must be a whole number of at least 1, not '0'"),
         (["--size", "33"], "multiple|divisible"),

@@ -13,10 +13,11 @@ from tests.conftest import HAS_GPU
 from tests.helpers import KERNEL_DEVICE, plus_minus, vectors
 from tests.test_conv import PROBLEMS, by_unfolding, operands
 from tritonbnn import cli, eager, kernels
-from tritonbnn.kernels import aot, bench_matmul, config, mma_operands, mma_peak
+from tritonbnn.kernels import bench_matmul, config, mma_operands, mma_peak
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.config import Choice, TileConfig
 from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.targets import TARGETS
 from tritonbnn.kernels.workload import Problem, model_layers
 
 # A warp's tiles: 1, 2 and 4 of channels, 1, 2 and 8 of pixels; warps beside each other either way.
@@ -183,10 +184,10 @@ def test_only_a_table_chooses_it():
     assert config.look_up(key, {key: choice}) == choice
 
 
-@pytest.mark.parametrize("capability", aot.SHARED_MEMORY_LIMIT)
-def test_every_candidate_is_a_whole_number_of_tiles(capability):
+@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_90"])
+def test_every_candidate_is_a_whole_number_of_tiles(target):
     key = Geometry(256, 14, 14, 512, 512, 3, 1, 1).key("conv_packed", "int32")
-    tiles = [c.tile for c in candidates(key, capability) if c.formulation == "mma"]
+    tiles = [c.tile for c in candidates(key, TARGETS[target]) if c.formulation == "mma"]
     assert len(tiles) > 8
     for tile in (*tiles, *TILES, config.default_tile(key, "mma")):
         cut = mma_operands.block_tiles(tile)

@@ -13,6 +13,7 @@ import json, torch
 from tritonbnn import kernels
 from tritonbnn.checks import shortcut_input_shape
 from tritonbnn.kernels import aot, config, shipped
+from tritonbnn.kernels.targets import TARGETS
 
 def run(problem):
     layer, shape = problem.layer, problem.layer.output_shape
@@ -32,8 +33,8 @@ def run(problem):
 for layer in shipped.REPRESENTATIVE:
     problem = shipped.Problem("conv_packed", layer, torch.bfloat16)
     for launch in aot.record(lambda: run(problem))[3::4]:
-        for capability in (80, 90):
-            made = aot.compile_launch(launch, capability)
+        for name in ("sm_80", "sm_90"):
+            made = aot.compile_launch(launch, TARGETS[name])
             print(json.dumps([made.kernel, made.spill_bytes, made.wide_loads, made.tensor_core]))
 """
     rows = [json.loads(line) for line in run_python(code).splitlines()]
@@ -49,9 +50,10 @@ def test_the_peak_is_measured_on_registers():
     code = """
 import torch
 from tritonbnn.kernels import aot, mma_peak
+from tritonbnn.kernels.targets import TARGETS
 (launch,) = aot.record(lambda: mma_peak.run_steps(2, 4096, torch.device("meta")))
-for capability in (80, 90):
-    print(aot.compile_launch(launch, capability).tensor_core_share)
+for name in ("sm_80", "sm_90"):
+    print(aot.compile_launch(launch, TARGETS[name]).tensor_core_share)
 """
     assert all(float(line) > 0.8 for line in run_python(code).splitlines())
 
@@ -61,10 +63,11 @@ def test_the_one_bit_core_reads_registers_in_the_order_of_memory():
     code = """
 import torch
 from tritonbnn.kernels import aot, config, shipped
+from tritonbnn.kernels.targets import TARGETS
 from tritonbnn.kernels.geometry import Geometry
 problem = shipped.Problem("conv_packed", Geometry(4, 7, 7, 1024, 64, 1, 1, 0), torch.float32)
 launch = shipped.launches_of(problem, config.default(problem.key, "mma"))[-1]
-print(aot.compile_kernel(launch, 80).asm["ptx"])
+print(aot.compile_kernel(launch, TARGETS["sm_80"]).asm["ptx"])
 """
     ptx = run_python(code)
     quads = [tuple(re.findall(r"%r\d+", line)) for line in re.findall("v4.b32 {.*?}", ptx)]
@@ -82,6 +85,7 @@ def test_the_warpgroups_stages_begin_where_its_assembly_expects_them():
     code = """
 import json, torch
 from tritonbnn.kernels import aot, config, mma_peak, shipped
+from tritonbnn.kernels.targets import TARGETS
 from tritonbnn.kernels.geometry import Geometry
 layer = Geometry(8192, 1, 1, 8192, 8192, 1, 1, 0)
 problem = shipped.Problem("conv_packed", layer, torch.float32)
@@ -90,7 +94,8 @@ stages = choice.tile.block_n * choice.tile.block_k // 8 * choice.tile.num_stages
 multiply = shipped.launches_of(problem, choice)[-1]
 (peak,) = aot.record(lambda: mma_peak.run_warpgroup_steps(2, 4096, torch.device("meta")))
 for launch, expected in ((multiply, stages), (peak, 256 * 256)):
-    made, ptx = aot.compile_launch(launch, 90), aot.compile_kernel(launch, 90).asm["ptx"]
+    target = TARGETS["sm_90"]
+    made, ptx = aot.compile_launch(launch, target), aot.compile_kernel(launch, target).asm["ptx"]
     print(json.dumps([made.spill_bytes, made.shared_bytes, expected, made.tensor_core]))
     print(json.dumps([made.instructions["SHFL"], made.wide_loads, ptx.count("global_smem+")]))
 """

@@ -18,6 +18,7 @@ from tritonbnn.kernels import config, conv, mma_operands, mma_peak, mma_warpgrou
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.config import Choice, TileConfig
 from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.targets import TARGETS
 
 # One to four warpgroups, 2 to 8 instructions a stage, fewer and more stages than K has.
 TILES = [
@@ -139,7 +140,9 @@ def test_only_sm_90_has_it(monkeypatch):
 
 def test_only_products_on_sm_90_have_candidates():
     plain = Geometry(8192, 1, 1, 8192, 8192, 1, 1, 0).key("conv_packed", "int32")
-    tiles = [each.tile for each in candidates(plain, 90) if each.formulation == "wgmma"]
+    tiles = [
+        each.tile for each in candidates(plain, TARGETS["sm_90"]) if each.formulation == "wgmma"
+    ]
     assert len(tiles) > 8
     assert config.default_tile(plain, "wgmma") in tiles
     for tile in (*tiles, *TILES):
@@ -147,18 +150,18 @@ def test_only_products_on_sm_90_have_candidates():
         assert tile.block_n >= 32
         assert tile.block_n * tile.block_k // 8 * tile.num_stages <= 227 * 1024
     narrow = Geometry(64, 1, 1, 4096, 32, 1, 1, 0).key("conv_packed", "int32")
-    for each in candidates(narrow, 90):
+    for each in candidates(narrow, TARGETS["sm_90"]):
         if each.formulation == "wgmma":
             layout = mma_warpgroup.sums_layout(
                 each.tile.num_warps, each.tile.block_n, each.tile.block_k // 256
             )
             assert min(layout.shape) > 0, each
-    for key, capability in (
-        (plain, 80),
-        (Geometry(256, 14, 14, 512, 512, 3, 1, 1).key("conv_packed", "int32"), 90),
-        (Geometry(256, 14, 14, 512, 512, 1, 2, 0).key("conv_packed", "int32"), 90),
+    for key, target in (
+        (plain, "sm_80"),
+        (Geometry(256, 14, 14, 512, 512, 3, 1, 1).key("conv_packed", "int32"), "sm_90"),
+        (Geometry(256, 14, 14, 512, 512, 1, 2, 0).key("conv_packed", "int32"), "sm_90"),
     ):
-        assert "wgmma" not in {each.formulation for each in candidates(key, capability)}
+        assert "wgmma" not in {each.formulation for each in candidates(key, TARGETS[target])}
 
 
 def test_the_peak_counts_every_instruction(warpgroup_core):

@@ -19,13 +19,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from tritonbnn.kernels.launch import Launch, interpreted, recording
-
-SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024}
-"""Bytes of shared memory a block may have, by compute capability."""
+from tritonbnn.kernels.targets import Target
 
 _INSTRUCTION = re.compile(r"\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)[. ;]")
 
-TENSOR_CORE = re.compile(r"^(HMMA|HGMMA|IMMA|IGMMA|BMMA|BGMMA)\b")
+_AMD_FACT = re.compile(r"^\s+\.(vgpr_count|private_segment_fixed_size):\s+(\d+)", re.MULTILINE)
+_AMD_INSTRUCTION = re.compile(r"^\t((?:v|s|ds|global|buffer)_\w+)", re.MULTILINE)
+
+TENSOR_CORE = re.compile(r"^([HIB]G?MMA\b|UTC\w*MMA|V_MFMA|V_WMMA)")
 
 _POINTERS = {
     torch.float32: "*fp32",
@@ -66,21 +67,6 @@ class Resources:
         return _tensor_core_count(self.loop) / max(self.loop.total(), 1)
 
 
-def parse_target(text: str) -> int:
-    """The compute capability of ``sm_90``; ValueError names the supported ones."""
-    known = {f"sm_{capability}": capability for capability in SHARED_MEMORY_LIMIT}
-    if text not in known:
-        raise ValueError(f"target must be one of {', '.join(known)}, not {text!r}")
-    return known[text]
-
-
-def nearest_capability(device: torch.device) -> int:
-    """The largest known capability that is not above a GPU's: its shared memory is there too."""
-    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
-    known = [each for each in SHARED_MEMORY_LIMIT if each <= 10 * major + minor]
-    return max(known, default=min(SHARED_MEMORY_LIMIT))
-
-
 def record(call: Callable[[], Any]) -> list[Launch]:
     """The launches that a call on ``meta`` tensors would make."""
     with recording() as launches:
@@ -88,13 +74,16 @@ def record(call: Callable[[], Any]) -> list[Launch]:
     return launches
 
 
-def compile_launch(launch: Launch, capability: int) -> Resources:
+def compile_launch(launch: Launch, target: Target) -> Resources:
     """Compile a launch and read what it takes."""
-    compiled = compile_kernel(launch, capability)
-    return _read_cubin(launch.kernel.__name__, compiled.asm["cubin"], compiled.metadata.shared)
+    compiled = compile_kernel(launch, target)
+    name, shared = launch.kernel.__name__, compiled.metadata.shared
+    if target.backend == "hip":
+        return _read_amdgcn(name, compiled.asm["amdgcn"], shared)
+    return _read_cubin(name, compiled.asm["cubin"], shared)
 
 
-def compile_kernel(launch: Launch, capability: int) -> Any:
+def compile_kernel(launch: Launch, target: Target) -> Any:
     """Triton's compiled kernel of a launch, as its arguments specialise it."""
     if interpreted(launch.kernel):
         raise RuntimeError("an interpreted kernel cannot be compiled: unset TRITON_INTERPRET")
@@ -113,7 +102,8 @@ def compile_kernel(launch: Launch, capability: int) -> Any:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = _source_type(launch.kernel)(launch.kernel, signature, constants, attributes)
     options = {"num_warps": launch.tile.num_warps, "num_stages": launch.tile.num_stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    gpu = GPUTarget(target.backend, target.architecture, target.warp_size)
+    return triton.compile(source, target=gpu, options=options)
 
 
 def _source_type(kernel: Any) -> type:
@@ -136,6 +126,19 @@ def _read_cubin(kernel: str, cubin: bytes, shared_bytes: int) -> Resources:
     bodies = [Counter(names[start:end]) for start, end in loops] or [Counter(names)]
     loop = max(bodies, key=lambda body: (_tensor_core_count(body), -body.total()))
     return Resources(kernel, registers, stack, shared_bytes, Counter(names), loop)
+
+
+def _read_amdgcn(kernel: str, assembly: str, shared_bytes: int) -> Resources:
+    """What AMD's compiler says of a kernel at the end of its assembly.
+
+    A kernel without arrays has a private segment for spilled registers only.
+    """
+    facts = dict(_AMD_FACT.findall(assembly))
+    if len(facts) < 2:
+        raise RuntimeError(f"the compiler reported no registers of {kernel}")
+    names = Counter(name.upper() for name in _AMD_INSTRUCTION.findall(assembly))
+    registers, stack = int(facts["vgpr_count"]), int(facts["private_segment_fixed_size"])
+    return Resources(kernel, registers, stack, shared_bytes, names, names)
 
 
 def _parse(listing: str) -> tuple[list[str], list[tuple[int, int]]]:

@@ -21,9 +21,9 @@ from tritonbnn.files import writable, write_json
 from tritonbnn.kernels import aot, config, shipped
 from tritonbnn.kernels.candidates import candidates, spread
 from tritonbnn.kernels.commands import LIMIT_HELP, add_problem_arguments, named_problems, positive
-from tritonbnn.kernels.mma_operands import CAPABILITIES, has_one_bit_core
+from tritonbnn.kernels.mma_operands import ONE_BIT, has_one_bit_core
 from tritonbnn.kernels.provenance import versions
-from tritonbnn.kernels.shipped import check_target
+from tritonbnn.kernels.targets import TARGETS, Target, parse_target, target_of
 from tritonbnn.kernels.timing import time_callable
 from tritonbnn.kernels.truth import error_of
 from tritonbnn.kernels.workload import OPS, PLAN, STEP_OPS, Problem
@@ -125,7 +125,7 @@ def tune_all(
     gpu: str,
     device: torch.device,
     *,
-    capability: int,
+    target: Target,
     limit: int | None = None,
     runs: int = 30,
 ) -> tuple[int, int]:
@@ -145,9 +145,8 @@ def tune_all(
     for key, problem in tqdm(ordered, unit="problem", disable=None):
         choices = [
             choice
-            for choice in candidates(problem.key, capability)
-            if choice.formulation not in CAPABILITIES
-            or has_one_bit_core(device, choice.formulation)
+            for choice in candidates(problem.key, target)
+            if choice.formulation not in ONE_BIT or has_one_bit_core(device, choice.formulation)
         ]
         table = dict(config.parse_entry(entry) for entry in entries.values())
         try:
@@ -160,16 +159,15 @@ def tune_all(
     return len(todo) - failed, failed
 
 
-def rank(problem: Problem, target: str, limit: int | None) -> list[dict[str, Any]]:
+def rank(problem: Problem, target: Target, limit: int | None) -> list[dict[str, Any]]:
     """Compile the candidates and sort them: no spills first, then by tensor-core share."""
-    capability = aot.parse_target(target)
     ranked = []
-    choices = candidates(problem.key, capability) if problem.op != PLAN else []
+    choices = candidates(problem.key, target) if problem.op != PLAN else []
     compiled = [choice for choice in choices if choice.formulation != "library"]
     for choice in spread(compiled, limit):
         launch = shipped.launches_of(problem, choice)[-1]
-        made = aot.compile_launch(launch, capability)
-        if made.shared_bytes > aot.SHARED_MEMORY_LIMIT[capability]:
+        made = aot.compile_launch(launch, target)
+        if made.shared_bytes > target.shared_bytes:
             continue
         ranked.append(
             {
@@ -191,9 +189,9 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     problems = named_problems(arguments, (*STEP_OPS, "conv_real", PLAN), both_steps=True)
     if arguments.compile_only:
-        check_target(arguments.target)
+        target = parse_target(arguments.target)
         for problem in tqdm(problems, unit="problem", disable=None):
-            for row in rank(problem, arguments.target, arguments.limit)[: arguments.top]:
+            for row in rank(problem, target, arguments.limit)[: arguments.top]:
                 print(json.dumps(row))
         return 0
     if not torch.cuda.is_available():
@@ -204,8 +202,9 @@ def main(argv: list[str]) -> int:
         raise cli.UserError(f"this GPU is {gpu!r}, not {arguments.gpu!r}")
     path = arguments.output or config.table_path(gpu)
     writable(path)
-    limits = {"capability": aot.nearest_capability(device), "limit": arguments.limit}
-    tuned, failed = tune_all(problems, path, gpu, device, **limits)
+    tuned, failed = tune_all(
+        problems, path, gpu, device, target=target_of(device), limit=arguments.limit
+    )
     print(f"tuned {tuned} of {len(problems)} problems, {failed} could not be: {path}")
     return int(failed > 0)
 
@@ -217,7 +216,7 @@ def _parser() -> cli.Parser:
     parser.add_argument("--limit", type=positive, help=f"{LIMIT_HELP}, for each problem")
     parser.add_argument("--output", type=Path, help="the table, instead of the package's own")
     parser.add_argument("--compile-only", action="store_true", help="rank without a GPU")
-    parser.add_argument("--target", default="sm_90", help="of --compile-only: sm_80 or sm_90")
+    parser.add_argument("--target", default="sm_90", choices=TARGETS, help="of --compile-only")
     parser.add_argument("--top", type=positive, default=5, help="of --compile-only: rows a problem")
     return parser
 

@@ -18,12 +18,13 @@ from tqdm import tqdm
 
 from tritonbnn import cli, eager
 from tritonbnn.files import writable, write_json
-from tritonbnn.kernels import aot, config, packed_matmul
+from tritonbnn.kernels import config, packed_matmul
 from tritonbnn.kernels.bench import measured_roofs
 from tritonbnn.kernels.candidates import candidates, spread
 from tritonbnn.kernels.commands import LIMIT_HELP, kernel_device, positive
 from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.provenance import header
+from tritonbnn.kernels.targets import target_of
 from tritonbnn.kernels.timing import Timing, time_callable
 
 ROOFS = {"mma": "one_bit_ops_per_s", "wgmma": "one_bit_warpgroup_ops_per_s"}
@@ -48,7 +49,7 @@ def best(
     a, b = operands
     size = len(a)
     key = config.ProblemKey("conv_packed", "int32", size, 1, 1, size, size)
-    known = candidates(key, aot.nearest_capability(a.device))
+    known = candidates(key, target_of(a.device))
     choices = [config.default(key, formulation)]
     choices += [choice for choice in known if choice.formulation == formulation]
     found: list[tuple[config.TileConfig, Timing]] = []

@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from dataclasses import astuple
 from itertools import groupby, product
 
-from tritonbnn.kernels import aot, config
+from tritonbnn.kernels import config
 from tritonbnn.kernels.config import Choice, ProblemKey, TileConfig, power_of_two
 from tritonbnn.kernels.mma_operands import block_tiles
+from tritonbnn.kernels.targets import Target
 
 MAX_ACCUMULATORS = 128
 """Accumulators per thread: beyond, registers run out before the operands have any."""
@@ -14,18 +15,18 @@ MAX_ACCUMULATORS = 128
 _OPERAND_BYTES = {"int32": 1, "bfloat16": 2, "float16": 2, "float32": 4}
 
 
-def candidates(key: ProblemKey, capability: int) -> list[Choice]:
+def candidates(key: ProblemKey, target: Target) -> list[Choice]:
     """All choices worth compiling, the default first, each once.
 
     Args:
         key: the problem.
-        capability: the GPU's compute capability, which bounds shared memory.
+        target: the GPU's, which bounds shared memory and says what exists there.
     """
-    found = [config.default(key)]
-    for formulation in config.FORMULATIONS[key.op]:
+    found = [config.default(key, target=target)]
+    for formulation in config.formulations(key.op, target):
         for tile in _tiles(key, formulation):
             tile = tile if key.op == "unit_plan" else clipped(key, tile)
-            if fits(key, formulation, tile, capability):
+            if fits(key, formulation, tile, target):
                 found.append(Choice(formulation, tile))
     return list(dict.fromkeys(found))
 
@@ -97,9 +98,9 @@ def _extent(key: ProblemKey) -> tuple[int, int, int]:
     return pixels, key.out_channels, key.channels
 
 
-def fits(key: ProblemKey, formulation: str, tile: TileConfig, capability: int) -> bool:
+def fits(key: ProblemKey, formulation: str, tile: TileConfig, target: Target) -> bool:
     """Whether a tile stays within registers and shared memory by count; compiling tells exactly."""
-    threads = 32 * tile.num_warps
+    threads = target.warp_size * tile.num_warps
     elements = tile.block_m * tile.block_n
     if elements < threads:
         return False
@@ -108,26 +109,24 @@ def fits(key: ProblemKey, formulation: str, tile: TileConfig, capability: int) -
     if formulation == "mma":  # it keeps its operands in registers
         return elements <= MAX_ACCUMULATORS * threads and min(astuple(block_tiles(tile))) > 0
     if formulation == "wgmma":
-        return _fits_warpgroup(key, tile, capability)
+        return _fits_warpgroup(key, tile, target)
     operands = (tile.block_m + tile.block_n) * tile.block_k * _OPERAND_BYTES[key.dtype]
     return (
-        elements <= MAX_ACCUMULATORS * threads
-        and operands * tile.num_stages <= aot.SHARED_MEMORY_LIMIT[capability]
+        elements <= MAX_ACCUMULATORS * threads and operands * tile.num_stages <= target.shared_bytes
     )
 
 
-def _fits_warpgroup(key: ProblemKey, tile: TileConfig, capability: int) -> bool:
+def _fits_warpgroup(key: ProblemKey, tile: TileConfig, target: Target) -> bool:
     """Whether a tile of the warpgroup's tensor core fits, and is whole after clipping.
 
     A thread has the accumulators, this stage's words of x and the next's; shared memory the weight.
     """
     registers = tile.block_n // 2 + 2 * tile.block_k // 64 + 32
     return (
-        capability == 90
-        and (key.kernel_size, key.stride) == (1, 1)
+        (key.kernel_size, key.stride) == (1, 1)
         and tile.block_m == 16 * tile.num_warps
         and tile.block_n >= max(32, tile.block_k // 32)  # a sum for every word of a stage
         and tile.block_k >= 512
         and registers <= min(255, 2**16 // (32 * tile.num_warps))
-        and tile.block_n * tile.block_k // 8 * tile.num_stages <= aot.SHARED_MEMORY_LIMIT[90]
+        and tile.block_n * tile.block_k // 8 * tile.num_stages <= target.shared_bytes
     )

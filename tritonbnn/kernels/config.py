@@ -17,6 +17,9 @@ from typing import Any, get_type_hints
 
 import torch
 
+from tritonbnn.cli import UserError
+from tritonbnn.kernels.targets import ANY, Target, target_of
+
 CONFIG_DIR = Path(__file__).parent / "configs"
 
 FORMULATIONS = {
@@ -119,15 +122,26 @@ def joint_dtype_name(*dtypes: torch.dtype) -> str:
 
 
 def choose(key: ProblemKey, device: torch.device) -> Choice:
-    """The formulation and tile for a problem on a device."""
+    """The formulation and tile for a problem on a device.
+
+    Raises:
+        UserError: the GPU is too old for the kernels, or has no such arithmetic.
+    """
     if _forced is not None:
         return _forced(key)
-    return _choose(key, torch.cuda.get_device_name(device) if device.type == "cuda" else None)
+    return _choose(key, device)
 
 
 @lru_cache(maxsize=4096)
-def _choose(key: ProblemKey, gpu: str | None) -> Choice:
-    return look_up(key, {} if gpu is None else shipped_table(gpu))
+def _choose(key: ProblemKey, device: torch.device) -> Choice:
+    target = target_of(device)
+    if "bfloat16" in key.dtype and not target.bfloat16:
+        raise UserError(
+            f"a GPU of {target.name} ({target.models}) has no bfloat16 arithmetic: use float16"
+            " (--precision fp16)"
+        )
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return look_up(key, {} if gpu is None else shipped_table(gpu), target)
 
 
 _forced: Callable[[ProblemKey], Choice] | None = None
@@ -145,21 +159,39 @@ def using(forced: Choice | Table) -> Iterator[None]:
         _forced = previous
 
 
-def look_up(key: ProblemKey, table: Table) -> Choice:
-    """The exact entry, else that of the nearest batch bucket, else the default."""
+def look_up(key: ProblemKey, table: Table, target: Target = ANY) -> Choice:
+    """The exact entry, else that of the nearest batch bucket, else the target's default."""
     key = key.bucketed()
     if key in table:
         return table[key]
     nearest = min(table, key=key.distance, default=None)
     if nearest is None or math.isinf(key.distance(nearest)):
-        return default(key)
+        return default(key, target=target)
     return table[nearest]
 
 
-def default(key: ProblemKey, formulation: str | None = None) -> Choice:
+def formulations(op: str, target: Target) -> tuple[str, ...]:
+    """Those of an operation that exist on a target, the default first."""
+    if op == "conv_packed":
+        return target.products
+    known = FORMULATIONS[op]
+    return ("library",) if "library" in known and not target.matrices else known
+
+
+def default(key: ProblemKey, formulation: str | None = None, target: Target = ANY) -> Choice:
     """What an untuned problem runs as: the first formulation, and a tile clipped to the problem."""
-    formulation = formulation or FORMULATIONS[key.op][0]
-    return Choice(formulation, default_tile(key, formulation))
+    formulation = formulation or formulations(key.op, target)[0]
+    tile = default_tile(key, formulation)
+    return Choice(formulation, fitted(tile, target) if key.out_channels else tile)
+
+
+def fitted(tile: TileConfig, target: Target) -> TileConfig:
+    """A product's tile within the target's registers: fewer loads ahead, and fewer outputs."""
+    tile = replace(tile, num_stages=min(tile.num_stages, target.most_stages))
+    if not target.narrow or tile.block_n <= 32:
+        return tile
+    block_m, block_n = max(16, tile.block_m // 2), min(64, tile.block_n)
+    return replace(tile, block_m=block_m, block_n=block_n, num_warps=8)
 
 
 def default_tile(key: ProblemKey, formulation: str) -> TileConfig:

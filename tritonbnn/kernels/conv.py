@@ -16,8 +16,9 @@ from tritonbnn.kernels import config
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
 from tritonbnn.kernels.library import convolution
-from tritonbnn.kernels.mma_operands import CAPABILITIES, has_one_bit_core, takes
+from tritonbnn.kernels.mma_operands import ONE_BIT, has_one_bit_core, takes
 from tritonbnn.kernels.pack import unpack_signs
+from tritonbnn.kernels.targets import target_of
 from tritonbnn.kernels.tiles import popcount, signs, tile_of, window
 from tritonbnn.layout import channels_last, flat_pixels, from_flat
 
@@ -147,8 +148,9 @@ def conv_packed(
     if alpha is not None:
         alpha = alpha.to(torch.float32).contiguous()
     name = choice.formulation
-    if name in CAPABILITIES and not (takes(name, geometry) and has_one_bit_core(x.device, name)):
-        choice = config.default(geometry.key("conv_packed", "int32"))
+    if name in ONE_BIT and not (takes(name, geometry) and has_one_bit_core(x.device, name)):
+        target = target_of(x.device)
+        choice = config.default(geometry.key("conv_packed", "int32"), target=target)
     if y.numel() and choice.formulation == "mma":
         from tritonbnn.kernels.mma import conv_mma  # it needs Gluon, which not every Triton has
 

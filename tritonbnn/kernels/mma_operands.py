@@ -17,6 +17,7 @@ from tritonbnn.checks import sum_dtype
 from tritonbnn.kernels.config import TileConfig, power_of_two
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import interpreted, launch
+from tritonbnn.kernels.targets import target_of
 from tritonbnn.kernels.tiles import popcount, window
 
 CHUNK_WORDS = 16
@@ -25,8 +26,8 @@ CHUNK_WORDS = 16
 BORDERS = 16
 """Ways in which a 3x3 window can cross the image's border: a bit each for its four sides."""
 
-CAPABILITIES = {"mma": ((8, 0), (8, 6), (8, 9), (9, 0)), "wgmma": ((9, 0),)}
-"""Where a formulation's instruction is the hardware's own: later ones emulate it, or have none."""
+ONE_BIT = ("mma", "wgmma")
+"""Formulations on the one-bit tensor core."""
 
 _TILE = TileConfig(256, 1, 1, 4, 1)
 
@@ -206,7 +207,7 @@ def has_one_bit_core(device: torch.device, formulation: str = "mma") -> bool:
     except ImportError:
         return False
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) in CAPABILITIES[formulation]
+        return formulation in target_of(device).products
     return device.type == "meta"
 
 

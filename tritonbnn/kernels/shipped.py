@@ -6,7 +6,8 @@ tensor-core instructions of each kernel, and fails if one of them breaks a limit
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from tritonbnn.kernels import aot, config
 from tritonbnn.kernels.commands import add_problem_arguments, named_problems
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import Launch
+from tritonbnn.kernels.targets import TARGETS, Target, parse_target
 from tritonbnn.kernels.workload import DTYPES, SCALED, Problem
 
 META = torch.device("meta")
@@ -49,7 +51,7 @@ class Row:
     @property
     def problems(self) -> list[str]:
         """What is wrong with it."""
-        limit = aot.SHARED_MEMORY_LIMIT[aot.parse_target(self.target)]
+        limit = parse_target(self.target).shared_bytes
         wrong = []
         if self.resources.spill_bytes:
             wrong.append(f"spills {self.resources.spill_bytes} bytes")
@@ -91,38 +93,39 @@ class Row:
 
 
 def launches_of(problem: Problem, choice: config.Choice | None = None) -> list[Launch]:
-    """What a problem launches, without running it; by default as an unknown GPU would."""
+    """What a problem launches, without running it, by default as the interpreter would."""
     inputs = problem.inputs(META)
     with config.using(choice or config.default(problem.key)):
         return aot.record(lambda: problem.run(inputs))
 
 
-def shipped_choices(problem: Problem) -> Iterator[config.Choice]:
-    """The defaults and what shipped tables hold for a problem, library calls left out."""
-    choices = {config.default(problem.key, name) for name in config.FORMULATIONS[problem.key.op]}
+def shipped_choices(problem: Problem, target: Target) -> Iterator[config.Choice]:
+    """The target's defaults and what shipped tables hold for a problem, library calls left out."""
+    names = config.formulations(problem.key.op, target)
+    choices = {config.default(problem.key, name, target) for name in names}
     for path in sorted(config.CONFIG_DIR.glob("*.json")):
         gpu = json.loads(path.read_text(encoding="utf-8"))["gpu"]
-        choices.add(config.look_up(problem.key, config.read_table(path, gpu)))
-    yield from sorted(choice for choice in choices if choice.formulation != "library")
+        choices.add(config.look_up(problem.key, config.read_table(path, gpu), target))
+    there = (choice for choice in choices if choice.formulation in names)
+    yield from sorted(choice for choice in there if choice.formulation != "library")
 
 
-def compile_all(problems: Iterable[Problem], targets: Iterable[str]) -> Iterator[Row]:
-    """Compile what the problems launch, each distinct kernel once."""
+def compile_all(problems: Iterable[Problem], targets: Iterable[Target]) -> Iterator[Row]:
+    """Compile what the problems launch, each distinct kernel once for each target."""
     seen = set()
-    for problem in problems:
-        for choice in shipped_choices(problem):
+    for problem, target in product(problems, targets):
+        if problem.dtype == torch.bfloat16 and not target.bfloat16:
+            problem = replace(problem, dtype=torch.float16)
+        for choice in shipped_choices(problem, target):
             for launch in launches_of(problem, choice):
-                identity = _identity(launch)
+                identity = target.name, *_identity(launch)
                 if identity in seen:
                     continue
                 seen.add(identity)
-                for target in targets:
-                    if choice.formulation == "wgmma" and target != "sm_90":
-                        continue
-                    resources = aot.compile_launch(launch, aot.parse_target(target))
-                    dtype = next(name for name, d in DTYPES.items() if d == problem.dtype)
-                    step, layer = 1 + problem.binary_weight, describe(problem.layer)
-                    yield Row(target, problem.op, step, layer, dtype, launch.tile, resources)
+                resources = aot.compile_launch(launch, target)
+                dtype = next(name for name, d in DTYPES.items() if d == problem.dtype)
+                step, layer = 1 + problem.binary_weight, describe(problem.layer)
+                yield Row(target.name, problem.op, step, layer, dtype, launch.tile, resources)
 
 
 def _identity(launch: Launch) -> tuple[object, ...]:
@@ -144,14 +147,13 @@ def main(argv: list[str]) -> int:
     """Command line."""
     parser = cli.Parser(prog="python -m tritonbnn.kernels.shipped", description=__doc__)
     parser.add_argument(
-        "--target", action="append", help="sm_80, or sm_90 if none is given; repeat for both"
+        "--target", action="append", help=f"{', '.join(TARGETS)}; repeat it for several (sm_90)"
     )
     add_problem_arguments(parser, None)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args(argv)
-    path, targets = writable(arguments.json), arguments.target or ["sm_90"]
-    for target in targets:
-        check_target(target)
+    path = writable(arguments.json)
+    targets = [parse_target(name) for name in arguments.target or ["sm_90"]]
     problems = named_problems(arguments, layers=REPRESENTATIVE, both_steps=True)
     rows = list(compile_all(tqdm(problems, unit="problem", disable=None), targets))
     if path:
@@ -160,14 +162,6 @@ def main(argv: list[str]) -> int:
     for row in rows:
         print(_line(row))
     return 1 if broken else 0
-
-
-def check_target(target: str) -> None:
-    """Raise a UserError unless the target is known."""
-    try:
-        aot.parse_target(target)
-    except ValueError as error:
-        raise cli.UserError(str(error)) from error
 
 
 def _line(row: Row) -> str:
