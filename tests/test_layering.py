@@ -23,6 +23,7 @@ ALLOWED = {
     "native": {"eager", *BASE},
     "ops": {"kernels", "eager", "native", *BASE},
     "nn": {"ops", *BASE},
+    "optim": {"ops", "eager", *BASE},
     "models": {"nn", *BASE},
     "analysis": {"models", "nn", "ops", *BASE},
     "compute": {"cli"},
