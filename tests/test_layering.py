@@ -18,7 +18,7 @@ ALLOWED = {
     "cli": set(),
     "files": {"cli"},
     "reference": set(),
-    "eager": {"bits", "layout", "checks"},
+    "eager": {"bits", "layout", "checks", "contract"},
     "kernels": BASE,
     "native": {"eager", *BASE},
     "ops": {"kernels", "eager", "native", *BASE},

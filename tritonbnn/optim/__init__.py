@@ -1,5 +1,16 @@
 """Optimisers of the field of binary networks, as torch's optimisers are used."""
 
 from tritonbnn.optim.bop import Bop, Bop2ndOrder, to_signs_
+from tritonbnn.optim.ivon import IVON, sampled_probabilities
+from tritonbnn.optim.prediction import AdamPrediction, AdamWPrediction, SGDPrediction
 
-__all__ = ["Bop", "Bop2ndOrder", "to_signs_"]
+__all__ = [
+    "IVON",
+    "AdamPrediction",
+    "AdamWPrediction",
+    "Bop",
+    "Bop2ndOrder",
+    "SGDPrediction",
+    "sampled_probabilities",
+    "to_signs_",
+]
