@@ -13,8 +13,10 @@ from torch import Tensor
 
 from tritonbnn import checks, eager
 from tritonbnn.eager.common import accumulator
+from tritonbnn.layout import flat_pixels
 from tritonbnn.ops import backend
 from tritonbnn.optim.base import CheckedOptimizer, check_number, closure_loss, dense_gradient
+from tritonbnn.packed import PackedWeight
 
 
 @torch.no_grad()
@@ -39,7 +41,8 @@ class Bop(CheckedOptimizer):
     loss is a mean or a sum. A torch.amp.GradScaler is taken out before: call ``scaler.step`` as
     usual. A smaller ``gamma`` averages over more steps, and fewer weights flip.
 
-    Real parameters, as BatchNorm's, need an optimiser of their own.
+    Real parameters, as BatchNorm's, need an optimiser of their own. Weights that
+    :func:`tritonbnn.nn.pack_weights_` has packed are flipped as bits.
 
     Args:
         params: parameters that hold +1 and -1 (see :func:`to_signs_`), or groups of them.
@@ -82,7 +85,8 @@ class Bop(CheckedOptimizer):
             )
         for weight in group["params"]:
             checks.check_float(f"{name}'s parameter", weight)
-            if not (weight.is_meta or bool((weight.detach().abs() == 1).all())):
+            known = isinstance(weight, PackedWeight) or weight.is_meta
+            if not (known or bool((weight.detach().abs() == 1).all())):
                 raise ValueError(
                     f"{name}'s weights must be +1 or -1, and one of shape {tuple(weight.shape)} has"
                     " others: call tritonbnn.optim.to_signs_ on them first"
@@ -116,17 +120,15 @@ class Bop(CheckedOptimizer):
         state = self.state[weight]
         if not state:
             self._begin(weight, state)
-        average = state["average"]
+        average, squares = state["average"], state.get("squares")
+        numbers = {"threshold": group["threshold"], **self._numbers(state, group)}
+        if isinstance(weight, PackedWeight):
+            launchers = backend.launchers(weight.device)
+            rows = (None if x is None else flat_pixels(x) for x in (grad, average, squares))
+            return launchers.bop_update_packed(weight.rows, *rows, **numbers)
         alike = average.stride() == weight.stride() and average.dtype == torch.float32
         launchers = backend.launchers(weight.device) if alike else eager
-        return launchers.bop_update(
-            weight.detach(),
-            grad,
-            average,
-            state.get("squares"),
-            threshold=group["threshold"],
-            **self._numbers(state, group),
-        )
+        return launchers.bop_update(weight.detach(), grad, average, squares, **numbers)
 
     def _begin(self, weight: Tensor, state: dict[str, Any]) -> None:
         """The state before the first step."""
