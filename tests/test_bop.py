@@ -142,6 +142,18 @@ def test_a_schedule_moves_threshold_and_gamma():
     assert optimizer.flips == 50
 
 
+def test_torchs_schedulers_move_a_groups_lr_which_is_its_gamma():
+    weight = torch.nn.Parameter(torch.ones(50))
+    optimizer = Bop([{"params": [weight], "lr": 1e-3}], threshold=0.4)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 500.0**epoch)
+    weight.grad = torch.ones(50)
+    optimizer.step()
+    assert optimizer.flips == 0
+    scheduler.step()
+    optimizer.step()
+    assert optimizer.flips == 50
+
+
 def test_corrections_follow_a_schedule():
     """The corrected average of a constant gradient is that gradient, however gamma moves."""
     weight = torch.nn.Parameter(torch.ones(4))

@@ -2,6 +2,7 @@
 
 from tritonbnn.optim.bop import Bop, Bop2ndOrder, to_signs_
 from tritonbnn.optim.ivon import IVON, sampled_probabilities
+from tritonbnn.optim.joint import Joint
 from tritonbnn.optim.prediction import AdamPrediction, AdamWPrediction, SGDPrediction
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "AdamWPrediction",
     "Bop",
     "Bop2ndOrder",
+    "Joint",
     "SGDPrediction",
     "sampled_probabilities",
     "to_signs_",

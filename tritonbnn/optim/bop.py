@@ -47,7 +47,8 @@ class Bop(CheckedOptimizer):
     Args:
         params: parameters that hold +1 and -1 (see :func:`to_signs_`), or groups of them.
         threshold: at least 0. A schedule may change ``group["threshold"]``.
-        gamma: from 0 to 1. A schedule may change ``group["gamma"]``.
+        gamma: from 0 to 1. A schedule may change ``group["gamma"]``. A group that has an ``lr``
+            takes that for its gamma, so that torch's schedulers can move it.
 
     State:
         ``average``: m, of the weight's shape, in float32 (float64 for a float64 weight).
@@ -136,7 +137,7 @@ class Bop(CheckedOptimizer):
 
     def _numbers(self, state: dict[str, Any], group: dict[str, Any]) -> dict[str, float]:
         """The numbers of the rule, apart from the threshold."""
-        return {"gamma": group["gamma"]}
+        return {"gamma": _gamma(group)}
 
 
 class Bop2ndOrder(Bop):
@@ -189,13 +190,17 @@ class Bop2ndOrder(Bop):
         state["squares"] = torch.zeros_like(state["average"])
 
     def _numbers(self, state: dict[str, Any], group: dict[str, Any]) -> dict[str, float]:
-        numbers = {"gamma": group["gamma"], "sigma": group["sigma"]}
+        numbers = {"gamma": _gamma(group), "sigma": group["sigma"]}
         if group["bias_correction"]:
-            state["start"] = state.get("start", 1.0) * (1 - group["gamma"])
+            state["start"] = state.get("start", 1.0) * (1 - numbers["gamma"])
             state["squares_start"] = state.get("squares_start", 1.0) * (1 - group["sigma"])
             numbers["scale"] = _correction(state["start"])
             numbers["squares_scale"] = _correction(state["squares_start"])
         return numbers
+
+
+def _gamma(group: dict[str, Any]) -> float:
+    return group.get("lr", group["gamma"])
 
 
 def _correction(start: float) -> float:

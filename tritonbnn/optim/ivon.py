@@ -15,7 +15,7 @@ times noise.
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -160,6 +160,10 @@ class IVON(CheckedOptimizer):
                     weight.copy_(mean)
         if train:
             self._close_sample(noise)
+
+    def passes(self) -> AbstractContextManager[None]:
+        """What a trainer puts around the forward and backward passes of a step."""
+        return self.sampled_params(train=True)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -13,7 +13,7 @@ like Nesterov's, for one copy of the weights.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -72,6 +72,10 @@ class _Prediction(Optimizer):
             if moved:
                 with torch.no_grad():
                     torch._foreach_copy_(moved, kept)
+
+    def passes(self) -> AbstractContextManager[None]:
+        """What a trainer puts around the forward and backward passes of a step."""
+        return self.predicted()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Torch's own step, at the weights as they are.
