@@ -26,7 +26,7 @@ ALLOWED = {
     "nn": {"ops", "packed", *BASE},
     "optim": {"ops", "eager", "packed", *BASE},
     "models": {"nn", *BASE},
-    "analysis": {"models", "nn", "ops", *BASE},
+    "analysis": {"models", "nn", "ops", "packed", *BASE},
     "compute": {"cli"},
     "data": {"cli", "files"},
     "train": {"analysis", "models", "nn", "data", "compute", *BASE},

@@ -13,6 +13,7 @@ from torch.nn.utils import prune
 
 from tests.helpers import gradient, plus_minus
 from tritonbnn import kernels
+from tritonbnn.analysis.signs import SignLayout
 from tritonbnn.models import build_model
 from tritonbnn.nn import BinaryConv2d, BinaryLinear, BinaryUnit, binary_weights, pack_weights_
 from tritonbnn.optim import Bop, Bop2ndOrder, to_signs_
@@ -197,6 +198,21 @@ def test_two_processes_are_one(tmp_path):
         state, flips = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert torch.equal(state["0.weight"], model[0].weight)
         assert flips == optimizer.flips
+
+
+def test_flips_are_counted_alike():
+    counts = []
+    for packed in (False, True):
+        model = network()
+        if packed:
+            pack_weights_(model)
+        layout = SignLayout(list(binary_weights(model).values()))
+        before = layout.signs(list(binary_weights(model).values()))
+        _, optimizer = train(model, lambda p: Bop(p, threshold=1e-5, gamma=0.1), 1, "cpu")
+        after = layout.signs(list(binary_weights(model).values()))
+        counts.append(layout.differing(before, after).tolist())
+        assert sum(counts[-1]) == optimizer.flips > 0
+    assert counts[0] == counts[1]
 
 
 def test_bad_input_is_named():

@@ -109,6 +109,11 @@ class PackedWeight(Tensor):
         return function(*args, **kwargs)
 
 
+def plain(weight: Tensor) -> Tensor:
+    """An ordinary tensor of a weight's numbers: itself, or what it unpacks to."""
+    return weight.unpacked() if isinstance(weight, PackedWeight) else weight
+
+
 def _shape(packed: Tensor, channels: int) -> tuple[int, ...]:
     return (len(packed), channels, *packed.shape[1:-1])
 
