@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from tritonbnn import eager
-from tritonbnn.layout import empty_pixels
 
 _aten = torch.ops.aten
 
@@ -34,6 +33,9 @@ class PackedWeight(Tensor):
     packed: Tensor
     alpha: Tensor
 
+    # else each look at its shape or dtype would take a detour of microseconds
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
     @staticmethod
     def __new__(
         cls,
@@ -43,10 +45,10 @@ class PackedWeight(Tensor):
         alpha: Tensor | None = None,
     ) -> "PackedWeight":
         shape = _shape(packed, channels)
-        like = empty_pixels(torch.empty(shape, device="meta"), dtype)
-        return Tensor._make_wrapper_subclass(
-            cls, shape, like.stride(), dtype=dtype, device=packed.device
-        )
+        filter_size = shape[1:].numel()
+        taps = (step // packed.shape[-1] * channels for step in packed.stride()[1:-1])
+        strides = (filter_size, 1, *taps)
+        return Tensor._make_wrapper_subclass(cls, shape, strides, dtype=dtype, device=packed.device)
 
     def __init__(
         self,
@@ -114,8 +116,8 @@ def plain(weight: Tensor) -> Tensor:
     return weight.unpacked() if isinstance(weight, PackedWeight) else weight
 
 
-def _shape(packed: Tensor, channels: int) -> tuple[int, ...]:
-    return (len(packed), channels, *packed.shape[1:-1])
+def _shape(packed: Tensor, channels: int) -> torch.Size:
+    return torch.Size((packed.shape[0], channels, *packed.shape[1:-1]))
 
 
 def _detach(weight: PackedWeight) -> PackedWeight:

@@ -28,6 +28,7 @@ from tritonbnn.optim.base import CheckedOptimizer, check_number, closure_loss, d
 logger = logging.getLogger(__name__)
 
 _ADAMS_SCALE = 0.01
+_PORTION = 1 << 15
 _TRAINING, _EVALUATION = 0, 1  # streams of noise
 
 
@@ -193,8 +194,9 @@ class IVON(CheckedOptimizer):
         for group in self.param_groups:
             weights = [w for w in group["params"] if w.grad is not None]
             group["steps"] += 1
-            if weights:
-                self._update(weights, *self._estimates(weights), group)
+            grads, products = self._estimates(weights)
+            for part in _portions(weights):
+                self._update(weights[part], grads[part], products[part], group)
         self._forget()
         return loss
 
@@ -202,8 +204,8 @@ class IVON(CheckedOptimizer):
     def deviation(self, weight: Tensor) -> Tensor:
         """The noise's standard deviation of each number of a parameter, in its state's dtype."""
         group = next(g for g in self.param_groups if any(w is weight for w in g["params"]))
-        precision = (self._hess(weight, group) + group["weight_decay"]).mul_(group["ess"])
-        return precision.rsqrt_().mul_(group["noise"])
+        precision = self._hess(weight, group) + group["weight_decay"]
+        return precision.rsqrt_().mul_(group["noise"] / math.sqrt(group["ess"]))
 
     @torch.no_grad()
     def expected_flips(self, weight: Tensor) -> Tensor:
@@ -240,9 +242,7 @@ class IVON(CheckedOptimizer):
             numbers = self._standard_normal(sum(w.numel() for w in weights), weights[0], place)
             parts = numbers.split([w.numel() for w in weights])
             for weight, part in zip(weights, parts, strict=True):
-                deviation = self.deviation(weight)
-                noise[weight] = torch.empty_like(deviation).copy_(part.view(weight.shape))
-                noise[weight].mul_(deviation)
+                noise[weight] = self.deviation(weight).mul_(part.view(weight.shape))
         return noise
 
     def _standard_normal(self, count: int, like: Tensor, place: tuple[int, ...]) -> Tensor:
@@ -358,6 +358,19 @@ class IVON(CheckedOptimizer):
             torch._foreach_clamp_max_(direction, group["clip_radius"])
         rescale = group["hess_init"] + decay if group["rescale_lr"] else 1.0
         torch._foreach_add_(weights, direction, alpha=-group["lr"] * rescale)
+
+
+def _portions(weights: list[Tensor]) -> Iterator[slice]:
+    """Slices of parameters to update at once: all on a GPU, on a CPU what its caches hold."""
+    if weights and weights[0].device.type != "cpu":
+        yield slice(None)
+        return
+    start = numbers = 0
+    for end, weight in enumerate(weights):
+        numbers += weight.numel()
+        if numbers >= _PORTION or end + 1 == len(weights):
+            yield slice(start, end + 1)
+            start, numbers = end + 1, 0
 
 
 @torch.no_grad()
