@@ -34,7 +34,7 @@ class PackedWeight(Tensor):
     alpha: Tensor
 
     # else each look at its shape or dtype would take a detour of microseconds
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
