@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.baseline import ObviousReActNetA
 from tritonbnn.models import build_model
-from tritonbnn.nn import BinaryUnit, binary_weights, decayed_parameters
+from tritonbnn.nn import BinaryUnit, binary_weights, check_gradients, decayed_parameters
 
 
 def scalars(tensors):
@@ -30,6 +30,27 @@ def test_counts_are_the_published_ones(name, parameters, tensors, entries, binar
     assert len(model.state_dict()) == entries
     assert (len(weights), scalars(weights.values())) == (layers, binary)
     assert (len(group), scalars(group)) == decayed
+
+
+def test_binarynet_has_the_published_layers():
+    """Pairs of 128, 256 and 512 channels, two dense layers of 1024; gradients reach all of it."""
+    with torch.device("meta"):
+        model = build_model("binarynet", num_classes=10, small_images=True)
+    shapes = [tuple(w.shape) for w in binary_weights(model).values()]
+    assert shapes == [
+        *((128, 128, 3, 3), (256, 128, 3, 3), (256, 256, 3, 3), (512, 256, 3, 3), (512, 512, 3, 3)),
+        *((1024, 8192, 1, 1), (1024, 1024, 1, 1)),
+    ]
+    for binary in (True, False):
+        torch.manual_seed(0)
+        model = build_model(
+            "binarynet", num_classes=7, width=0.0625, small_images=True, binary_weights=binary
+        )
+        images = torch.randn(4, 3, 32, 32)
+        assert model(images).shape == (4, 7)
+        check_gradients(model, images)
+    with pytest.raises(ValueError, match="binarynet is for images of about 32 x 32"):
+        build_model("binarynet")
 
 
 def test_the_baseline_counts_are_the_published_ones():

@@ -1,8 +1,15 @@
-"""What whoever computes a whole unit takes beside its tensors, keeps for backward, and returns."""
+"""What all launchers of one operation agree on.
+
+Of a whole unit: what is taken beside its tensors, kept for backward, and returned. Of second-order
+Bop: its epsilon.
+"""
 
 from typing import NamedTuple
 
 from torch import Tensor, distributed
+
+BOP_EPSILON = 1e-10
+"""Added to the root of second-order Bop's second average, as in the authors' code."""
 
 
 class Options(NamedTuple):

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tritonbnn import ops
 from tritonbnn.bits import words
+from tritonbnn.packed import plain
 
 ROW = 1024  # signs to a row of the matrix
 
@@ -41,6 +42,7 @@ class SignLayout:
 
     def signs(self, weights: Sequence[Tensor]) -> Tensor:
         """A matrix of the signs of now; bits past a weight's end are 1."""
+        weights = [plain(weight) for weight in weights]
         if self._on_host:
             return self._host_bits(weights, lambda x, bits: np.greater_equal(x, 0, out=bits), True)
         return ops.pack_signs(self._rows(weights))

@@ -10,6 +10,7 @@ compared with other code.
 """
 
 from tritonbnn.eager.binarize import sign_backward, sign_forward
+from tritonbnn.eager.bop import bop_update, bop_update_packed
 from tritonbnn.eager.conv import conv_input_grad, conv_packed, conv_real, conv_weight_grad
 from tritonbnn.eager.conv_unit import conv_moments, conv_unit_forward
 from tritonbnn.eager.pack import (
@@ -29,6 +30,8 @@ from tritonbnn.eager.unit import (
 )
 
 __all__ = [
+    "bop_update",
+    "bop_update_packed",
     "channel_moments",
     "conv_input_grad",
     "conv_moments",

@@ -4,6 +4,7 @@ Importing this package imports Triton; nothing else does.
 """
 
 from tritonbnn.kernels.binarize import sign_backward, sign_forward
+from tritonbnn.kernels.bop import bop_update, bop_update_packed
 from tritonbnn.kernels.conv import conv_packed, conv_real
 from tritonbnn.kernels.conv_grad import conv_input_grad, conv_weight_grad
 from tritonbnn.kernels.conv_unit import conv_moments, conv_unit_forward
@@ -14,6 +15,8 @@ from tritonbnn.kernels.unit import channel_moments, unit_forward, unit_plan
 from tritonbnn.kernels.unit_grad import unit_activation_backward, unit_norm_backward
 
 __all__ = [
+    "bop_update",
+    "bop_update_packed",
     "channel_moments",
     "conv_input_grad",
     "conv_moments",

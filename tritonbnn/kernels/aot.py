@@ -96,6 +96,8 @@ def compile_kernel(launch: Launch, target: Target) -> Any:
         elif isinstance(value, Tensor):
             signature[parameter.name] = _POINTERS[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
         else:
             signature[parameter.name] = "i32"
             if value % 16 == 0:

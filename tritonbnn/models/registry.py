@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+from tritonbnn.models.binarynet import binarynet
 from tritonbnn.models.blocks import BinaryNetwork
 from tritonbnn.models.reactnet import reactnet_a
 from tritonbnn.models.resnet import resnet_18
@@ -12,6 +13,7 @@ MODELS: dict[str, Callable[..., BinaryNetwork]] = {
     "reactnet_a": reactnet_a,
     "reactnet_18": partial(resnet_18, rprelu=True),
     "birealnet_18": partial(resnet_18, rprelu=False),
+    "binarynet": binarynet,
 }
 
 
@@ -32,7 +34,7 @@ def build_model(
     the same parameter names and shapes, so that step 2 loads step 1 strictly.
 
     Args:
-        name: "reactnet_a", "reactnet_18" or "birealnet_18".
+        name: "reactnet_a", "reactnet_18", "birealnet_18", or "binarynet".
         num_classes: outputs of the head.
         binary_weights: whether the weights of the binary convolutions are binarised too.
         width: multiplies all channels; they are rounded to multiples of 8.

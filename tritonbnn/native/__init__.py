@@ -6,6 +6,7 @@ nothing: :mod:`tritonbnn.native.library` does, at the first call.
 
 from tritonbnn.eager.unit import unit_plan
 from tritonbnn.native.binarize import sign_backward, sign_forward
+from tritonbnn.native.bop import bop_update, bop_update_packed
 from tritonbnn.native.conv import conv_input_grad, conv_packed, conv_real, conv_weight_grad
 from tritonbnn.native.conv_unit import conv_moments, conv_unit_forward
 from tritonbnn.native.matmul import packed_matmul
@@ -19,6 +20,8 @@ from tritonbnn.native.unit import (
 )
 
 __all__ = [
+    "bop_update",
+    "bop_update_packed",
     "channel_moments",
     "conv_input_grad",
     "conv_moments",

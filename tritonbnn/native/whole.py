@@ -13,6 +13,7 @@ from tritonbnn.layout import channels_last, empty_channels_last
 from tritonbnn.native import library
 from tritonbnn.native.common import SHORTCUTS, TYPES, runs
 from tritonbnn.native.conv import Geometry, WeightStrides, geometry
+from tritonbnn.packed import PackedWeight
 
 _NUMBERS = ("type", "a_type", "shortcut")
 _OPERANDS = (
@@ -69,7 +70,8 @@ def _problem(x: Tensor, weight: Tensor, residual: Tensor | None, options: Option
     unit.g = geometry(size, channels, out_channels, kernel_size, options.stride, kernel_size // 2)
     unit.strides = WeightStrides(*weight.stride())
     unit.type, unit.shortcut = TYPES[x.dtype], SHORTCUTS[options.shortcut]
-    unit.point(x=x, weight=weight, residual=residual)
+    stored = None if isinstance(weight, PackedWeight) else weight  # C takes its bits instead
+    unit.point(x=x, weight=stored, residual=residual)
     return unit
 
 
@@ -98,16 +100,16 @@ def forward(
     residual = None if residual is None else channels_last(residual)
     weight = weight if options.binary_weight else channels_last(weight)
     unit = _problem(x, weight, residual, options)
-    out_channels, channels, kernel_size, _ = weight.shape
+    out_channels, channels = weight.shape[:2]
     shape = unit.g.output_shape
     a_type = checks.sum_dtype(weight[0].numel()) if options.binary_weight else x.dtype
-    packed_shape = (out_channels, kernel_size, kernel_size, words(channels))
+    packed, alpha = _weight_bits(weight) if options.binary_weight else (None, None)
     kept = Kept(
         signs=torch.empty((*x.shape[:1], *x.shape[2:], words(channels)), dtype=torch.int32)
         if signs is None
         else signs.contiguous(),
-        packed=torch.empty(packed_shape, dtype=torch.int32) if options.binary_weight else None,
-        alpha=torch.empty(out_channels) if options.binary_weight else None,
+        packed=packed,
+        alpha=alpha,
         a=empty_channels_last(shape, a_type, x.device) if options.plan == "keep" else None,
         vectors=torch.empty((6, out_channels)),
     )
@@ -136,6 +138,15 @@ def forward(
     )
     library.call("unit_whole_forward", unit)
     return (z, next_signs, mean, variance), kept
+
+
+def _weight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed signs and scale of a binary weight: stored already, or memory where C puts them."""
+    if isinstance(weight, PackedWeight):
+        return weight.packed, weight.alpha
+    filters, channels, *size = weight.shape
+    packed = torch.empty((filters, *size, words(channels)), dtype=torch.int32)
+    return packed, torch.empty(filters)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

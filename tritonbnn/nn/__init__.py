@@ -3,6 +3,7 @@
 from tritonbnn.nn.activations import RPReLU, RSign
 from tritonbnn.nn.gradients import check_gradients
 from tritonbnn.nn.layers import BinaryConv2d, BinaryLinear
+from tritonbnn.nn.packing import pack_weights_
 from tritonbnn.nn.parameters import binary_weights, decayed_parameters
 from tritonbnn.nn.unit import BinaryUnit
 
@@ -15,4 +16,5 @@ __all__ = [
     "binary_weights",
     "check_gradients",
     "decayed_parameters",
+    "pack_weights_",
 ]

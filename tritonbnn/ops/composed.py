@@ -56,7 +56,7 @@ def forward(
     """
     if signs is None:
         signs = library.pack_signs(x, shift_in)
-    packed, alpha = library.pack_weight(weight) if options.binary_weight else (None, None)
+    packed, alpha = library.signs_and_scale(weight) if options.binary_weight else (None, None)
     window = _window(weight, options.stride)
     fused = options.plan == "fused" and packed is not None
     a = None if fused else _convolve(signs, weight, packed, options.stride, x.dtype)

@@ -8,6 +8,7 @@ from tritonbnn.ops import library
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.autocast import autocast_input
 from tritonbnn.ops.once import differentiable_once
+from tritonbnn.packed import PackedWeight
 
 
 class _BinaryConv2d(torch.autograd.Function):
@@ -29,7 +30,7 @@ class _BinaryConv2d(torch.autograd.Function):
     ) -> Tensor:
         signs = library.pack_signs(x, shift)
         geometry = {"stride": stride, "padding": padding}
-        packed, alpha = library.pack_weight(weight) if binary_weight else (None, None)
+        packed, alpha = library.signs_and_scale(weight) if binary_weight else (None, None)
         if binary_weight:
             y = library.conv_packed(
                 signs, packed, alpha, channels=x.shape[1], dtype=x.dtype, **geometry
@@ -97,6 +98,8 @@ def clipped_weight_grad(grad: Tensor, weight: Tensor) -> Tensor:
     It comes in the weight's memory layout, which autograd would else copy it to. ``grad`` may be
     overwritten.
     """
+    if isinstance(weight, PackedWeight):  # of +1 and -1, none of which is above 1
+        return grad
     edge = 1 + torch.finfo(grad.dtype).eps  # hardtanh's gradient is 0 from its bounds on
     real = weight.to(grad.dtype)
     # in place where it may be: new memory costs a CPU more than the clipping

@@ -17,6 +17,7 @@ from tritonbnn.bits import words
 from tritonbnn.checks import conv_output_size
 from tritonbnn.layout import empty_channels_last, empty_pixels
 from tritonbnn.ops import backend
+from tritonbnn.packed import PackedWeight
 
 NAMESPACE = "tritonbnn"
 OPERATORS: dict[str, Callable[..., Any]] = {}
@@ -74,7 +75,7 @@ def through_operators(*operands: Any) -> bool:
 
 def _holds_data(x: Tensor) -> bool:
     """Whether ``x`` is an ordinary tensor: of no subclass, not meta, sparse, or negated lazily."""
-    ordinary = type(x) in (Tensor, torch.nn.Parameter) and x.layout == torch.strided
+    ordinary = type(x) in (Tensor, torch.nn.Parameter, PackedWeight) and x.layout == torch.strided
     return ordinary and not x.is_meta and not x.is_neg()
 
 
@@ -102,6 +103,13 @@ def pack_weight(weight):
         (weight.shape[0], *weight.shape[2:], words(weight.shape[1])), dtype=torch.int32
     )
     return packed, weight.new_empty(weight.shape[0], dtype=_accumulator(weight.dtype))
+
+
+def signs_and_scale(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A binary weight's packed signs, and its scale: :func:`pack_weight`, or as it is stored."""
+    if isinstance(weight, PackedWeight):
+        return weight.packed, weight.alpha
+    return pack_weight(weight)
 
 
 @_operator

@@ -24,7 +24,7 @@ class _BinaryLinear(torch.autograd.Function):
         ctx, x: Tensor, weight: Tensor, shift: Tensor | None, may_be_binary: bool
     ) -> Tensor:
         signs = library.pack_signs(x, shift)
-        packed, alpha = library.pack_weight(weight)
+        packed, alpha = library.signs_and_scale(weight)
         ctx.save_for_backward(x, shift, weight, signs, packed, alpha)
         ctx.may_be_binary = may_be_binary
         y = library.packed_matmul(signs, packed, x.shape[1]) * alpha

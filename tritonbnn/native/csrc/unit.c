@@ -18,7 +18,7 @@ typedef struct {
     double eps;
     /* The unit's operands. */
     void *x;
-    const float *weight, *gamma, *beta;
+    const float *weight, *gamma, *beta; /* weight: NULL where packed and alpha are given */
     const float *shift_in, *shift_mid, *slope, *shift_out, *next_shift; /* each may be NULL */
     void *residual;                            /* the shortcut's own tensor, or NULL */
     const float *given_mean, *given_variance;  /* NULL for the batch's own */
@@ -203,7 +203,7 @@ static void pack_weight(const unit *u, int64_t threads) {
 
 EXPORT void tritonbnn_unit_whole_forward(const unit *u, int64_t threads) {
     if (!u->signs_are_packed) pack_input(u, threads);
-    if (u->packed) pack_weight(u, threads);
+    if (u->packed && u->weight) pack_weight(u, threads);
     Unit passes = passes_of(u, normalised(u, threads));
     int64_t since = clock_start();
     pass_forward(&passes, (Numbers){u->z, u->type}, u->next_signs, u->next_shift, threads);
