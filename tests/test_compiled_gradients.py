@@ -12,10 +12,11 @@ from itertools import islice
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from tests.helpers import gradient
 from tritonbnn import ops
-from tritonbnn.nn import BinaryConv2d, BinaryLinear, BinaryUnit, RPReLU, RSign
+from tritonbnn.nn import BinaryConv1d, BinaryConv2d, BinaryLinear, BinaryUnit, RPReLU, RSign
 
 IMAGES, ROWS = (2, 8, 6, 4), (3, 5, 8)
 
@@ -40,6 +41,11 @@ def parts():
     yield BinaryLinear(8, 7), ROWS
     yield nn.Sequential(RSign(8), BinaryConv2d(8, 7, 3, 2, 1)), IMAGES
     yield Onto(8, 8, 3), IMAGES
+    yield BinaryConv2d(8, 4, 5, padding="same", groups=2, bias=True, shift=True), IMAGES
+    yield BinaryLinear(8, 7, bias=True, binary_weight=False), ROWS
+    yield RSign(8, channel_dim=-1), ROWS
+    yield BinaryConv1d(5, 4, 3), ROWS
+    yield BinaryUnit(8, 16, 3, 2), IMAGES
     yield Binarize(), IMAGES
     yield BinaryLinear(8, 7, shift=True), ROWS
     yield BinaryConv2d(8, 7, 1, shift=True, binary_weight=False), IMAGES
@@ -190,6 +196,7 @@ CALLS = {
     "binarize": ops.binarize,
     "rprelu": lambda x: ops.rprelu(x, *[torch.ones(8)] * 3),
     "binary_conv2d": lambda x: ops.binary_conv2d(x, torch.ones(8, 8, 1, 1)),
+    "binary_conv2d_library": lambda x: ops.binary_conv2d(x, torch.ones(8, 8, 3, 1), padding=(1, 0)),
     "binary_linear": lambda x: ops.binary_linear(x, torch.ones(3, 4)),
     "binary_unit": lambda x: ops.binary_unit(x, torch.ones(8, 8, 1, 1), *[torch.ones(8)] * 2).z,
 }
@@ -209,6 +216,23 @@ def test_function_transforms_are_refused_in_eager_mode(name):
     for transform, batch in ((torch.func.grad, x), (torch.func.vmap, x[None])):
         with pytest.raises(RuntimeError, match=refused):
             transform(partial(loss, name))(batch)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_batched_gradients_and_forward_mode_name_the_way(name):
+    """A loop. Errors from inside of torch named the launchers' memory, or a method to write."""
+    x, again = gradient(*IMAGES).requires_grad_(), "torch.autograd.grad,? once for each .*loop"
+    y = CALLS[name](x)
+    with pytest.raises(RuntimeError, match=f"batched gradients .* not supported: call {again}"):
+        torch.autograd.grad(y, x, torch.stack((y, -y)).detach(), is_grads_batched=True)
+    with pytest.raises(RuntimeError, match="batched gradients"):
+        torch.autograd.functional.jacobian(CALLS[name], x, vectorize=True)
+    for grad_enabled in (True, False):
+        with torch.set_grad_enabled(grad_enabled), forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.detach(), torch.ones_like(x))
+            with pytest.raises(RuntimeError, match=f"forward-mode .* not supported: use {again}"):
+                CALLS[name](dual)
+            CALLS[name](x.detach())  # what carries no tangent is not refused
 
 
 @pytest.mark.parametrize("name", CALLS)

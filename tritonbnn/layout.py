@@ -81,9 +81,10 @@ def in_format_of(y: Tensor, *operands: Tensor) -> Tensor:
     last = any(map(is_channels_last, operands))
     if is_channels_last(y) == last:
         return y
-    # not contiguous(), which keeps the strides of one pixel
+    # not contiguous(), which keeps the strides of one pixel; and not copy_() to an empty tensor,
+    # through which torch.compile loses the gradient of a Function's result
     memory = torch.channels_last if last else torch.contiguous_format
-    return torch.empty_like(y, memory_format=memory).copy_(y)
+    return y.clone(memory_format=memory)
 
 
 def laid_out_as(grad: Tensor | None, operand: Tensor) -> Tensor | None:

@@ -36,9 +36,7 @@ class _BinaryLinear(torch.autograd.Function):
         if packed is None:
             pixels, image = signs[:, None, None], _as_image(weight)
             y = library.conv_real(pixels, image, dtype=x.dtype, **_POINTWISE)
-            return y.new_empty(y.shape[:2]).copy_(
-                y.flatten(1)
-            )  # no view: it may be changed in place
+            return y.flatten(1).clone()  # no view, as that may not be changed in place
         y = library.packed_matmul(signs, packed, x.shape[1]) * alpha
         # torch.compile takes a cast that does nothing for a second output, and y's gradient is lost
         return y if y.dtype == x.dtype else y.to(x.dtype)

@@ -19,7 +19,7 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     def checked(ctx: Any, *grads: Any) -> Any:
         if torch.compiler.is_compiling():
             return backward(ctx, *grads)
-        if torch._C._are_functorch_transforms_active():
+        if isinstance(grads[0], torch.Tensor) and _is_batch(grads[0]):
             raise RuntimeError(
                 "batched gradients (is_grads_batched=True, vectorize=True) are not supported: "
                 "call torch.autograd.grad once for each gradient, in a loop"
@@ -32,3 +32,9 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
         return backward(ctx, *grads)
 
     return checked
+
+
+def _is_batch(grad: torch.Tensor) -> bool:
+    """Whether ``grad`` is many: of torch.func's vmap, or of autograd's own older one."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(grad) or functorch.is_legacy_batchedtensor(grad)
