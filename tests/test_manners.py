@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import activation, gradient
+from tests.helpers import KERNEL_DEVICE, activation, gradient
 from tritonbnn import ops
 from tritonbnn.models import build_model
 from tritonbnn.nn import (
@@ -181,11 +181,12 @@ def assert_in_format(tensor, memory_format):
 @pytest.mark.parametrize("name", [n for n in MODULES if len(MODULES[n][1]) == 4])
 @pytest.mark.parametrize("input_format", FORMATS)
 @pytest.mark.parametrize("module_format", FORMATS)
-def test_memory_formats(launchers, device, name, input_format, module_format):
+def test_memory_formats(name, input_format, module_format):
     """PyTorch's strict rule: an output is channels_last iff the input or a convolution's weight is.
 
     Gradients lie as what they are the gradients to.
     """
+    device = KERNEL_DEVICE
     module = built(name).to(device, memory_format=FORMATS[module_format])
     module.train(input_format == "channels_last")  # both modes, in half the time
     x = activation(*MODULES[name][1]).to(device, memory_format=FORMATS[input_format])
@@ -216,7 +217,7 @@ def test_one_channel_and_one_pixel_have_a_format_too(launchers, device, size):
         assert ops.binary_conv2d(x, weight).flatten(1).shape == (size[0], 8 * size[2] * size[3])
 
 
-@MODULE
+@pytest.mark.parametrize("name", ["conv", "conv_library", "linear_real", "rsign", "rprelu", "unit"])
 def test_an_output_may_be_changed_in_place(launchers, device, name):
     """As nn.ReLU(inplace=True) does."""
     module = built(name).to(device)
