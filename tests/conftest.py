@@ -24,6 +24,14 @@ SENTINEL = -0x5EED
 """What an integer tensor holds where nothing was written, if its dtype can hold it."""
 
 
+@pytest.fixture(autouse=not HAS_GPU)
+def guarded_launches(monkeypatch):
+    """Names of the kernels that were interpreted, every load and store of them checked."""
+    from tests import interpreter_guard  # it imports the interpreter, which must wait for this file
+
+    return interpreter_guard.watch(monkeypatch)
+
+
 @pytest.fixture(params=["eager", "kernels", "native"])
 def launchers(request, monkeypatch, unwritten_memory):
     """The eager twins, the kernels, the C functions; the operators of ``tritonbnn.ops`` follow."""

@@ -12,10 +12,11 @@ from itertools import islice
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from tests.helpers import gradient
 from tritonbnn import ops
-from tritonbnn.nn import BinaryConv2d, BinaryLinear, BinaryUnit, RPReLU, RSign
+from tritonbnn.nn import BinaryConv1d, BinaryConv2d, BinaryLinear, BinaryUnit, RPReLU, RSign
 
 IMAGES, ROWS = (2, 8, 6, 4), (3, 5, 8)
 
@@ -49,6 +50,23 @@ def parts():
     yield BinaryUnit(8, 8, 1).eval(), IMAGES
 
 
+class OfSequences(BinaryConv1d):
+    """Of (N, L, C)."""
+
+    def forward(self, x):
+        return super().forward(x.mT)
+
+
+def parts_in_torch():
+    """What leaves a part of its work to torch's own operators."""
+    yield BinaryConv2d(8, 4, 5, padding="same", groups=2, bias=True, shift=True), IMAGES
+    yield BinaryConv2d(8, 4, 2, padding="same", stride=1, binary_weight=False), IMAGES
+    yield BinaryLinear(8, 7, bias=True, binary_weight=False), ROWS
+    yield RSign(8, channel_dim=-1), ROWS
+    yield OfSequences(8, 4, 3), ROWS
+    yield BinaryUnit(8, 16, 3, 2), IMAGES
+
+
 FEW = 4
 """Of the parts, for the backend that makes machine code: it takes seconds for each."""
 
@@ -72,10 +90,10 @@ FROZEN = {
 }
 
 
-def program(frozen, dtype, count=None):
+def program(frozen, dtype, count=None, kinds=parts):
     """A program and its inputs; ``frozen`` says by name what takes no gradient."""
     torch.manual_seed(0)
-    modules, shapes = zip(*islice(parts(), count), strict=True)
+    modules, shapes = zip(*islice(kinds(), count), strict=True)
     model = Program(modules).to(dtype)
     for name, parameter in model.named_parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -133,9 +151,17 @@ CASES = [
 def test_two_steps_are_those_of_eager_mode(backend, dtype, frozen):
     if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
         pytest.skip("needs a C++ compiler")
-    count = FEW if backend == "inductor" else None
-    model, inputs = program(FROZEN[frozen], dtype, count)
-    twin, same = program(FROZEN[frozen], dtype, count)
+    few = {"count": FEW if backend == "inductor" else None}
+    assert_two_steps_agree(backend, FROZEN[frozen], dtype, few)
+
+
+def test_two_steps_of_what_torch_does_in_part():
+    assert_two_steps_agree("aot_eager", FROZEN["nothing"], torch.float32, {"kinds": parts_in_torch})
+
+
+def assert_two_steps_agree(backend, frozen, dtype, which):
+    model, inputs = program(frozen, dtype, **which)
+    twin, same = program(frozen, dtype, **which)
     expected = two_steps(twin, twin, same)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
     assert_same(two_steps(compiled, model, inputs), expected)
@@ -190,6 +216,7 @@ CALLS = {
     "binarize": ops.binarize,
     "rprelu": lambda x: ops.rprelu(x, *[torch.ones(8)] * 3),
     "binary_conv2d": lambda x: ops.binary_conv2d(x, torch.ones(8, 8, 1, 1)),
+    "binary_conv2d_library": lambda x: ops.binary_conv2d(x, torch.ones(8, 8, 3, 1), padding=(1, 0)),
     "binary_linear": lambda x: ops.binary_linear(x, torch.ones(3, 4)),
     "binary_unit": lambda x: ops.binary_unit(x, torch.ones(8, 8, 1, 1), *[torch.ones(8)] * 2).z,
 }
@@ -209,6 +236,23 @@ def test_function_transforms_are_refused_in_eager_mode(name):
     for transform, batch in ((torch.func.grad, x), (torch.func.vmap, x[None])):
         with pytest.raises(RuntimeError, match=refused):
             transform(partial(loss, name))(batch)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_batched_gradients_and_forward_mode_name_the_way(name):
+    """A loop. Errors from inside of torch named the launchers' memory, or a method to write."""
+    x, again = gradient(*IMAGES).requires_grad_(), "torch.autograd.grad,? once for each .*loop"
+    y = CALLS[name](x)
+    with pytest.raises(RuntimeError, match=f"batched gradients .* not supported: call {again}"):
+        torch.autograd.grad(y, x, torch.stack((y, -y)).detach(), is_grads_batched=True)
+    with pytest.raises(RuntimeError, match="batched gradients"):
+        torch.autograd.functional.jacobian(CALLS[name], x, vectorize=True)
+    for grad_enabled in (True, False):
+        with torch.set_grad_enabled(grad_enabled), forward_ad.dual_level():
+            dual = forward_ad.make_dual(x.detach(), torch.ones_like(x))
+            with pytest.raises(RuntimeError, match=f"forward-mode .* not supported: use {again}"):
+                CALLS[name](dual)
+            CALLS[name](x.detach())  # what carries no tangent is not refused
 
 
 @pytest.mark.parametrize("name", CALLS)

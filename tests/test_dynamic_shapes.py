@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tests.helpers import gradient
-from tests.test_compiled_gradients import Program, parts
+from tests.test_compiled_gradients import Program, parts, parts_in_torch
 from tritonbnn.models.blocks import BinaryNetwork, conv_bn
 from tritonbnn.models.resnet import DownsamplingUnit
 from tritonbnn.nn import BinaryUnit
@@ -53,7 +53,7 @@ class Everything(nn.Module):
 
     def __init__(self):
         super().__init__()
-        modules, shapes = zip(*parts(), strict=True)
+        modules, shapes = zip(*parts(), *parts_in_torch(), strict=True)
         self.program = Program(modules)
         self.of_rows = [len(shape) == 3 for shape in shapes]
 

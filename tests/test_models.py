@@ -104,9 +104,9 @@ def test_legal_sizes_run_and_others_are_named(name, small, multiple):
 
 
 def test_width_rounds_to_multiples_of_8():
-    model = build_model("reactnet_a", width=0.3, num_classes=2)
-    assert model.stem[0].weight.shape[0] == 8  # 9.6
-    assert model.fc.weight.shape[1] == 304  # 307.2
+    model = build_model("reactnet_18", width=0.3, num_classes=2)
+    assert model.stem[0].weight.shape[0] == 16  # 19.2
+    assert model.fc.weight.shape[1] == 152  # 153.6
 
 
 @pytest.mark.parametrize(
@@ -115,6 +115,7 @@ def test_width_rounds_to_multiples_of_8():
         ({"name": "resnet"}, "unknown model 'resnet'; choose from reactnet_a"),
         ({"width": 0.01}, "width 0.01 leaves no channels"),
         ({"width": 0.0}, "positive"),
+        ({"width": 0.13}, "width 0.13 rounds a doubling of channels to 64 and then 136"),
         ({"width": float("nan")}, "positive"),
         ({"num_classes": 1}, "num_classes must be at least 2"),
         ({"in_channels": 2}, "in_channels must be 1 or 3"),

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from tests.helpers import activation, assert_no_worse_than_eager, vectors
 from tritonbnn import ops, reference
 from tritonbnn.nn import BinaryConv2d, BinaryLinear, RPReLU, RSign
-from tritonbnn.ops.conv import clipped_weight_grad
+from tritonbnn.ops.signs import clipped_weight_grad
 
 SHAPES = [
     pytest.param((2, 32, 7, 7), "channels_last", id="ordinary"),
@@ -153,7 +153,7 @@ def test_modules_call_the_functions():
     assert torch.equal(linear(x[:, :, 0, 0]), ops.binary_linear(x[:, :, 0, 0], linear.weight))
     assert torch.equal(sign(x), ops.binarize(x, sign.shift))
     assert torch.equal(act(x), ops.rprelu(x, act.shift_in, act.slope, act.shift_out))
-    assert "33, 8, kernel_size=3, stride=2" in repr(conv)
+    assert "33, 8, kernel_size=(3, 3), stride=(2, 2)" in repr(conv)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -184,16 +184,25 @@ def test_double_backward_raises(name):
 X, W = torch.zeros(2, 8, 4, 4), torch.zeros(8, 8, 3, 3)
 BAD = [
     (lambda: ops.binarize(X.int()), TypeError, "x must be float32"),
-    (lambda: ops.binarize(X[0]), ValueError, "2 or 4 dimensions"),
-    (lambda: ops.binarize(X, torch.zeros(7)), ValueError, r"shift must have shape \(8,\)"),
+    (lambda: ops.binarize(X[0, 0, 0, 0]), ValueError, r"channel_dim is 1, which .* \(\) does not"),
+    (lambda: ops.binarize(X[:, :0]), ValueError, "at least one channel"),
+    (lambda: ops.binarize(X, torch.zeros(7)), ValueError, "x must have 7 channels in dimension 1"),
+    (lambda: ops.binarize(X[0], torch.zeros(8)), ValueError, "give channel_dim=-3"),
     (lambda: ops.binarize(X, torch.zeros(8, device="meta")), ValueError, "one device"),
-    (lambda: ops.rprelu(X, *[torch.zeros(9)] * 3), ValueError, r"shift_in must have shape \(8,\)"),
-    (lambda: ops.binary_conv2d(X, W[:, :4], padding=1), ValueError, "grouped"),
+    (lambda: ops.rprelu(X, *[torch.zeros(9)] * 3), ValueError, "x must have 9 channels"),
+    (lambda: ops.rprelu(X, W[0, 0, 0], W[0, 0], W[0, 0, 0]), ValueError, r"slope \(3, 3\)"),
+    (lambda: ops.binary_conv2d(X, W[:, :4], padding=1), ValueError, r"\(O, 8 / groups, kh, kw\)"),
+    (lambda: ops.binary_conv2d(X, W[:7, :4], groups=2), ValueError, "multiple of groups=2"),
+    (lambda: ops.binary_conv2d(X[0, 0], W), ValueError, "3 or 4 dimensions"),
     (lambda: ops.binary_conv2d(X, W.int(), padding=1), TypeError, "weight must be float32"),
-    (lambda: ops.binary_conv2d(X, W, padding=0), ValueError, "padding must be 1"),
-    (lambda: ops.binary_conv2d(X, W, padding=1, stride=3), ValueError, "stride must be 1 or 2"),
-    (lambda: ops.binary_conv2d(X, torch.zeros(8, 8, 5, 5)), ValueError, "kernel_size must be 1 or"),
-    (lambda: ops.binary_conv2d(X, W[..., :1]), ValueError, r"\(O, C, k, k\)"),
+    (lambda: ops.binary_conv2d(X, W, padding=-1), ValueError, "padding must be an int or 2 ints"),
+    (lambda: ops.binary_conv2d(X, W, padding=(1,)), ValueError, r"or 2 ints, .* not \(1,\)"),
+    (lambda: ops.binary_conv2d(X, W, padding="full"), ValueError, "'same' or 'valid', not 'full'"),
+    (lambda: ops.binary_conv2d(X, W, stride=2, padding="same"), ValueError, "needs stride 1"),
+    (lambda: ops.binary_conv2d(X, W, stride=0), ValueError, "stride must be .* at least 1, not 0"),
+    (lambda: ops.binary_conv2d(X, W, dilation=2), ValueError, "4 x 4 is too small for a kernel"),
+    (lambda: ops.binary_conv2d(X, W, bias=torch.ones(7)), ValueError, r"bias must have shape \(8"),
+    (lambda: ops.binary_conv1d(X, W[0]), ValueError, r"x must have shape \(N, C, L\)"),
     (lambda: ops.binary_linear(X, W[0, 0]), ValueError, "must share K"),
     (lambda: ops.pack_signs(X.long()), TypeError, "x must be float32"),
     (lambda: ops.unpack_signs(X, 8), TypeError, "packed must be packed signs in int32"),

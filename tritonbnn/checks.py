@@ -14,11 +14,16 @@ def check_float(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, not {x.dtype}")
 
 
-def check_activation(name: str, x: Tensor, dims: tuple[int, ...] = (2, 4)) -> None:
-    """Raise unless ``x`` is floating point with channels in dimension 1: (N, C, H, W) or (M, C)."""
+def check_activation(
+    name: str, x: Tensor, dims: tuple[int, ...] = (2, 4), *, or_unbatched: bool = False
+) -> None:
+    """Raise unless ``x`` is floating point with channels in dimension 1: (N, C, H, W) or (M, C).
+
+    ``or_unbatched`` has the message name one dimension less, which the caller takes too.
+    """
     check_float(name, x)
     if x.dim() not in dims:
-        expected = " or ".join(str(d) for d in dims)
+        expected = " or ".join(str(d) for d in ((dims[0] - 1, *dims) if or_unbatched else dims))
         raise ValueError(f"{name} must have {expected} dimensions, not shape {tuple(x.shape)}")
     if x.shape[1] < 1:
         raise ValueError(f"{name} must have at least one channel, not shape {tuple(x.shape)}")
@@ -65,6 +70,14 @@ def check_per_channel(channels: int, **vectors: Tensor | None) -> None:
                 f"{name} must have shape ({channels},), one value per channel, "
                 f"not {tuple(vector.shape)}"
             )
+
+
+def check_vectors(**vectors: Tensor | None) -> None:
+    """Raise ValueError unless all the vectors given have one dimension, and are equally long."""
+    given = {name: tuple(vector.shape) for name, vector in vectors.items() if vector is not None}
+    if len(set(given.values())) > 1 or any(len(shape) != 1 for shape in given.values()):
+        shapes = ", ".join(f"{name} {shape}" for name, shape in given.items())
+        raise ValueError(f"one value per channel is needed, of as many channels each, not {shapes}")
 
 
 def check_same_shape(**tensors: Tensor | None) -> None:

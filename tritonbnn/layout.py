@@ -42,3 +42,57 @@ def from_flat(flat: Tensor, shape: tuple[int, ...]) -> Tensor:
         return flat.view(shape)
     n, c, h, w = shape
     return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether torch takes ``x`` to be in channels_last memory, by its strides.
+
+    ``is_contiguous`` cannot tell where there is one channel or one pixel: such a tensor passes for
+    both formats. torch's own convolutions look at the strides then, and so does this.
+
+    Args:
+        x: any shape; False where there are not four dimensions.
+    """
+    if x.dim() != 4:
+        return False
+    last = x.is_contiguous(memory_format=torch.channels_last)
+    if last != x.is_contiguous():
+        return last
+    strides, sizes = x.stride(), x.shape
+    least = 0
+    for d in (1, 3, 2, 0):  # from the innermost of channels_last memory outwards
+        if sizes[d] == 0 or strides[d] == 0 or strides[d] < least:
+            return False
+        if d == 0 and least == strides[1]:  # (N, 1, 1, 1) is taken to be contiguous
+            return False
+        least = strides[d] * sizes[d]
+    return True
+
+
+def in_format_of(y: Tensor, *operands: Tensor) -> Tensor:
+    """``y`` in the memory format that torch's convolutions return: its operands'.
+
+    Args:
+        y: a result, densely packed.
+        operands: it is channels_last where one of these is, else contiguous.
+    """
+    if y.dim() != 4:
+        return y
+    last = any(map(is_channels_last, operands))
+    if is_channels_last(y) == last:
+        return y
+    # not contiguous(), which keeps the strides of one pixel; and not copy_() to an empty tensor,
+    # through which torch.compile loses the gradient of a Function's result
+    memory = torch.channels_last if last else torch.contiguous_format
+    return y.clone(memory_format=memory)
+
+
+def laid_out_as(grad: Tensor | None, operand: Tensor) -> Tensor | None:
+    """``grad``, if there is one, in the memory layout of the tensor that it is the gradient to.
+
+    So torch's own layers return gradients. DistributedDataParallel copies any other once more.
+    """
+    if grad is None or grad.stride() == operand.stride():
+        return grad
+    result = torch.empty_like(operand, dtype=grad.dtype)
+    return grad if result.stride() == grad.stride() else result.copy_(grad)

@@ -47,19 +47,31 @@ def binary_conv2d(
     weight: Tensor,
     shift: Tensor | None = None,
     *,
-    stride: int = 1,
-    padding: int = 0,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    dilation: int | tuple[int, int] = 1,
+    groups: int = 1,
     binary_weight: bool = True,
     may_be_binary: bool = True,
 ) -> Tensor:
     """conv2d(sign(x + shift), alpha * sign(w)), or with the real w; zeros padded after the sign."""
     w = binarize_weight(weight) if binary_weight else weight
-    return F.conv2d(binarize_input(x, shift, may_be_binary), w, stride=stride, padding=padding)
+    signs = binarize_input(x, shift, may_be_binary)
+    return F.conv2d(signs, w, bias, stride, padding, dilation, groups)
 
 
-def binary_linear(x: Tensor, weight: Tensor, shift: Tensor | None = None) -> Tensor:
-    """sign(x + shift) @ (alpha * sign(w))^T."""
-    return F.linear(binarize_input(x, shift, True), binarize_weight(weight))
+def binary_linear(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    binary_weight: bool = True,
+) -> Tensor:
+    """sign(x + shift) @ (alpha * sign(w))^T, or with the real w."""
+    w = binarize_weight(weight) if binary_weight else weight
+    return F.linear(binarize_input(x, shift, True), w, bias)
 
 
 def rprelu(x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tritonbnn.nn import BinaryLinear, BinaryUnit
+from tritonbnn.nn import BinaryConv1d, BinaryLinear, BinaryUnit
 from tritonbnn.nn.parameters import binary_layers
 
 PROBE_IMAGES = 16
@@ -92,7 +92,7 @@ def _observer(name: str, found: dict[str, Saturation]) -> Callable[[nn.Module, t
     """A hook that counts what a layer is about to binarise; a layer called twice adds up."""
 
     def observe(module: nn.Module, inputs: tuple) -> None:
-        channel_dim = -1 if isinstance(module, BinaryLinear) else 1
+        channel_dim = _channel_dim(module)
         shift = getattr(module, "shift_in" if isinstance(module, BinaryUnit) else "shift")
         counts, total = saturated(inputs[0], shift, channel_dim)
         before = found.get(name, Saturation(torch.zeros_like(counts), 0))
@@ -101,13 +101,20 @@ def _observer(name: str, found: dict[str, Saturation]) -> Callable[[nn.Module, t
     return observe
 
 
+def _channel_dim(module: nn.Module) -> int:
+    """Where the channels of a binary layer's input are, which may have no batch."""
+    if isinstance(module, BinaryLinear):
+        return -1
+    return -2 if isinstance(module, BinaryConv1d) else -3
+
+
 def saturated(x: Tensor, shift: Tensor | None, channel_dim: int) -> tuple[Tensor, int]:
     """How many activations of each channel have abs(x + shift) > 1, in float32 at least.
 
     Args:
         x: any shape, the channels in ``channel_dim``.
         shift: (C,), or None.
-        channel_dim: 1 for images, -1 for features.
+        channel_dim: -3 for images, -1 for features.
 
     Returns:
         int64 (C,), and how many activations a channel has.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tritonbnn.eager.common import accumulator, image_chunks, scratch, shifted
-from tritonbnn.layout import channels_last, empty_pixels, flat_pixels, from_flat
+from tritonbnn.layout import channels_last, empty_pixels, flat_pixels
 
 
 def sign_forward(x: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -17,8 +17,10 @@ def sign_forward(x: Tensor, shift: Tensor | None = None) -> Tensor:
     Returns:
         The shape and dtype of ``x``, channels innermost in memory.
     """
-    positive = shifted(x, shift) >= 0
-    return from_flat(positive.to(x.dtype).mul_(2).sub_(1), tuple(x.shape))
+    signs = empty_pixels(x, x.dtype)
+    # no view of other memory: autograd lets nobody change one in place that a Function returns
+    torch.ge(shifted(x, shift), 0, out=flat_pixels(signs)).mul_(2).sub_(1)
+    return signs
 
 
 def sign_backward(

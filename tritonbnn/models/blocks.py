@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from tritonbnn.nn import BinaryUnit
@@ -20,6 +21,15 @@ def scaled(channels: int, width: float) -> int:
     if result < 1:
         raise ValueError(f"width {width:g} leaves no channels of {channels}; use a larger width")
     return result
+
+
+def check_widening(channels: int, out_channels: int, width: float) -> None:
+    """Raise ValueError unless a block keeps or doubles its channels at this width."""
+    if out_channels not in (channels, 2 * channels):
+        raise ValueError(
+            f"width {width:g} rounds a doubling of channels to {channels} and then {out_channels}: "
+            "use a multiple of 0.25"
+        )
 
 
 def conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int) -> nn.Sequential:
@@ -75,7 +85,9 @@ class BinaryNetwork(nn.Module):
                 f"height and width must be multiples of {self.size_multiple}, "
                 f"not {x.shape[2]} x {x.shape[3]}"
             )
-        return self.fc(self._body(self.stem(x)).mean(dim=(2, 3)))
+        # once for all units, which keep it
+        stream = self.stem(x).contiguous(memory_format=torch.channels_last)
+        return self.fc(self._body(stream).mean(dim=(2, 3)))
 
     def _body(self, stream: Tensor) -> Tensor:
         """All units in a row: each packs the signs that the next one starts with."""

@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import nn
 
-from tritonbnn.models.blocks import BinaryNetwork, conv_bn, scaled
+from tritonbnn.models.blocks import BinaryNetwork, check_widening, conv_bn, scaled
 from tritonbnn.nn import BinaryUnit
 
 STEM_CHANNELS = 32
@@ -49,6 +49,7 @@ def reactnet_a(
     blocks = []
     for out, stride in BLOCKS:
         out_channels = scaled(out, width)
+        check_widening(channels, out_channels, width)
         blocks.append(
             nn.Sequential(
                 unit(channels, channels, 3, stride),

@@ -19,7 +19,7 @@ class DownsamplingUnit(BinaryUnit):
     """A 3x3 unit of stride 2 whose shortcut is pooled and projected by a real 1x1 convolution."""
 
     def __init__(self, in_channels: int, out_channels: int, **options: Any) -> None:
-        super().__init__(in_channels, out_channels, 3, stride=2, **options)
+        super().__init__(in_channels, out_channels, 3, stride=2, given_shortcut=True, **options)
         self.downsample = nn.Sequential(
             nn.AvgPool2d(2), *conv_bn(in_channels, out_channels, 1, stride=1)
         )

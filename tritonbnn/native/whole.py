@@ -185,9 +185,10 @@ def backward(
     kept = _as_left(kept)
     vectors = {"gamma": gamma, "shift_in": shift_in, "shift_mid": shift_mid, "slope": slope}
     vectors = {name: _contiguous(vector) for name, vector in vectors.items()}
-    weight = weight if kept.packed is not None else channels_last(weight)
     dweight = torch.empty_like(weight) if wants_weight else None
-    if dweight is not None and dweight.stride() != weight.stride():
+    if kept.packed is None:
+        weight = channels_last(weight)
+    elif dweight is not None and dweight.stride() != weight.stride():
         weight = weight.contiguous()  # C writes one where it reads the other; this was a view
     out_channels, channels = weight.shape[:2]
     gradients = Gradients(
@@ -198,6 +199,8 @@ def backward(
         residual=None if residual is None else torch.empty_like(residual),
     )
     unit = _problem(x, weight, residual, options)
+    if dweight is not None:
+        unit.strides = WeightStrides(*dweight.stride())
     a_type = x.dtype if kept.packed is None else checks.sum_dtype(weight[0].numel())
     unit.a_type, unit.wants_input = TYPES[a_type], wants_input
     unit.point(

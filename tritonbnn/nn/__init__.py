@@ -2,12 +2,13 @@
 
 from tritonbnn.nn.activations import RPReLU, RSign
 from tritonbnn.nn.gradients import check_gradients
-from tritonbnn.nn.layers import BinaryConv2d, BinaryLinear
+from tritonbnn.nn.layers import BinaryConv1d, BinaryConv2d, BinaryLinear
 from tritonbnn.nn.packing import pack_weights_
 from tritonbnn.nn.parameters import binary_weights, decayed_parameters
 from tritonbnn.nn.unit import BinaryUnit
 
 __all__ = [
+    "BinaryConv1d",
     "BinaryConv2d",
     "BinaryLinear",
     "BinaryUnit",

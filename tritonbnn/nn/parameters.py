@@ -6,19 +6,20 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from tritonbnn.nn.activations import RPReLU, RSign
-from tritonbnn.nn.layers import BinaryConv2d, BinaryLinear
+from tritonbnn.nn.layers import BinaryConv1d, BinaryConv2d, BinaryLinear
 from tritonbnn.nn.unit import BinaryUnit
 
 _SHIFTS = {
     RSign: ("shift",),
     RPReLU: ("shift_in", "shift_out"),
+    BinaryConv1d: ("shift",),
     BinaryConv2d: ("shift",),
     BinaryLinear: ("shift",),
     BinaryUnit: ("shift_in", "shift_mid", "shift_out"),
 }
 
 
-_BINARY = (BinaryConv2d, BinaryLinear, BinaryUnit)
+_BINARY = (BinaryConv1d, BinaryConv2d, BinaryLinear, BinaryUnit)
 _PRUNED = "_orig"  # what torch.nn.utils.prune appends to the name of what it masks
 
 
@@ -31,7 +32,7 @@ def decayed_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
     """
     for module in model.modules():
         for _, weight in _stored(module, "weight"):
-            if weight.dim() == 4:
+            if weight.dim() == 4 or isinstance(module, BinaryConv1d):
                 yield weight
         for kind, names in _SHIFTS.items():
             if isinstance(module, kind):

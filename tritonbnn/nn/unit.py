@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from itertools import chain
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, distributed, nn
@@ -11,8 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonbnn import ops
 from tritonbnn.nn.activations import INITIAL_SLOPE
-from tritonbnn.nn.layers import initial_weight, tell_of_pruning
+from tritonbnn.nn.layers import initialise_weight, new_weight, tell_of_pruning
 from tritonbnn.ops.autocast import autocast_input
+from tritonbnn.ops.unit import PLANS
+from tritonbnn.window import Size, check_count, sizes
 
 
 class BinaryUnit(nn.Module):
@@ -20,7 +22,8 @@ class BinaryUnit(nn.Module):
 
     The shortcut follows from the shapes: 2x2 average pooling at stride 2, the channels repeated
     twice where ``out_channels == 2 * in_channels`` (both 1x1 convolutions of a published widening
-    pair, merged into one), else the input itself. It can also be given to :meth:`forward`.
+    pair, merged into one), else the input itself. It can also be given to :meth:`forward`, and must
+    be for other numbers of channels.
 
     A plain affine nn.BatchNorm2d or nn.SyncBatchNorm is not called: the fused Function computes
     exactly what it would, running averages included. Any other norm is called, and the unit is then
@@ -29,8 +32,8 @@ class BinaryUnit(nn.Module):
 
     Args:
         in_channels: C.
-        out_channels: O, which is C or 2 C unless the shortcut is given.
-        kernel_size: 1 or 3; the padding is kernel_size // 2.
+        out_channels: O, which is C or 2 C unless ``given_shortcut``.
+        kernel_size: odd; the padding is kernel_size // 2. Only 1 and 3 can be fused.
         stride: 1 or 2.
         binary_weight: False for a real weight (step 1 of the two-step schedule).
         rprelu: False for Bi-Real Net's unit, which has neither shifts nor a PReLU.
@@ -39,38 +42,74 @@ class BinaryUnit(nn.Module):
         plan: of the fused Function, see :func:`~tritonbnn.ops.binary_unit`.
         norm: makes the norm of ``out_channels``, which becomes the attribute ``bn``. It keeps
             shape, dtype and device; only under autocast may it return another dtype.
+        given_shortcut: True where :meth:`forward` is always given one, so that the unit needs none
+            of its own.
+        device: of the parameters, and of the norm.
+        dtype: of the parameters, and of the norm.
 
     Shape:
         (N, C, H, W) to (N, O, H / stride, W / stride); H and W even at stride 2. The output has the
-        dtype of the input, or under autocast, for a float32 input, that of autocast.
+        dtype of the input, or under autocast, for a float32 input, that of autocast. It is in
+        channels_last memory where the input or the weight is, else contiguous.
+
+    Raises:
+        ValueError: an argument is out of range, or no shortcut follows from the shapes.
     """
+
+    shift_in: nn.Parameter | None
+    shift_mid: nn.Parameter | None
+    slope: nn.Parameter | None
+    shift_out: nn.Parameter | None
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int,
-        stride: int = 1,
+        kernel_size: Size,
+        stride: Size = 1,
         *,
         binary_weight: bool = True,
         rprelu: bool = True,
         fused: bool = True,
         plan: str = "auto",
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+        given_shortcut: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        kernel_size, stride = _one("kernel_size", kernel_size), _one("stride", stride)
+        _check_unit(in_channels, out_channels, kernel_size, stride, given_shortcut)
+        fused = fused and kernel_size in (1, 3)
+        if plan not in PLANS:
+            raise ValueError(f"plan must be one of {', '.join(PLANS)}, not {plan!r}")
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.kernel_size = kernel_size
         self.stride, self.binary_weight = stride, binary_weight
         self.fused, self.plan = fused, plan
-        self.weight = initial_weight(out_channels, in_channels, kernel_size, kernel_size)
-        self.bn = norm(out_channels)
-        if rprelu:
-            self.shift_in = nn.Parameter(torch.zeros(in_channels))
-            self.shift_mid = nn.Parameter(torch.zeros(out_channels))
-            self.slope = nn.Parameter(torch.full((out_channels,), INITIAL_SLOPE))
-            self.shift_out = nn.Parameter(torch.zeros(out_channels))
-        else:
-            for name in ("shift_in", "shift_mid", "slope", "shift_out"):
-                self.register_parameter(name, None)
+        place = {"device": device, "dtype": dtype}
+        self.weight = new_weight(out_channels, in_channels, kernel_size, kernel_size, **place)
+        self.bn = norm(out_channels).to(**place)
+        vectors = {"shift_in": in_channels}
+        vectors |= dict.fromkeys(("shift_mid", "slope", "shift_out"), out_channels)
+        for name, channels in vectors.items():
+            vector = nn.Parameter(torch.empty(channels, **place)) if rprelu else None
+            self.register_parameter(name, vector)
+        self._reset_own_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set all parameters to what they were at the start; the norm's by its own method."""
+        self._reset_own_parameters()
+        reset = getattr(self.bn, "reset_parameters", None)
+        if callable(reset):
+            reset()
+
+    def _reset_own_parameters(self) -> None:
+        initialise_weight(self.weight)
+        for name in ("shift_in", "shift_mid", "slope", "shift_out"):
+            vector = getattr(self, name)
+            if vector is not None:
+                nn.init.constant_(vector, INITIAL_SLOPE if name == "slope" else 0)
 
     def forward(
         self,
@@ -101,6 +140,7 @@ class BinaryUnit(nn.Module):
         if self.binary_weight:
             tell_of_pruning(self)
         bn = self.bn
+        shortcut = self._widened(x) if shortcut is None else shortcut
         if not (self.fused and _is_fusible(bn)):
             z = self._composed(x, weight, shortcut)
             return z if following is None else (z, None)
@@ -123,6 +163,14 @@ class BinaryUnit(nn.Module):
             and not (self._forward_hooks or following._forward_pre_hooks)
             and not any("forward" in unit.__dict__ for unit in (self, following))
         )
+
+    def _widened(self, x: Tensor) -> Tensor | None:
+        """The shortcut that pools and widens at once, which launchers have not; else None."""
+        if self.stride == 1 or self.out_channels != 2 * self.in_channels:
+            return None
+        _check_even(x)
+        pooled = F.avg_pool2d(autocast_input(x), 2)
+        return torch.cat((pooled, pooled), dim=1)
 
     def _shortcut_kind(self, weight: Tensor) -> str:
         if self.stride == 2:
@@ -183,25 +231,54 @@ class BinaryUnit(nn.Module):
                 f"the shortcut must have shape {tuple(u.shape)}, not {tuple(shortcut.shape)}"
             )
         u = u + shortcut
-        if self.slope is None:
+        shift_mid, slope, shift_out = self.shift_mid, self.slope, self.shift_out
+        if shift_mid is None or slope is None or shift_out is None:
             return u
-        return ops.rprelu(u, self.shift_mid, self.slope, self.shift_out)
+        return ops.rprelu(u, shift_mid, slope, shift_out)
 
     def _own_shortcut(self, x: Tensor, weight: Tensor) -> Tensor:
         kind = self._shortcut_kind(weight)
         if kind == "pool":
-            if x.shape[2] % 2 or x.shape[3] % 2:
-                raise ValueError(
-                    f"a unit of stride 2 needs even height and width, not {tuple(x.shape[2:])}"
-                )
+            _check_even(x)
             return F.avg_pool2d(x, 2)
         return torch.cat((x, x), dim=1) if kind == "repeat" else x
 
     def extra_repr(self) -> str:
-        out_channels, in_channels, kernel_size, _ = self.weight.shape
         return (
-            f"{in_channels}, {out_channels}, kernel_size={kernel_size}, stride={self.stride}, "
-            f"binary_weight={self.binary_weight}, fused={self.fused}"
+            f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, binary_weight={self.binary_weight}, fused={self.fused}"
+        )
+
+
+def _one(name: str, value: Size) -> int:
+    """The one number that holds for both dimensions of a unit."""
+    first, second = sizes(name, value, 2)
+    if first != second:
+        raise ValueError(f"{name} of a unit must be the same in both dimensions, not {value!r}")
+    return first
+
+
+def _check_unit(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int, given_shortcut: bool
+) -> None:
+    for name, count in (("in_channels", in_channels), ("out_channels", out_channels)):
+        check_count(name, count)
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size of a unit must be odd, not {kernel_size}")
+    if stride > 2:
+        raise ValueError(f"stride of a unit must be 1 or 2, not {stride}")
+    if not given_shortcut and out_channels not in (in_channels, 2 * in_channels):
+        raise ValueError(
+            f"a unit's own shortcut does not lead from {in_channels} to {out_channels} channels: "
+            f"give it {in_channels} or {2 * in_channels} out_channels, or build it with "
+            "given_shortcut=True and call it with a shortcut"
+        )
+
+
+def _check_even(x: Tensor) -> None:
+    if x.shape[2] % 2 or x.shape[3] % 2:
+        raise ValueError(
+            f"a unit of stride 2 needs even height and width, not {tuple(x.shape[2:])}"
         )
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 def apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
@@ -14,14 +15,32 @@ def apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
     own: a view, which the compiler removes again.
 
     Raises:
-        RuntimeError: called under a transform of torch.func (grad, vmap, jvp) that is not compiled.
+        RuntimeError: called under a transform of torch.func (grad, vmap, jvp) that is not compiled,
+            or with a dual tensor of forward-mode differentiation.
     """
     if torch.compiler.is_compiling():
         operands = tuple(o.view_as(o) if isinstance(o, Tensor) else o for o in operands)
     elif torch._C._are_functorch_transforms_active():  # torch's own test in Function.apply
         raise RuntimeError(
             "torch.func's transforms (grad, vmap, jvp and the like) are not supported: "
-            "use loss.backward() or torch.autograd.grad, or compile the transformed function "
-            "with torch.compile(torch.func.grad(...))"
+            "use loss.backward() or torch.autograd.grad, in a loop where there are several samples "
+            "or models, or compile the transformed function with "
+            "torch.compile(torch.func.grad(...))"
+        )
+    elif _in_forward_mode(operands):
+        raise RuntimeError(
+            "forward-mode differentiation is not supported: use torch.autograd.grad, "
+            "once for each output, in a loop"
         )
     return function.apply(*operands)
+
+
+def _in_forward_mode(operands: tuple[Any, ...]) -> bool:
+    """Whether an operand carries a tangent. Outside of a level, which is the rule, none is asked.
+
+    torch.compile refuses a Function with a ``jvp`` of its own, where this could else be said.
+    """
+    if getattr(forward_ad, "_current_level", -1) < 0:
+        return False
+    tensors = (operand for operand in operands if isinstance(operand, Tensor))
+    return any(forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors)

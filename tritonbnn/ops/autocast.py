@@ -1,5 +1,7 @@
 """What an operator does under torch.autocast: follow it, as torch's own convolution does."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -14,3 +16,9 @@ def autocast_input(x: Tensor) -> Tensor:
     if x.dtype == torch.float32 and not x.is_meta and torch.is_autocast_enabled(kind):
         return x.to(torch.get_autocast_dtype(kind))
     return x
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager:
+    """A context in which torch's operators keep the dtype of what is on ``x``'s device."""
+    # there is none for meta
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)

@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from tritonbnn import checks
+from tritonbnn.layout import in_format_of, laid_out_as
 from tritonbnn.ops import library
 from tritonbnn.ops.apply import apply
+from tritonbnn.ops.channels import by_channel
 from tritonbnn.ops.once import differentiable_once
 
 
@@ -13,34 +15,37 @@ class _Binarize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, shift: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, shift)
-        return library.sign_forward(x, shift)
+        return in_format_of(library.sign_forward(x, shift), x)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor):
         x, shift = ctx.saved_tensors
         dx, dshift = library.sign_backward(grad, x, shift)
-        return dx, dshift if ctx.needs_input_grad[1] else None
+        return laid_out_as(dx, x), dshift if ctx.needs_input_grad[1] else None
 
 
-def binarize(x: Tensor, shift: Tensor | None = None) -> Tensor:
+def binarize(x: Tensor, shift: Tensor | None = None, *, channel_dim: int = 1) -> Tensor:
     """sign(x + shift), with sign(0) = +1, as +1 and -1 (AdamBNN, 2106.11309, section 3).
 
     The pseudo-gradient is that of the clipped quadratic: max(0, 2 - 2 abs(x + shift)), so 2 at 0
     and 0 from +-1 outwards. It is computed again from ``x`` in backward, never stored.
 
     Args:
-        x: (N, C, H, W) or (M, C); float32, bfloat16, float16, or float64 on the CPU.
+        x: (N, C), (N, C, L), (N, C, H, W) or any shape that has channels in ``channel_dim``, or
+            (C,); float32, bfloat16, float16, or float64 on the CPU.
         shift: (C,), a learnable shift per channel, or None.
+        channel_dim: -1 for (N, L, C), -3 for images with or without a batch.
 
     Returns:
-        The shape and dtype of ``x``, channels innermost in memory.
+        The shape, dtype and memory format of ``x``.
 
     Raises:
         TypeError: ``x`` is not floating point.
-        ValueError: ``shift`` has another shape, or is on another device.
+        ValueError: ``x`` has another number of channels than ``shift``, or is on another device.
     """
-    checks.check_activation("x", x)
-    checks.check_per_channel(x.shape[1], shift=shift)
+    checks.check_float("x", x)
+    checks.check_vectors(shift=shift)
     checks.check_same_device(x=x, shift=shift)
-    return apply(_Binarize, x, shift)
+    features = None if shift is None else len(shift)
+    return by_channel(x, channel_dim, features, lambda x: apply(_Binarize, x, shift))

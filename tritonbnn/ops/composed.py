@@ -8,8 +8,8 @@ from torch import Tensor
 from tritonbnn import checks
 from tritonbnn.contract import Gradients, Kept, Options, Statistics
 from tritonbnn.ops import library
-from tritonbnn.ops.conv import clipped_weight_grad
 from tritonbnn.ops.norm import Affine, batch_affine, norm_grads, running_affine
+from tritonbnn.ops.signs import clipped_weight_grad
 
 
 def _convolve(

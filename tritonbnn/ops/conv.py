@@ -4,11 +4,14 @@ import torch
 from torch import Tensor
 
 from tritonbnn import checks
+from tritonbnn.layout import in_format_of, laid_out_as
 from tritonbnn.ops import library
+from tritonbnn.ops.any_window import AnyWindow
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.autocast import autocast_input
 from tritonbnn.ops.once import differentiable_once
-from tritonbnn.packed import PackedWeight
+from tritonbnn.ops.signs import clipped_weight_grad, sign_grads
+from tritonbnn.window import Size, check_weight, sizes, window
 
 
 class _BinaryConv2d(torch.autograd.Function):
@@ -39,7 +42,7 @@ class _BinaryConv2d(torch.autograd.Function):
             y = library.conv_real(signs, weight, dtype=x.dtype, **geometry)
         ctx.save_for_backward(x, shift, weight, signs, packed, alpha)
         ctx.geometry, ctx.may_be_binary = geometry, may_be_binary
-        return y
+        return in_format_of(y, x, weight)
 
     @staticmethod
     @differentiable_once
@@ -54,58 +57,18 @@ class _BinaryConv2d(torch.autograd.Function):
             )
             if packed is not None:
                 dweight = clipped_weight_grad(dweight, weight)
+            dweight = laid_out_as(dweight, weight)
         if needs_x or needs_shift:
             operand = weight if packed is None else packed
             size = {"channels": channels, "height": height, "width": width}
             dsigns = library.conv_input_grad(grad, operand, alpha, **size, **ctx.geometry)
             dx, dshift = sign_grads(dsigns, x, shift, ctx.may_be_binary and needs_x)
         return (
-            dx if needs_x else None,
+            laid_out_as(dx, x) if needs_x else None,
             dweight,
             dshift if needs_shift else None,
             *(None, None, None, None),
         )
-
-
-def sign_grads(
-    dsigns: Tensor, x: Tensor, shift: Tensor | None, may_be_binary: bool
-) -> tuple[Tensor, Tensor]:
-    """The gradients to x and shift from that to the signs, past the sign where x is binary already.
-
-    The pseudo-gradient is 0 at +-1, so behind another sign nothing would be trained.
-    """
-    dx, dshift = library.sign_backward(dsigns, x, shift)
-    if not may_be_binary:
-        return dx, dshift
-    if x.device.type == "cpu" and not library.through_operators(x):
-        return dsigns if _is_binary(x) else dx, dshift
-    # chosen on the device, so that nothing waits for it
-    return torch.where((x.abs() == 1).all(), dsigns, dx), dshift
-
-
-def _is_binary(x: Tensor) -> bool:
-    """Whether all of x is +1 or -1.
-
-    Real numbers nearly always show in the first pixel that they are. Then the rest is not read.
-    """
-    first = x[:1] if x.dim() == 2 else x[:1, :, :1, :1]
-    return bool((first.abs() == 1).all()) and bool((x.abs() == 1).all())
-
-
-def clipped_weight_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    """The gradient to a latent weight: 0 where abs(w) > 1 (AdamBNN 1.3).
-
-    It comes in the weight's memory layout, which autograd would else copy it to. ``grad`` may be
-    overwritten.
-    """
-    if isinstance(weight, PackedWeight):  # of +1 and -1, none of which is above 1
-        return grad
-    edge = 1 + torch.finfo(grad.dtype).eps  # hardtanh's gradient is 0 from its bounds on
-    real = weight.to(grad.dtype)
-    # in place where it may be: new memory costs a CPU more than the clipping
-    in_place = grad.stride() == weight.stride() and not library.through_operators(weight)
-    clipped = grad if in_place else torch.empty_like(weight, dtype=grad.dtype)
-    return torch.ops.aten.hardtanh_backward(grad, real, -edge, edge, grad_input=clipped)
 
 
 def binary_conv2d(
@@ -113,8 +76,11 @@ def binary_conv2d(
     weight: Tensor,
     shift: Tensor | None = None,
     *,
-    stride: int = 1,
-    padding: int = 0,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
     binary_weight: bool = True,
     may_be_binary: bool = True,
 ) -> Tensor:
@@ -130,30 +96,105 @@ def binary_conv2d(
     of max-pooling, reshaping or permuting. The zeros of dropout or padding make x real again: put
     those before the sign. The gradient to shift is always that of the clipped quadratic.
 
+    Packed signs are convolved by 1x1 and 3x3 kernels of stride 1 or 2 without groups, where
+    ``padding`` is half the kernel. For any other window torch convolves +1 and -1 as floats, which
+    takes longer and more memory meanwhile. It keeps no more for backward.
+
     Args:
-        x: (N, C, H, W); float32, bfloat16, float16, or float64 on the CPU. Under autocast a
-            float32 x is cast first.
-        weight: (O, C, k, k), k = 1 or 3, floating point.
+        x: (N, C, H, W) or (C, H, W); float32, bfloat16, float16, or float64 on the CPU. Under
+            autocast a float32 x is cast first.
+        weight: (O, C / groups, kh, kw), floating point.
         shift: (C,), added before the sign, or None.
-        stride: 1 or 2.
-        padding: k // 2.
+        bias: (O,), added to the result, or None.
+        stride: an int, or one for each dimension, as the next two.
+        padding: zeros on each side, after the sign; or "same", which needs stride 1, or "valid".
+        dilation: the distance between the kernel's elements.
+        groups: parts of the channels that are convolved separately.
         binary_weight: whether the weight is binarised.
         may_be_binary: False where x is known to be real: backward then leaves out a look at x.
 
     Returns:
-        (N, O, H', W') in ``x``'s dtype and channels_last memory.
+        (N, O, H', W') or (O, H', W') in ``x``'s dtype. It is in channels_last memory where ``x`` or
+        ``weight`` is, else contiguous, as nn.Conv2d's output is.
 
     Raises:
         TypeError: an operand is not floating point, or the weight is neither in ``x``'s dtype nor
             float32 beside a narrower x.
-        ValueError: the shapes do not match, a geometry that is not supported, several devices.
+        ValueError: the shapes do not match, a window that does not fit, several devices.
     """
-    checks.check_activation("x", x, dims=(4,))
-    checks.check_conv_weight(weight, x.shape[1])
+    unbatched = x.dim() == 3
+    x = x[None] if unbatched else x
+    checks.check_activation("x", x, dims=(4,), or_unbatched=True)
+    checks.check_float("weight", weight)
+    check_weight(weight, x.shape[1], groups)
     checks.check_per_channel(x.shape[1], shift=shift)
-    checks.check_same_device(x=x, weight=weight, shift=shift)
-    checks.conv_output_size(x.shape[2], x.shape[3], weight.shape[2], stride, padding)
+    checks.check_per_channel(weight.shape[0], bias=bias)
+    checks.check_same_device(x=x, weight=weight, shift=shift, bias=bias)
+    kernel_size = weight.shape[2:]
+    geometry = window(kernel_size, stride, padding, dilation, groups)
+    geometry.output_size(kernel_size, x.shape[2:])
     x = autocast_input(x)
     checks.check_weight_dtype(x, weight)
-    options = (stride, padding, binary_weight, may_be_binary)
-    return apply(_BinaryConv2d, x, weight, shift, *options)
+    kinds = (binary_weight, may_be_binary)
+    if geometry.is_packed(kernel_size):
+        packed = (geometry.stride[0], geometry.padding[0])
+        y = apply(_BinaryConv2d, x, weight, shift, *packed, *kinds)
+    else:
+        y = apply(AnyWindow, x, weight, shift, geometry, *kinds)
+    if bias is not None:
+        y = y + bias.to(y.dtype).view(-1, 1, 1)
+    return y[0] if unbatched else y
+
+
+def binary_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    binary_weight: bool = True,
+    may_be_binary: bool = True,
+) -> Tensor:
+    """:func:`binary_conv2d` in one dimension: of an image of one row.
+
+    Args:
+        x: (N, C, L) or (C, L), of dtypes as there.
+        weight: (O, C / groups, k), floating point.
+        shift: (C,), added before the sign, or None.
+        bias: (O,), added to the result, or None.
+        stride: of the kernel.
+        padding: zeros on each side, after the sign; or "same", which needs stride 1, or "valid".
+        dilation: the distance between the kernel's elements.
+        groups: parts of the channels that are convolved separately.
+        binary_weight: whether the weight is binarised.
+        may_be_binary: False where x is known to be real: backward then leaves out a look at x.
+
+    Returns:
+        (N, O, L') or (O, L') in ``x``'s dtype, contiguous.
+
+    Raises:
+        TypeError: as there.
+        ValueError: as there.
+    """
+    if x.dim() not in (2, 3) or weight.dim() != 3:
+        raise ValueError(
+            "x must have shape (N, C, L) or (C, L), and weight (O, C / groups, k), "
+            f"not {tuple(x.shape)} and {tuple(weight.shape)}"
+        )
+    one_row = {"stride": (1, *sizes("stride", stride, 1))}
+    one_row["dilation"] = (1, *sizes("dilation", dilation, 1))
+    return binary_conv2d(
+        x.unsqueeze(-2),
+        weight.unsqueeze(-2),
+        shift,
+        bias=bias,
+        padding=padding if isinstance(padding, str) else (0, *sizes("padding", padding, 1, 0)),
+        **one_row,
+        groups=groups,
+        binary_weight=binary_weight,
+        may_be_binary=may_be_binary,
+    ).squeeze(-2)

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from tritonbnn import checks
+from tritonbnn.layout import laid_out_as
 from tritonbnn.ops import library
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.autocast import autocast_input
-from tritonbnn.ops.conv import clipped_weight_grad, sign_grads
 from tritonbnn.ops.once import differentiable_once
+from tritonbnn.ops.signs import clipped_weight_grad, sign_grads
 
 _POINTWISE = {"stride": 1, "padding": 0}
 
@@ -21,12 +22,21 @@ def _as_image(matrix: Tensor) -> Tensor:
 class _BinaryLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: Tensor, weight: Tensor, shift: Tensor | None, may_be_binary: bool
+        ctx,
+        x: Tensor,
+        weight: Tensor,
+        shift: Tensor | None,
+        binary_weight: bool,
+        may_be_binary: bool,
     ) -> Tensor:
         signs = library.pack_signs(x, shift)
-        packed, alpha = library.signs_and_scale(weight)
+        packed, alpha = library.signs_and_scale(weight) if binary_weight else (None, None)
         ctx.save_for_backward(x, shift, weight, signs, packed, alpha)
         ctx.may_be_binary = may_be_binary
+        if packed is None:
+            pixels, image = signs[:, None, None], _as_image(weight)
+            y = library.conv_real(pixels, image, dtype=x.dtype, **_POINTWISE)
+            return y.flatten(1).clone()  # no view, as that may not be changed in place
         y = library.packed_matmul(signs, packed, x.shape[1]) * alpha
         # torch.compile takes a cast that does nothing for a second output, and y's gradient is lost
         return y if y.dtype == x.dtype else y.to(x.dtype)
@@ -43,30 +53,40 @@ class _BinaryLinear(torch.autograd.Function):
             signs = signs[:, None, None]
             dweight = library.conv_weight_grad(
                 image_grad, signs, channels=features, kernel_size=1, **_POINTWISE
-            )
-            dweight = clipped_weight_grad(dweight.flatten(1), weight)
+            ).flatten(1)
+            if packed is not None:
+                dweight = clipped_weight_grad(dweight, weight)
+            dweight = laid_out_as(dweight, weight)
         if needs_x or needs_shift:
-            packed = packed[:, None, None]
+            operand = _as_image(weight) if packed is None else packed[:, None, None]
             size = {"channels": features, "height": 1, "width": 1}
-            dsigns = library.conv_input_grad(image_grad, packed, alpha, **size, **_POINTWISE)
+            dsigns = library.conv_input_grad(image_grad, operand, alpha, **size, **_POINTWISE)
             look = ctx.may_be_binary and needs_x
             dx, dshift = sign_grads(dsigns.flatten(1), x, shift, look)
-        return dx if needs_x else None, dweight, dshift if needs_shift else None, None
+        return dx if needs_x else None, dweight, dshift if needs_shift else None, None, None
 
 
 def binary_linear(
-    x: Tensor, weight: Tensor, shift: Tensor | None = None, *, may_be_binary: bool = True
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None = None,
+    *,
+    bias: Tensor | None = None,
+    binary_weight: bool = True,
+    may_be_binary: bool = True,
 ) -> Tensor:
     """sign(x + shift) @ (alpha * sign(w))^T, alpha the mean of abs(w) per output feature.
 
     The gradients are those of :func:`~tritonbnn.ops.binary_conv2d`: if all of x is +1 or -1, its
-    gradient passes unchanged.
+    gradient passes unchanged. With ``binary_weight=False`` it is sign(x + shift) @ w^T.
 
     Args:
         x: (..., K); float32, bfloat16, float16, or float64 on the CPU. Under autocast a float32 x
             is cast first.
         weight: (O, K), floating point.
         shift: (K,), added before the sign, or None.
+        bias: (O,), added to the result, or None.
+        binary_weight: False for a real weight, as in step 1 of the two-step schedule.
         may_be_binary: False where x is known to be real: backward then leaves out a look at x.
 
     Returns:
@@ -85,9 +105,11 @@ def binary_linear(
             f"not {tuple(x.shape)} and {tuple(weight.shape)}"
         )
     checks.check_per_channel(x.shape[-1], shift=shift)
-    checks.check_same_device(x=x, weight=weight, shift=shift)
+    checks.check_per_channel(weight.shape[0], bias=bias)
+    checks.check_same_device(x=x, weight=weight, shift=shift, bias=bias)
     x = autocast_input(x)
     checks.check_weight_dtype(x, weight)
     rows = x.reshape(-1, x.shape[-1])
-    y = apply(_BinaryLinear, rows, weight, shift, may_be_binary)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    y = apply(_BinaryLinear, rows, weight, shift, binary_weight, may_be_binary)
+    y = y.view(*x.shape[:-1], weight.shape[0])
+    return y if bias is None else y + bias.to(y.dtype)

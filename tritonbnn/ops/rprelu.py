@@ -4,8 +4,10 @@ import torch
 from torch import Tensor
 
 from tritonbnn import checks
+from tritonbnn.layout import in_format_of, laid_out_as
 from tritonbnn.ops import library
 from tritonbnn.ops.apply import apply
+from tritonbnn.ops.channels import by_channel
 from tritonbnn.ops.once import differentiable_once
 
 
@@ -13,33 +15,43 @@ class _RPReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Tensor:
         ctx.save_for_backward(x, shift_in, slope)
-        return library.rprelu_forward(x, shift_in, slope, shift_out)
+        return in_format_of(library.rprelu_forward(x, shift_in, slope, shift_out), x)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor):
         x, shift_in, slope = ctx.saved_tensors
-        return library.rprelu_backward(grad, x, shift_in, slope)
+        dx, *sums = library.rprelu_backward(grad, x, shift_in, slope)
+        return laid_out_as(dx, x), *sums
 
 
-def rprelu(x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Tensor:
+def rprelu(
+    x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor, *, channel_dim: int = 1
+) -> Tensor:
     """PReLU(x + shift_in) + shift_out, per channel (ReActNet, 2003.03488, section 4.2).
 
     Args:
-        x: (N, C, H, W) or (M, C); float32, bfloat16, float16, or float64 on the CPU.
+        x: (N, C), (N, C, L), (N, C, H, W) or any shape that has channels in ``channel_dim``, or
+            (C,); float32, bfloat16, float16, or float64 on the CPU.
         shift_in: (C,), added before the PReLU.
         slope: (C,), the slope where x + shift_in <= 0.
         shift_out: (C,), added after the PReLU.
+        channel_dim: -1 for (N, L, C), -3 for images with or without a batch.
 
     Returns:
-        The shape and dtype of ``x``, channels innermost in memory.
+        The shape, dtype and memory format of ``x``.
 
     Raises:
         TypeError: ``x`` is not floating point.
-        ValueError: a parameter has another shape, or is on another device.
+        ValueError: ``x`` has another number of channels than the parameters, they differ among
+            each other, or one is on another device.
     """
-    checks.check_activation("x", x)
+    checks.check_float("x", x)
     parameters = {"shift_in": shift_in, "slope": slope, "shift_out": shift_out}
-    checks.check_per_channel(x.shape[1], **parameters)
+    checks.check_vectors(**parameters)
     checks.check_same_device(x=x, **parameters)
-    return apply(_RPReLU, x, shift_in, slope, shift_out)
+
+    def activated(x: Tensor) -> Tensor:
+        return apply(_RPReLU, x, shift_in, slope, shift_out)
+
+    return by_channel(x, channel_dim, len(slope), activated)

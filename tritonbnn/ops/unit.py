@@ -8,6 +8,7 @@ from torch.fx.experimental.symbolic_shapes import guard_scalar, has_static_value
 
 from tritonbnn import checks, native
 from tritonbnn.contract import Kept, Options, Statistics
+from tritonbnn.layout import in_format_of, laid_out_as
 from tritonbnn.native import whole
 from tritonbnn.ops import backend, composed, library
 from tritonbnn.ops.apply import apply
@@ -59,6 +60,7 @@ class _BinaryUnit(torch.autograd.Function):
         at_once = _runs_at_once(*operands, next_shift, *given, options=options)
         compute = whole.forward if at_once else composed.forward
         outputs, kept = compute(*operands, signs, next_shift, statistics, options)
+        outputs = (in_format_of(outputs[0], x, weight), *outputs[1:])
         ctx.save_for_backward(x, weight, gamma, shift_in, shift_mid, slope, residual, *kept)
         ctx.options, ctx.at_once = options, at_once
         ctx.mark_non_differentiable(*outputs[1:])
@@ -82,11 +84,12 @@ class _BinaryUnit(torch.autograd.Function):
         # what clips or accumulates the one in place would change the other too
         activation = (None,) * 3 if slope is None else (dbeta.clone(), dslope, dshift_out)
         return (
-            gradients.x if needs_x else None,
-            *(gradients.weight, dgamma, dbeta),
+            laid_out_as(gradients.x, x) if needs_x else None,
+            laid_out_as(gradients.weight, weight),
+            *(dgamma, dbeta),
             None if shift_in is None else gradients.shift_in,
             *activation,
-            gradients.residual,
+            None if residual is None else laid_out_as(gradients.residual, residual),
             *(None,) * 4,
         )
 
@@ -159,7 +162,8 @@ def binary_unit(
         group: processes that share the batch's statistics, as SyncBatchNorm does; or None.
 
     Returns:
-        The output stream in ``x``'s dtype and channels_last memory, its signs, and the statistics.
+        The output stream in ``x``'s dtype, its signs, and the statistics. The stream is in
+        channels_last memory where ``x`` or ``weight`` is, else contiguous.
 
     Raises:
         TypeError: an operand is not floating point, or the weight is neither in ``x``'s dtype nor

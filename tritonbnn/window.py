@@ -1,0 +1,168 @@
+"""A convolution's window, given as torch.nn's layers take it, and checked before anything runs."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+Size = int | Sequence[int]
+
+
+class Window(NamedTuple):
+    """What is convolved with a kernel of two dimensions, beside the kernel itself.
+
+    Attributes:
+        stride: down and to the right.
+        padding: zeros on each side, above and below, left and right.
+        extra: more zeros, below and on the right: "same" pads unevenly for an even kernel.
+        dilation: the distance between the kernel's elements.
+        groups: parts of the channels that are convolved separately.
+    """
+
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    extra: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+    def output_size(self, kernel_size: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
+        """Height and width of the output for an image of ``size``.
+
+        Raises:
+            ValueError: the image is smaller than the kernel, or has no pixels.
+        """
+        out = []
+        sides = zip(size, kernel_size, *self[:4], strict=True)
+        for pixels, taps, stride, padding, extra, dilation in sides:
+            reach = pixels + 2 * padding + extra - dilation * (taps - 1) - 1
+            if pixels < 1 or reach < 0:
+                raise ValueError(
+                    f"an image of {_times(size)} is too small for a kernel of "
+                    f"{_times(kernel_size)}, dilation {_times(self.dilation)} "
+                    f"and padding {_times(self.padding)}"
+                )
+            out.append(reach // stride + 1)
+        return out[0], out[1]
+
+    def is_packed(self, kernel_size: Sequence[int]) -> bool:
+        """Whether the launchers convolve packed signs by it: 1x1 or 3x3, padded to "same"."""
+        height, width = kernel_size
+        return (
+            height == width
+            and height in (1, 3)
+            and self.stride in ((1, 1), (2, 2))
+            and self.padding == (height // 2, height // 2)
+            and self.extra == (0, 0)
+            and (height == 1 or self.dilation == (1, 1))
+            and self.groups == 1
+        )
+
+
+def window(
+    kernel_size: Sequence[int],
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Window:
+    """The window of a kernel of two dimensions, from arguments as nn.Conv2d takes them.
+
+    Raises:
+        ValueError: an argument is not a number, or as many as there are dimensions, or out of
+            range; an unknown word for ``padding``; "same" with a stride.
+    """
+    strides, steps = sizes("stride", stride, 2), sizes("dilation", dilation, 2)
+    padding, extra = _padding(kernel_size, strides, padding, steps)
+    return Window(_pair(strides), _pair(padding), _pair(extra), _pair(steps), groups)
+
+
+def sizes(name: str, value: Size, dimensions: int, least: int = 1) -> tuple[int, ...]:
+    """``value`` for each dimension.
+
+    Raises:
+        ValueError: it is neither an int nor one int for each dimension, or one is too small.
+    """
+    given = value if isinstance(value, Sequence) else (value,) * dimensions
+    values = tuple(given)
+    if len(values) != dimensions or not all(isinstance(v, int) and v >= least for v in values):
+        several = f" or {dimensions} ints" if dimensions > 1 else ""
+        raise ValueError(f"{name} must be an int{several}, at least {least}, not {value!r}")
+    return values
+
+
+def check_count(name: str, value: int) -> None:
+    """Raise ValueError unless ``value`` is an int, at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be an int, at least 1, not {value!r}")
+
+
+def check_layer(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Size | str,
+    dilation: Sequence[int],
+    groups: int,
+    padding_mode: str,
+) -> None:
+    """Raise ValueError unless a layer can be built so."""
+    for name, count in (("in_channels", in_channels), ("out_channels", out_channels)):
+        check_count(name, count)
+        check_count("groups", groups)
+        if count % groups:
+            raise ValueError(f"{name} must be a multiple of groups={groups}, not {count}")
+    if padding_mode != "zeros":
+        raise ValueError(
+            f"padding_mode must be 'zeros', not {padding_mode!r}: pad the input with "
+            "torch.nn.functional.pad before the layer, and give padding=0"
+        )
+    _padding(kernel_size, stride, padding, dilation)
+
+
+def check_weight(weight: Tensor, channels: int, groups: int) -> None:
+    """Raise ValueError unless ``weight`` is (O, channels / groups, kh, kw), O a multiple of groups.
+
+    Args:
+        weight: of the convolution.
+        channels: of its input.
+        groups: as given by the caller.
+    """
+    if weight.dim() != 4 or not weight.numel():
+        raise ValueError(f"weight must have shape (O, C / groups, kh, kw), not {_shape(weight)}")
+    check_count("groups", groups)
+    if weight.shape[1] * groups != channels or weight.shape[0] % groups:
+        raise ValueError(
+            f"weight must have shape (O, {channels} / groups, kh, kw) for an x of {channels} "
+            f"channels, and O a multiple of groups={groups}, not {_shape(weight)}"
+        )
+
+
+def _padding(
+    kernel_size: Sequence[int], stride: Sequence[int], padding: Size | str, dilation: Sequence[int]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Zeros on each side, and extra ones behind the last row and column."""
+    none = (0,) * len(kernel_size)
+    if not isinstance(padding, str):
+        return sizes("padding", padding, len(kernel_size), 0), none
+    if padding == "valid":
+        return none, none
+    if padding != "same":
+        raise ValueError(f"padding must be ints, 'same' or 'valid', not {padding!r}")
+    if any(step != 1 for step in stride):
+        raise ValueError(f"padding='same' needs stride 1, not {_times(stride)}")
+    total = [step * (taps - 1) for taps, step in zip(kernel_size, dilation, strict=True)]
+    return tuple(n // 2 for n in total), tuple(n % 2 for n in total)
+
+
+def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+    first, second = values
+    return first, second
+
+
+def _times(values: Sequence[int]) -> str:
+    return " x ".join(map(str, values))
+
+
+def _shape(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape))
