@@ -325,6 +325,7 @@ COMPILED = """
 import torch
 from tritonbnn import kernels
 from tritonbnn.kernels import aot
+from tritonbnn.kernels.targets import TARGETS
 
 def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -342,16 +343,18 @@ def calls():
 
 for call in calls():
     for launch in aot.record(call):
-        for capability in (80, 90):
-            made = aot.compile_launch(launch, capability)
-            print(made.kernel, capability, made.registers, made.spill_bytes)
+        for target in ("sm_80", "sm_90"):
+            made = aot.compile_launch(launch, TARGETS[target])
+            print(made.kernel, target, made.registers, made.spill_bytes)
 """
 
 
 def test_kernels_compile_without_spills():
     rows = [line.split() for line in run_python(COMPILED).splitlines()]
     assert {(name, target) for name, target, *_ in rows} == {
-        (name, target) for name in ("_bop_kernel", "_bop_packed_kernel") for target in ("80", "90")
+        (name, target)
+        for name in ("_bop_kernel", "_bop_packed_kernel")
+        for target in ("sm_80", "sm_90")
     }
     assert len(rows) == 16
     for *_, registers, spills in rows:

@@ -9,11 +9,12 @@ import tritonbnn
 from tests.helpers import assert_runs_silently
 
 ROOT = Path(tritonbnn.__file__).parent
-BASE = {"bits", "layout", "checks", "cli", "contract", "files"}
+BASE = {"bits", "layout", "checks", "cli", "contract", "files", "window"}
 ALLOWED = {
     "bits": set(),
     "contract": set(),
     "layout": set(),
+    "window": set(),
     "checks": {"bits"},
     "cli": set(),
     "files": {"cli"},
