@@ -6,7 +6,7 @@ from tritonbnn import cli
 from tritonbnn.cli import printable
 from tritonbnn.compute import Compute, choose_device, keep_freed_memory
 from tritonbnn.train import distributed
-from tritonbnn.train.arguments import parse
+from tritonbnn.train.arguments import Arguments, parse
 from tritonbnn.train.checkpoint import BEST
 from tritonbnn.train.log import Line, table
 from tritonbnn.train.run import StepRun, open_images
@@ -19,11 +19,15 @@ logger = logging.getLogger("tritonbnn.train")
 def main(argv: list[str]) -> int:
     """Train, or go on training. Returns the exit code."""
     arguments = parse(argv)
+    with StopSignals(patient=distributed.launched()) as signals:
+        return _run(arguments, signals)
+
+
+def _run(arguments: Arguments, signals: StopSignals) -> int:
     config = arguments.config
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    signals = StopSignals(patient=distributed.launched())
     world = distributed.join(device)
     run: RunFolder | None = world.lead(
         lambda: RunFolder(arguments.out, config, fresh=arguments.fresh, device=device)
