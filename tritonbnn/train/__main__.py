@@ -28,7 +28,12 @@ def _run(arguments: Arguments, signals: StopSignals) -> int:
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    world = distributed.join(device)
+    try:
+        with signals.obeyed_at_once():
+            world = distributed.join(device)
+    except Stopped as stopped:
+        logger.info("stopped by %s before all processes were there", stopped.signal.name)
+        return stopped.code
     run: RunFolder | None = world.lead(
         lambda: RunFolder(arguments.out, config, fresh=arguments.fresh, device=device)
     )
