@@ -156,5 +156,5 @@ def test_bad_published_files(place):
             torch.save(held, path)
         result = run(EVALUATE, path, "--step", 2, "--data-dir", "images", cwd=place)
         assert_one_line(result, f"{name}.pth.tar", words)
-        assert len(result.output.splitlines()[-1]) < 300
+        assert len(result.output.splitlines()[-1]) < 400
     assert not (place / "witness").exists()
