@@ -127,7 +127,7 @@ def bad_files(place):
     yield "hostile", {"state_dict": Malicious(place / "witness")}, "without running code"
     yield "hostile-pickle", pickle.dumps(Malicious(place / "witness")), "without running code"
     yield "list", [1, 2], "holds no state dict"
-    yield "foreign", {"conv1.weight": torch.zeros(8, 3, 3, 3)}, "not a published ReActNet-A"
+    yield "foreign", {"conv1.weight": torch.zeros(8, 3, 3, 3)}, "but of conv1.weight"
     yield "flat-head", {**state, "module.fc.weight": torch.zeros(3)}, "not a published ReActNet-A"
     some = {name: state[name] for name in list(state)[:20]} | {
         "fc.weight": state["module.fc.weight"]

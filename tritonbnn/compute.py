@@ -3,12 +3,14 @@
 import ctypes
 import os
 import shutil
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from tritonbnn import caches
 from tritonbnn.cli import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -83,6 +85,7 @@ def choose_device(name: str) -> torch.device:
             f"there is no cuda:{index}, only {torch.cuda.device_count()} GPUs:"
             " start fewer processes, or choose another --device"
         )
+    caches.prepare(caches.TRITON)
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
@@ -96,16 +99,19 @@ def keep_freed_memory() -> None:
     ends. A user's own settings of malloc are left alone, and so is any other libc.
     """
     chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    mallopt = None if chosen else getattr(ctypes.CDLL(None), "mallopt", None)
+    if chosen or sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, _NEVER)
         mallopt(_M_MMAP_MAX, 0)
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise UserError if torch.compile could not make machine code for the device.
+    """Raise UserError if torch.compile could not make machine code for the device, or not keep it.
 
     For a CPU it writes C++; what a GPU needs, our own kernels need too.
     """
     if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError("--compile needs a C++ compiler: install g++, or leave --compile out")
+    caches.prepare(caches.INDUCTOR)
