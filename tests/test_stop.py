@@ -85,6 +85,7 @@ def test_a_terminal_that_closes(place: Path, tmp_path: Path):
     argv = [sys.executable, "-m", "tritonbnn.train", "tiny.toml", "--epochs", "10000"]
     pid, terminal = pty.fork()
     if pid == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the test run may ignore it, as under nohup
         os.chdir(place)
         os.execve(sys.executable, [*argv, "--out", str(tmp_path / "run")], ENVIRON)
     shown = b""
