@@ -14,7 +14,8 @@ def apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
     own: a view, which the compiler removes again.
 
     Raises:
-        RuntimeError: called under a transform of torch.func (grad, vmap, jvp) that is not compiled.
+        RuntimeError: called under a transform of torch.func (grad, vmap, jvp) that is not compiled,
+            or by torch.jit.trace, which would turn sizes into tensors.
     """
     if torch.compiler.is_compiling():
         operands = tuple(o.view_as(o) if isinstance(o, Tensor) else o for o in operands)
@@ -23,5 +24,10 @@ def apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
             "torch.func's transforms (grad, vmap, jvp and the like) are not supported: "
             "use loss.backward() or torch.autograd.grad, or compile the transformed function "
             "with torch.compile(torch.func.grad(...))"
+        )
+    elif torch._C._is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace, and what exports through it, is not supported: use "
+            "torch.export.export, or torch.compile"
         )
     return function.apply(*operands)

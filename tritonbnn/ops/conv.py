@@ -7,6 +7,7 @@ from tritonbnn import checks
 from tritonbnn.ops import library
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.autocast import autocast_input
+from tritonbnn.ops.nan import refuse_nan
 from tritonbnn.ops.once import differentiable_once
 
 
@@ -126,6 +127,7 @@ def binary_conv2d(
     clipped quadratic would stop it. So x may come from :func:`~tritonbnn.ops.binarize`, also by way
     of max-pooling, reshaping or permuting. The zeros of dropout or padding make x real again: put
     those before the sign. The gradient to shift is always that of the clipped quadratic.
+    NaN counts as -1, except in torch's anomaly mode, where it is refused.
 
     Args:
         x: (N, C, H, W); float32, bfloat16, float16, or float64 on the CPU. Under autocast a
@@ -141,6 +143,7 @@ def binary_conv2d(
         (N, O, H', W') in ``x``'s dtype and channels_last memory.
 
     Raises:
+        RuntimeError: x holds NaN, in torch's anomaly mode.
         TypeError: an operand is not floating point, or the weight is neither in ``x``'s dtype nor
             float32 beside a narrower x.
         ValueError: the shapes do not match, a geometry that is not supported, several devices.
@@ -153,4 +156,5 @@ def binary_conv2d(
     x = autocast_input(x)
     checks.check_weight_dtype(x, weight)
     options = (stride, padding, binary_weight, may_be_binary)
+    refuse_nan(x)
     return apply(_BinaryConv2d, x, weight, shift, *options)
