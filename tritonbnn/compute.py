@@ -15,6 +15,7 @@ from tritonbnn.cli import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _NEVER = 2**31 - 1
+_SIZES, _MODULES = 256, 8  # more than anybody has, of a batch; and modules compiled apart
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -52,8 +53,15 @@ class Compute:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compiled:
             check_compiler(self.device)
-            # In place, so that names stay bare. Batches come in two sizes: the last is smaller.
-            model.compile(dynamic=False)
+            # Sizes are compiled one by one, which makes the fastest code. Parts of a batch, of the
+            # last one and of validation come in more of them than torch allows by default, and
+            # beyond that it would silently run uncompiled.
+            limits = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, _SIZES)
+            limits.accumulated_recompile_limit = max(
+                limits.accumulated_recompile_limit, _MODULES * _SIZES
+            )
+            model.compile(dynamic=False)  # in place, so that names stay bare
 
     def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """A batch where and as the network wants it."""

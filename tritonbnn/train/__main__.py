@@ -8,7 +8,7 @@ from tritonbnn.compute import Compute, choose_device, keep_freed_memory
 from tritonbnn.train import distributed
 from tritonbnn.train.arguments import Arguments, parse
 from tritonbnn.train.checkpoint import BEST
-from tritonbnn.train.log import Line, table
+from tritonbnn.train.log import Line, is_published, table
 from tritonbnn.train.run import StepRun, open_images
 from tritonbnn.train.rundir import RunFolder, step_folder
 from tritonbnn.train.stop import Stopped, StopSignals
@@ -58,7 +58,7 @@ def _run(arguments: Arguments, signals: StopSignals) -> int:
             )
         return stopped.code
     if world.leads:
-        print(table(history, published=config.recipe == "imagenet"))
+        print(table(history, published=is_published(config, len(source.classes))))
         print(f"best weights: {printable(step_folder(folder, config.steps[-1]) / BEST)}")
     distributed.leave()
     return 0
