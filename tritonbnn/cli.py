@@ -1,6 +1,7 @@
 """What every command line here shares: help, one-line errors, their exit code, and logging."""
 
 import argparse
+import errno
 import io
 import json
 import logging
@@ -128,6 +129,10 @@ def _outcome(main: Callable[[list[str]], int]) -> int:
     except KeyboardInterrupt:
         _tell("interrupted")
         return INTERRUPTED
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # of any path that a user may name
+            raise
+        return complain(f"a file's name is too long: {str(error.filename)[:40]}...")
     except (MemoryError, RuntimeError, ValueError) as error:
         if _ran_out_of_memory(error):
             remedy = "take fewer images at a time, smaller ones or a smaller net"

@@ -112,9 +112,7 @@ def _read_torch(path: Path) -> Any:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_stand_ins(unknown)):
             warnings.simplefilter("ignore")  # of kinds of tensors that are refused below
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    # the unpickler raises almost anything on damaged bytes
+    # the unpickler raises almost anything on damaged bytes, and so do files that are told to seek
     except Exception as error:
         raise ValueError(_why_not(path, unknown, str(error))) from error
 
