@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from inspect import signature
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tritonbnn.cli import UserError
 from tritonbnn.train.meeting import meet
@@ -141,6 +143,17 @@ def join(device: torch.device) -> World:
             f"process {rank} cannot reach the others ({str(error).strip().splitlines()[0]}):"
             " name the network interface in GLOO_SOCKET_IFNAME, and with GPUs in NCCL_SOCKET_IFNAME"
         ) from error
+
+
+def exchanging_gradients(model: nn.Module) -> DistributedDataParallel:
+    """``model``, whose gradients become means over the processes.
+
+    Each process feeds its own BatchNorm. The leading one's statistics are the model's.
+    """
+    # torch 2.14 renamed it
+    renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    apart: Any = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(model, **apart)
 
 
 def leave() -> None:
