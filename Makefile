@@ -3,7 +3,12 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 
-.PHONY: train test test-all sanitize test-gpu gpu lint clean
+# The newest releases that pip finds, and the oldest that pyproject.toml allows, each in an
+# environment of its own.
+NEWEST := .venv-newest
+OLDEST := .venv-oldest
+
+.PHONY: train test test-all test-newest test-oldest fuzz sanitize test-gpu gpu lint clean
 
 train: $(VENV)/.ready
 	$(BIN)/python -m tritonbnn.train $(ARGS)
@@ -12,7 +17,17 @@ train: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
-test-all: test sanitize
+test-all: test sanitize fuzz
+
+# What a user's files may hold by accident, 2,000 of each kind.
+fuzz: $(VENV)/.ready
+	FUZZ_EXAMPLES=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
+
+test-newest: $(NEWEST)/.ready
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+
+test-oldest: $(OLDEST)/.ready
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 # The launchers in C again, compiled to stop at a wrong address and at undefined behaviour. Python
 # is not, so the sanitizers' library must come before all others, with C++'s, whose exceptions it
@@ -39,5 +54,18 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+# Without constraints.txt, and without the limits of the extra "dev", which are of the tools alone.
+$(NEWEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+	    -e . build hypothesis pytest pytest-xdist 'setuptools>=77'
+	touch $@
+
+$(OLDEST)/.ready: pyproject.toml oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c oldest.txt \
+	    -e . build hypothesis pytest pytest-xdist 'setuptools>=77,<81'
+	touch $@
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) build dist *.egg-info

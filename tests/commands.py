@@ -81,6 +81,7 @@ def run(
     at_step: int = 0,
     at_file: int = 0,
     kill_after: float | None = None,
+    kill_with: str = "SIGKILL",
     stdout: str = "",
     encoding: str = "utf-8",
     environ: dict[str, str] | None = None,
@@ -91,18 +92,20 @@ def run(
         module: whose ``main`` it is.
         argv: its arguments.
         cwd: the folder to run it in.
-        mishap: "death", "full disk", "SIGTERM", "SIGINT" or "SIGINT twice".
+        mishap: "death", "full disk", a signal's name, or that name and "twice".
         at_call: which call that makes a file last meets it, from 1.
         at_step: or which optimiser step.
         at_file: or which file, as it is listed.
         kill_after: seconds after which it is killed.
+        kill_with: the signal for it.
         stdout: where it goes if not into the output: a path, or "closed pipe".
         encoding: of the output.
         environ: more environment variables.
     """
     process = {"environ": environ or {}, "mishap": mishap, "output": str(cwd / "output.txt")}
     process["stdout"] = stdout
-    order = {"at_call": at_call, "at_step": at_step, "at_file": at_file, "kill_after": kill_after}
+    order = {"at_call": at_call, "at_step": at_step, "at_file": at_file}
+    order |= {"kill_after": kill_after, "kill_with": kill_with}
     [result] = _carry_out(module, argv, cwd, order, [process], encoding)
     return result
 
@@ -126,7 +129,8 @@ def run_two(
         }
         for rank in range(2)
     ]
-    order = {"at_call": 0, "at_step": at_step, "at_file": 0, "kill_after": None}
+    order = {"at_call": 0, "at_step": at_step, "at_file": 0}
+    order |= {"kill_after": None, "kill_with": ""}
     return _carry_out(module, argv, cwd, order, processes)
 
 

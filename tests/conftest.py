@@ -1,6 +1,7 @@
 """Fixtures that every test may ask for."""
 
 import os
+import signal
 import sys
 from unittest import mock
 
@@ -10,6 +11,11 @@ import torch
 from tritonbnn import eager, native
 from tritonbnn.eager import common, conv
 from tritonbnn.native import library
+
+# A shell ignores Ctrl-C for what it starts in the background, and what is ignored stays so in all
+# processes that are started from there. A test that sends one would wait for ever.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 HAS_GPU = torch.cuda.is_available()
 

@@ -225,7 +225,9 @@ def _plain(function, language, known):
         mine = known[id(namespace)] = {
             **namespace,
             **dict.fromkeys(("gl", "tl"), language),
-            **{name: getattr(language, name) for name in ("async_copy", "hopper")},
+            **{
+                name: getattr(language, name) for name in ("async_copy", "hopper", "thread_barrier")
+            },
         }
         for name, value in namespace.items():
             if isinstance(value, (GluonJITFunction, InterpretedFunction)):

@@ -1,8 +1,10 @@
 """``python -m tritonbnn.analyze``: the page, its pictures, and what bad input gives."""
 
 import re
+import shlex
 import shutil
 from base64 import b64decode
+from datetime import datetime
 from html.parser import HTMLParser
 from io import BytesIO
 
@@ -83,8 +85,22 @@ def test_all_pictures_of_a_record_the_same_every_time(tmp_path):
     page = check_page(tmp_path / "run" / "analysis.html", FROM_RECORDS)
     assert "nothing to draw for: Loss landscape, Confusion matrix;" in page.text
     analyze(tmp_path / "run", *RECORDS_ONLY, "--out", tmp_path / "again.html")
-    again = (tmp_path / "again.html").read_bytes()
-    assert again == (tmp_path / "run" / "analysis.html").read_bytes()
+    pages = [tmp_path / "again.html", tmp_path / "run" / "analysis.html"]
+    again, first = (re.sub(r'<p class="made">.*?</p>', "", p.read_text()) for p in pages)
+    assert again == first
+
+
+def test_a_page_tells_when_and_how_it_was_made(tmp_path):
+    """The name tries to leave its place."""
+    folder = tmp_path / "<b>run\x1b & more"
+    write_record(folder)
+    before = datetime.now().astimezone().replace(second=0, microsecond=0)
+    analyze(folder, *RECORDS_ONLY)
+    page = check_page(folder / "analysis.html", FROM_RECORDS)
+    when, command = re.search(r"^(.{16} .\d{4}): (python -m .*)$", page.text, re.M).groups()
+    assert before <= datetime.strptime(when, "%Y-%m-%d %H:%M %z") <= datetime.now().astimezone()
+    words = ["python", "-m", "tritonbnn.analyze", str(folder).replace("\x1b", r"\x1b")]
+    assert shlex.split(command) == [*words, *RECORDS_ONLY]
 
 
 def test_a_network_is_measured(trained):

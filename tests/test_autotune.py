@@ -122,14 +122,14 @@ def test_the_yardstick_of_float32_is_no_tf32(monkeypatch, op):
     convolve = truth.reference.binary_conv2d
 
     def look(*args, **kwargs):
-        seen.append(torch.backends.cudnn.allow_tf32)
+        seen.append(torch.backends.cudnn.conv.fp32_precision)
         return convolve(*args, **kwargs)
 
     monkeypatch.setattr(truth.reference, "binary_conv2d", look)
     problem = Problem(op, UNIT.layer, torch.float32)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
         truth.plain(problem, problem.inputs(torch.device("cpu")), torch.float32)
-    assert seen == [False]
+    assert seen == ["ieee"]
 
 
 def test_the_fastest_right_candidate_wins(monkeypatch):

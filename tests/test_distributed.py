@@ -60,8 +60,9 @@ def test_only_the_leading_process_writes_and_talks(place: Path, tmp_path: Path):
     first, second = run_two(TRAIN, *argv, cwd=place)
     assert "step 1 epoch 1/1" in first.output
     assert second.calls == 0
-    # torch itself may warn of a host without a name
-    assert not [line for line in second.output.splitlines() if "c10d" not in line]
+    # torch itself may warn of a host without a name, and on a busy machine one waits for the other
+    news = ("c10d", "waiting for", "waits for")
+    assert not [line for line in second.output.splitlines() if not any(n in line for n in news)]
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
     assert [(line["step"], line["epoch"]) for line in lines] == [(1, 1), (2, 1)]
 

@@ -1,8 +1,10 @@
 """A built wheel holds everything that the package reads, and nothing else."""
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -97,3 +99,10 @@ def loaded(installed):
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def test_the_oldest_tested_versions_are_those_that_are_allowed():
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    lowest = dict(re.match(r"([a-z]+)>=([\d.]+)", line).groups() for line in dependencies)
+    tested = dict(line.split("==") for line in (ROOT / "oldest.txt").read_text().splitlines())
+    assert {name: version.removesuffix(".0") for name, version in tested.items()} == lowest

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 from tests.records import LAYERS, write_lines, write_record
 from tritonbnn.analysis.landscape import Landscape
 from tritonbnn.report import lines, maps
-from tritonbnn.report.confusion import Confused
+from tritonbnn.report.confusion import Confused, Counts
 from tritonbnn.report.read import read_runs
 from tritonbnn.report.style import name_of, png, style
 
@@ -42,6 +42,40 @@ def test_curves(runs):
     assert len(drawn(loss2)) == len(drawn(top1_2)) == 2
     assert len(drawn(rate)) == 2
     assert loss.get_ylim() == loss2.get_ylim()
+
+
+def test_an_epoch_alone_stands_in_the_middle_and_training_is_told_from_validation(tmp_path):
+    write_record(tmp_path / "short", epochs=(1, 1))
+    with style(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = lines.curves(read_runs([tmp_path / "short"]))
+        assert png(figure)
+    assert all(axis.get_xlim() == (0.5, 1.5) for axis in figure.axes)
+    for axis in figure.axes[:4]:
+        training, validation = axis.get_lines()
+        assert training.get_markerfacecolor() == "white" != validation.get_markerfacecolor()
+        assert training.get_markersize() > validation.get_markersize() > 0
+    named = {t.get_text(): h for t, h in zip(*legend_of(figure), strict=True)}
+    assert named["training"].get_markerfacecolor() == "white"
+    assert named["training"].get_marker() == named["validation"].get_marker() == "o"
+
+
+def legend_of(figure):
+    """The words of a legend, and what stands beside them."""
+    [legend] = figure.legends
+    return legend.get_texts(), legend.legend_handles
+
+
+def test_one_dead_weight_in_a_million_does_not_fill_the_axis(tmp_path):
+    log = write_record(tmp_path / "run", epochs=(3, 0))
+    for line in log:
+        line["analysis"] |= {"dead": 1e-6, "revived": 0.3}
+    write_lines(tmp_path / "run", log)
+    with style():
+        axes = lines.quantities(read_runs([tmp_path / "run"])).axes
+    by_label = {axis.get_ylabel().partition(" ")[0]: axis.get_ylim() for axis in axes}
+    assert by_label["dead"] == (0, 0.01)
+    assert by_label["revived"][1] > 0.3
 
 
 def test_where_no_weight_moved_the_axis_of_flips_is_not_logarithmic(tmp_path):
@@ -228,12 +262,12 @@ def test_landscapes_that_are_flat_or_nan_are_drawn_without_a_warning(runs):
 
 
 def test_confusions(runs):
-    counts = torch.tensor([[3, 1], [0, 0]])
+    counts = Counts(2, torch.tensor([0, 1]), torch.tensor([3, 1]))
     figure = maps.confusions(runs, [None, Confused(1, ["yes", "no"], counts)])
     shown = figure.axes[0]
     np.testing.assert_array_equal(shown.images[0].get_array(), [[75, 25], [0, 0]])
     assert {(t.get_text(), t.get_position()) for t in shown.texts} == {("3", (0, 0)), ("1", (1, 0))}
-    many = Confused(1, [str(index) for index in range(21)], torch.eye(21))
+    many = Confused(1, [str(index) for index in range(21)], counts)
     assert maps.confusions(runs, [None, many]) is None
 
 

@@ -127,7 +127,7 @@ def bad_files(place):
     yield "hostile", {"state_dict": Malicious(place / "witness")}, "without running code"
     yield "hostile-pickle", pickle.dumps(Malicious(place / "witness")), "without running code"
     yield "list", [1, 2], "holds no state dict"
-    yield "foreign", {"conv1.weight": torch.zeros(8, 3, 3, 3)}, "not a published ReActNet-A"
+    yield "foreign", {"conv1.weight": torch.zeros(8, 3, 3, 3)}, "but of conv1.weight"
     yield "flat-head", {**state, "module.fc.weight": torch.zeros(3)}, "not a published ReActNet-A"
     some = {name: state[name] for name in list(state)[:20]} | {
         "fc.weight": state["module.fc.weight"]
@@ -156,5 +156,5 @@ def test_bad_published_files(place):
             torch.save(held, path)
         result = run(EVALUATE, path, "--step", 2, "--data-dir", "images", cwd=place)
         assert_one_line(result, f"{name}.pth.tar", words)
-        assert len(result.output.splitlines()[-1]) < 300
+        assert len(result.output.splitlines()[-1]) < 400
     assert not (place / "witness").exists()

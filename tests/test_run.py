@@ -1,6 +1,9 @@
 """A run as a whole: its folder, the hand-over between the steps, other runs' weights."""
 
 import json
+import os
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -8,11 +11,11 @@ import pytest
 import torch
 from torchvision.models import resnet34
 
-from tests.commands import TRAIN, Result, run, write_tiny, write_tree
+from tests.commands import ROOT, TRAIN, Result, run, write_tiny, write_tree
 from tritonbnn.models import build_model
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.checkpoint import Checkpoint, encode, read
-from tritonbnn.train.log import table
+from tritonbnn.train.log import is_published, table
 
 STEADY = ("--step2.epochs", 1)  # an only epoch is at learning rate 0: no weight moves
 
@@ -219,6 +222,25 @@ def test_table_of_imagenet_shows_the_published_numbers():
     assert rows[2] == "2 1-bit 1 68.50 % 68.50 % 90.00 % 60 70.5 %"
 
 
+@pytest.mark.parametrize(
+    ("flags", "published"),
+    [
+        ("", True),
+        ("--seed 3 --workers 2 --channels-last --accumulation 4 --save-minutes 1", True),
+        ("--width 0.5", False),
+        ("--teacher none", False),
+        ("--epochs 10", False),
+        ("--step2.epochs 512", False),
+        ("--image-size 192", False),
+        ("--optimizer sgd", False),
+    ],
+)
+def test_the_published_numbers_stand_beside_their_recipe_alone(flags, published):
+    config = parse(["imagenet", "--data-dir", "images", *flags.split()]).config
+    assert is_published(config, classes=1000) == published
+    assert not is_published(config, classes=100)
+
+
 def test_the_shipped_recipes_build_their_networks():
     for recipe, multiple in (("digits", 16), ("fashion", 16), ("imagenet", 32)):
         config = parse([recipe]).config
@@ -237,3 +259,27 @@ def test_distillation_learns_from_a_teacher_in_a_file(place: Path):
     lines = [json.loads(line) for line in (place / "distilled" / "log.jsonl").open()]
     assert lines[-1]["train_loss"] < 0.2 < lines[0]["train_loss"], lines
     assert lines[-1]["val_top1"] == 50, lines
+
+
+def test_a_broken_tensorboard_costs_a_line_and_no_run(tmp_path):
+    """As where its package and protobuf's do not fit each other."""
+    write_tiny(tmp_path)
+    broken = tmp_path / "tensorboard"
+    broken.mkdir()
+    (broken / "__init__.py").write_text(
+        'raise TypeError("Descriptors cannot be created\\nand more")'
+    )
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    code += "from tritonbnn import cli; from tritonbnn.train.__main__ import main; cli.run(main)"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "tiny.toml", "--epochs", "1", "--out", "run"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    said = [line for line in done.stderr.splitlines() if "TensorBoard" in line]
+    assert said == ["no TensorBoard, which cannot be imported here: Descriptors cannot be created"]
+    assert (tmp_path / "run" / "step2" / "best.safetensors").exists()

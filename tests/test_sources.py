@@ -17,7 +17,7 @@ from tritonbnn import data
 from tritonbnn.cli import UserError
 from tritonbnn.data.folder import FolderImages
 from tritonbnn.data.sources import SampleKey, eval_reader
-from tritonbnn.train.stop import EXIT_CODES, Stopped, StopSignals
+from tritonbnn.train.stop import Stopped, StopSignals
 
 
 @pytest.fixture
@@ -185,14 +185,12 @@ def test_the_search_for_bad_images_obeys_a_signal(tree, monkeypatch):
         time.sleep(0.02)
 
     monkeypatch.setattr(FolderImages, "image", image)
-    handlers = {number: signal.getsignal(number) for number in EXIT_CODES}
-    signals = StopSignals()
-    try:
-        with pytest.raises(Stopped) as stopped, signals.obeyed_at_once():
-            source("folder", tree, skip_bad_images=True)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with (
+        StopSignals() as signals,
+        pytest.raises(Stopped) as stopped,
+        signals.obeyed_at_once(),
+    ):
+        source("folder", tree, skip_bad_images=True)
     assert stopped.value.code == 75
     assert len(read) < 100
 

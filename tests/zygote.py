@@ -89,8 +89,9 @@ def obey(order: dict, process: dict, calls_out: int) -> None:
     signal.alarm(PATIENCE)  # a command that hangs ends, and fails its test
     os.chdir(order["cwd"])
     redirect(process)
-    # the parent of a test run may ignore it, and what is ignored stays so in children
+    # the parent of a test run may ignore them, and what is ignored stays so in children
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.environ.update(process["environ"])
     real_write = os.write
     faults = Faults(process["mishap"], order["at_call"], order["at_step"], order["at_file"])
@@ -135,15 +136,15 @@ def start(order: dict, process: dict) -> tuple[int, int]:
     return pid, calls_in
 
 
-def wait(pid: int, deadline: float | None) -> int:
-    """The exit code of a child that may have to be killed."""
+def wait(pid: int, deadline: float | None, kill_with: str) -> int:
+    """The exit code of a child that may have to be killed, or asked to stop."""
     while deadline is not None and time.monotonic() < deadline:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
             return os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
     if deadline is not None:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.Signals[kill_with])
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
@@ -154,7 +155,7 @@ def carry_out(order: dict) -> list[dict]:
     running = [start(order, process) for process in order["processes"]]
     answers = []
     for pid, calls_in in running:
-        code = wait(pid, deadline)
+        code = wait(pid, deadline, order["kill_with"])
         calls = int(os.read(calls_in, 100) or 0)
         os.close(calls_in)
         answers.append({"code": code, "calls": calls, "seconds": time.monotonic() - began})

@@ -1,17 +1,21 @@
 """``python -m tritonbnn.analyze RUN [RUN...]``: why runs trained as they did, as one HTML page."""
 
 import logging
+import shlex
 from argparse import ArgumentTypeError, BooleanOptionalAction, Namespace
+from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tritonbnn import cli
+from tritonbnn import caches, cli
 from tritonbnn.cli import Parser, UserError, at_least, printable
 from tritonbnn.compute import PRECISIONS, Compute, choose_device
 from tritonbnn.files import make_folder, write_atomically
-from tritonbnn.report.catalogue import CATALOGUE, Picture, draw
 from tritonbnn.report.measure import Wanted, measure
-from tritonbnn.report.page import compare, page
 from tritonbnn.report.read import read_runs
+
+if TYPE_CHECKING:
+    from tritonbnn.report.catalogue import Picture
 
 logger = logging.getLogger("tritonbnn.analyze")
 
@@ -21,6 +25,13 @@ _NAME = "analysis.html"
 def main(argv: list[str]) -> int:
     """Write the report. Returns the exit code."""
     given = _parser().parse_args(argv)
+    caches.prepare(caches.MATPLOTLIB)  # which looks for its folder when it is imported
+    from tritonbnn.report.catalogue import draw
+    from tritonbnn.report.page import Made, compare, page
+
+    made = Made(
+        datetime.now().astimezone(), shlex.join(["python", "-m", "tritonbnn.analyze", *argv])
+    )
     runs = read_runs(given.runs)
     wanted = _wanted(given)
     out = given.out or runs[0].path / _NAME
@@ -30,7 +41,8 @@ def main(argv: list[str]) -> int:
         logger.warning("%s", note)
     pictures = draw(runs, measured)
     _write_pictures(pictures, pictures_folder)
-    write_atomically(out, page(runs, measured, pictures).encode(errors="backslashreplace"))
+    html = page(runs, measured, pictures, made)
+    write_atomically(out, html.encode(errors="backslashreplace"))
     print(printable(f"{out}: {len(pictures)} pictures, also in {pictures_folder}"))
     return 0
 
@@ -95,8 +107,10 @@ def _places(out: Path) -> Path:
     return pictures
 
 
-def _write_pictures(pictures: list[Picture], folder: Path) -> None:
+def _write_pictures(pictures: "list[Picture]", folder: Path) -> None:
     """Beside the page, in the place of an earlier page's."""
+    from tritonbnn.report.catalogue import CATALOGUE
+
     for name, *_ in CATALOGUE:
         (folder / f"{name}.png").unlink(missing_ok=True)
     for picture in pictures:

@@ -1,11 +1,14 @@
 """What every command line here shares: help, one-line errors, their exit code, and logging."""
 
 import argparse
+import errno
 import io
+import json
 import logging
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -15,6 +18,7 @@ USAGE_ERROR = 2
 INTERRUPTED = 130
 NOBODY_READS = 141  # as a shell reports a program that wrote to a closed pipe
 
+_TRITON = f"{os.sep}triton{os.sep}"
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory")  # what torch says, of GPU and CPU
 
 
@@ -125,14 +129,30 @@ def _outcome(main: Callable[[list[str]], int]) -> int:
     except KeyboardInterrupt:
         _tell("interrupted")
         return INTERRUPTED
-    except (MemoryError, RuntimeError) as error:
-        if not _ran_out_of_memory(error):
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # of any path that a user may name
             raise
-        return complain("out of memory: take fewer images at a time, smaller ones or a smaller net")
+        return complain(f"a file's name is too long: {str(error.filename)[:40]}...")
+    except (MemoryError, RuntimeError, ValueError) as error:
+        if _ran_out_of_memory(error):
+            remedy = "take fewer images at a time, smaller ones or a smaller net"
+            return complain(f"out of memory: {remedy}")
+        if _is_of_a_damaged_cache(error):
+            folder = os.environ.get("TRITON_CACHE_DIR", "~/.triton/cache")
+            return complain(f"Triton's cache of compiled kernels is damaged: remove {folder}")
+        raise
 
 
 def _ran_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def _is_of_a_damaged_cache(error: Exception) -> bool:
+    """Whether Triton could not read what it had compiled before, as after a full disk."""
+    if "device kernel image is invalid" in str(error):
+        return True
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return isinstance(error, json.JSONDecodeError) and any(_TRITON in name for name in frames)
 
 
 def _prepare_streams() -> None:

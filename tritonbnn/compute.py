@@ -3,16 +3,19 @@
 import ctypes
 import os
 import shutil
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from tritonbnn import caches
 from tritonbnn.cli import UserError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 _NEVER = 2**31 - 1
+_SIZES, _MODULES = 256, 8  # more than anybody has, of a batch; and modules compiled apart
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,8 +53,15 @@ class Compute:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.compiled:
             check_compiler(self.device)
-            # In place, so that names stay bare. Batches come in two sizes: the last is smaller.
-            model.compile(dynamic=False)
+            # Sizes are compiled one by one, which makes the fastest code. Parts of a batch, of the
+            # last one and of validation come in more of them than torch allows by default, and
+            # beyond that it would silently run uncompiled.
+            limits = torch._dynamo.config
+            limits.recompile_limit = max(limits.recompile_limit, _SIZES)
+            limits.accumulated_recompile_limit = max(
+                limits.accumulated_recompile_limit, _MODULES * _SIZES
+            )
+            model.compile(dynamic=False)  # in place, so that names stay bare
 
     def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """A batch where and as the network wants it."""
@@ -83,6 +93,7 @@ def choose_device(name: str) -> torch.device:
             f"there is no cuda:{index}, only {torch.cuda.device_count()} GPUs:"
             " start fewer processes, or choose another --device"
         )
+    caches.prepare(caches.TRITON)
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
@@ -96,16 +107,19 @@ def keep_freed_memory() -> None:
     ends. A user's own settings of malloc are left alone, and so is any other libc.
     """
     chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
-    mallopt = None if chosen else getattr(ctypes.CDLL(None), "mallopt", None)
+    if chosen or sys.platform != "linux":
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, _NEVER)
         mallopt(_M_MMAP_MAX, 0)
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise UserError if torch.compile could not make machine code for the device.
+    """Raise UserError if torch.compile could not make machine code for the device, or not keep it.
 
     For a CPU it writes C++; what a GPU needs, our own kernels need too.
     """
     if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError("--compile needs a C++ compiler: install g++, or leave --compile out")
+    caches.prepare(caches.INDUCTOR)

@@ -1,6 +1,7 @@
 """``python -m tritonbnn.evaluate RUN|FILE``: score a checkpoint on its validation images.
 
-FILE may also be a published one of AdamBNN: ``model_best.pth.tar --step 2 --data-dir IMAGENET``.
+FILE may also hold weights from elsewhere: a state dict of a network of this package, or AdamBNN's:
+``model_best.pth.tar --step 2 --data-dir IMAGENET``.
 """
 
 import math
@@ -10,8 +11,9 @@ from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, at_least, printable
 from tritonbnn.compute import PRECISIONS, Compute, choose_device
 from tritonbnn.data.batches import check_fits_memory, val_batches
-from tritonbnn.train.config import MOST_IMAGES, MOST_WORKERS, STEPS
+from tritonbnn.train.config import MOST_IMAGES, MOST_WORKERS
 from tritonbnn.train.distributed import World
+from tritonbnn.train.elsewhere import Told, add_told
 from tritonbnn.train.engine import evaluate
 from tritonbnn.train.weights import network_with_weights, open_data, read_any
 
@@ -19,7 +21,7 @@ from tritonbnn.train.weights import network_with_weights, open_data, read_any
 def main(argv: list[str]) -> int:
     """Print the scores. Returns the exit code."""
     given = _parser().parse_args(argv)
-    checkpoint = read_any(given.checkpoint, given.step)
+    checkpoint = read_any(given.checkpoint, Told(given.step, given.recipe))
     model = network_with_weights(checkpoint)
     compute = Compute(choose_device(given.device), given.precision)
     source = open_data(checkpoint, given.data_dir)
@@ -45,12 +47,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "checkpoint", type=Path, metavar="RUN|FILE", help="a run's folder, or a checkpoint file"
     )
-    parser.add_argument(
-        "--step",
-        type=int,
-        choices=STEPS,
-        help="of a published file: 1 takes its weights as they are, 2 binarises them",
-    )
+    add_told(parser)
     parser.add_argument("--data-dir", type=Path, help="where the data are now")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(

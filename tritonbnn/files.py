@@ -1,8 +1,8 @@
 """Files that are either whole or absent, and a folder that only one process writes to."""
 
 import errno
-import fcntl
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from tritonbnn.cli import UserError
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 
 _TEMPORARY = ".tmp"
 _LOCK = ".lock"
@@ -112,7 +119,9 @@ def _write_synced(path: Path, content: bytes) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut."""
+    """Make a rename last through a power cut, where a folder can be opened."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -142,7 +151,8 @@ class FolderLock:
     """Holds a folder for this process until it ends, however it ends.
 
     A POSIX record lock: unlike one from ``flock`` it is not inherited by the processes that read
-    images, which may outlive a killed trainer by seconds.
+    images, which may outlive a killed trainer by seconds. On a system without such locks nothing is
+    held, and a line says so.
 
     Args:
         folder: an existing folder.
@@ -154,28 +164,33 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         path = folder / _LOCK
         try:
-            self._file = path.open("a+")
+            # a bare descriptor: Python would complain of a file that is open to the end
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UserError(
                 f"cannot write to {folder}: {error.strerror}; choose another --out"
             ) from error
+        if fcntl is None:
+            logger.warning("this system has no locks: start no second run in %s", folder)
+            return
         try:
-            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._file.seek(0)
-            owner = self._file.read().strip() or "unknown"
-            self._file.close()
+            owner = os.read(self._descriptor, 100).decode(errors="replace").strip() or "unknown"
+            self.release()
             raise UserError(
                 f"{folder} is in use by another running process (pid {owner}):"
                 " wait for it, or choose another --out"
             ) from error
-        self._file.truncate(0)
-        self._file.write(f"{os.getpid()}\n")
-        self._file.flush()
+        with suppress(OSError):  # a full disk: only the message to others lacks it
+            os.truncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode(), 0)
 
     def release(self) -> None:
         """Give the folder back."""
-        self._file.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
 
 
 def remove_leftovers(folder: Path) -> None:

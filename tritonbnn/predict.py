@@ -12,8 +12,10 @@ from tritonbnn.cli import Parser, UserError, printable
 from tritonbnn.compute import choose_device
 from tritonbnn.data.listing import list_images
 from tritonbnn.data.sources import eval_reader
+from tritonbnn.train.checkpoint import Checkpoint
+from tritonbnn.train.elsewhere import Told, add_told
 from tritonbnn.train.meters import TOP
-from tritonbnn.train.weights import load_network
+from tritonbnn.train.weights import load_network, open_data
 
 
 def main(argv: list[str]) -> int:
@@ -23,7 +25,7 @@ def main(argv: list[str]) -> int:
     loses no other's answer, but the exit code tells.
     """
     given = _parser().parse_args(argv)
-    model, checkpoint = load_network(given.checkpoint)
+    model, checkpoint = load_network(given.checkpoint, Told(given.step, given.recipe))
     device = choose_device(given.device)
     model = model.to(device).eval()
     data = checkpoint.facts["data"]
@@ -33,6 +35,7 @@ def main(argv: list[str]) -> int:
         augment=data["augment"],
         channels=data["channels"],
     )
+    classes = _classes(checkpoint, given.data_dir)
     code = 0
     for place in given.images:
         for found in _images(place):
@@ -41,7 +44,7 @@ def main(argv: list[str]) -> int:
             except UserError as error:
                 code = cli.complain(error)
                 continue
-            guesses = _guesses(probabilities, data["classes"])
+            guesses = _guesses(probabilities, classes)
             print(printable(f"{found}: {guesses}"), flush=True)
     return code
 
@@ -54,8 +57,23 @@ def _parser() -> Parser:
     parser.add_argument(
         "images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them"
     )
+    add_told(parser)
+    parser.add_argument(
+        "--data-dir", type=Path, help="data whose classes name those of weights from elsewhere"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser
+
+
+def _classes(checkpoint: Checkpoint, data_dir: Path | None) -> list[str]:
+    """The names of the classes; of weights from elsewhere without data, their numbers."""
+    known = checkpoint.facts["data"]["classes"]
+    data = checkpoint.facts["data"]
+    if known is None and (data_dir or data["name"] != "folder" or data["dir"]):
+        return list(open_data(checkpoint, data_dir).classes)
+    if data_dir is not None:
+        raise UserError(f"{checkpoint.path} knows its classes: leave --data-dir out")
+    return known or [f"class {i}" for i in range(checkpoint.facts["network"]["num_classes"])]
 
 
 def _images(place: Path) -> Iterator[Path | UserError]:

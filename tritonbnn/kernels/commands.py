@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from tritonbnn import cli
+from tritonbnn import caches, cli
 from tritonbnn.kernels import tiles
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import interpreted
@@ -22,8 +22,9 @@ def kernel_device() -> torch.device:
     """The GPU; or the CPU, where Triton's interpreter runs kernels.
 
     Raises:
-        UserError: kernels run on neither.
+        UserError: kernels run on neither, or there is no folder for what is compiled.
     """
+    caches.prepare(caches.TRITON)
     device = own_device()
     if device.type == "cpu" and not interpreted(tiles.popcount):
         raise cli.UserError(
@@ -63,6 +64,7 @@ def named_problems(
         layers: where there is no ``--model``.
         both_steps: also those of step 1 that work on a convolution by real weights.
     """
+    caches.prepare(caches.TRITON)
     if arguments.model:
         try:
             layers = list(

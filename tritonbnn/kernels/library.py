@@ -1,6 +1,8 @@
 """The formulation that expands signs and lets torch's library convolve."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,14 +12,20 @@ from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.layout import channels_last
 
 
-def contract() -> AbstractContextManager[None]:
-    """cuDNN as our contracts want it: deterministic, and real float32 products."""
-    return torch.backends.cudnn.flags(
-        enabled=True,
-        benchmark=torch.backends.cudnn.benchmark,
-        deterministic=True,
-        allow_tf32=False,
-    )
+@contextmanager
+def contract() -> Iterator[None]:
+    """cuDNN as our contracts want it: deterministic, and real float32 products.
+
+    ``torch.backends.cudnn.flags`` raises where a user has set one of torch's newer
+    ``fp32_precision``, and puts another one back.
+    """
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.enabled, cudnn.deterministic, cudnn.conv.fp32_precision
+    cudnn.enabled, cudnn.deterministic, cudnn.conv.fp32_precision = True, True, "ieee"
+    try:
+        yield
+    finally:
+        cudnn.enabled, cudnn.deterministic, cudnn.conv.fp32_precision = before
 
 
 def convolution(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

@@ -16,6 +16,7 @@ from tritonbnn.kernels.mma_tile import (
     fragment_layout,
     output_layout,
     steps_along,
+    thread_barrier,
 )
 from tritonbnn.kernels.mma_warpgroup import (
     add_ones_of_stage,
@@ -94,7 +95,7 @@ def _warpgroup_peak_kernel(
     stage = gl.allocate_shared_memory(gl.int32, [STAGE], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     stage.store(gl.load(words_ptr + gl.arange(0, STAGE, COPY)))
     hopper.fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     place = steps_along(32 * WARPS, 0, X) * (4 * STEPS) + steps_along(STEPS // 2, 1, X) * 8
     x = gl.load(words_ptr + (place + steps_along(2, 2, X) * 4 + steps_along(4, 3, X)))
     acc = gl.full([32 * WARPS, BLOCK_N // (8 * STEPS), STEPS // 2, 2, 4], 0, gl.int32, LAYOUT)

@@ -17,6 +17,9 @@ pixel are one 16-byte load for two instructions. K is cut into chunks of 16 word
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+# A newer Triton has another name for it.
+thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
 # Per lane: accumulators (in place), four words of each instruction's weight, four words of x.
 _PRODUCT = gl.constexpr("""{
 mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc

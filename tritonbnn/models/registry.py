@@ -1,11 +1,16 @@
 """Networks by name."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from tritonbnn.models import reactnet, resnet
 from tritonbnn.models.binarynet import binarynet
-from tritonbnn.models.blocks import BinaryNetwork
+from tritonbnn.models.blocks import WIDTH_MULTIPLE, BinaryNetwork
 from tritonbnn.models.reactnet import reactnet_a
 from tritonbnn.models.resnet import resnet_18
 
@@ -67,3 +72,57 @@ def build_model(
         fused=fused,
         plan=plan,
     )
+
+
+def network_of_weights(state: dict[str, Tensor], *, small_images: bool) -> dict[str, Any]:
+    """What :func:`build_model` was given for the network of a state dict, by its shapes.
+
+    Args:
+        state: by our names.
+        small_images: whether a ReActNet-A is for small images. Its shapes do not tell.
+
+    Raises:
+        ValueError: it is of another network.
+    """
+    first, head = state.get("stem.0.weight"), state.get("fc.weight")
+    if first is None or first.dim() != 4 or head is None or head.dim() != 2:
+        names = ", ".join(list(state)[:3])
+        raise ValueError(f"not the weights of a network of tritonbnn or AdamBNN, but of {names}")
+    if "blocks.0.0.weight" in state:
+        name, narrow, wide = "reactnet_a", reactnet.STEM_CHANNELS, reactnet.BLOCKS[-1][0]
+    else:
+        name = "reactnet_18" if "blocks.0.slope" in state else "birealnet_18"
+        narrow, wide, small_images = resnet.STAGES[0], resnet.STAGES[-1], first.shape[2] == 3
+    network: dict[str, Any] = {
+        "name": name,
+        "num_classes": head.shape[0],
+        "in_channels": first.shape[1],
+        "small_images": small_images,
+    }
+    unlike = ""
+    for width in _widths(narrow, first.shape[0], wide, head.shape[1]):
+        network["width"] = width
+        other = _first_difference(state, network)
+        if other is None:
+            return network
+        unlike = unlike or other
+    raise ValueError(f"not the weights of a {name} of tritonbnn: see {unlike or 'fc.weight'}")
+
+
+def _widths(narrow: int, stem: int, wide: int, features: int) -> Iterator[float]:
+    """Widths that round ``narrow`` and ``wide`` channels to ``stem`` and ``features``."""
+    for halves in sorted(range(-WIDTH_MULTIPLE, WIDTH_MULTIPLE + 1), key=abs):
+        width = (features + halves / 2) / wide
+        rounded = [round(c * width / WIDTH_MULTIPLE) * WIDTH_MULTIPLE for c in (narrow, wide)]
+        if rounded == [stem, features]:
+            yield width
+
+
+def _first_difference(state: dict[str, Tensor], network: dict[str, Any]) -> str | None:
+    """The first name whose shape is not that of the network, or None."""
+    with torch.device("meta"):  # shapes alone: a head of a million features would fill the memory
+        wanted = build_model(**network).state_dict()
+    for key in {**wanted, **state}:
+        if key not in state or key not in wanted or state[key].shape != wanted[key].shape:
+            return key
+    return None

@@ -4,7 +4,6 @@ This file needs the standard library alone: the package's own build loads it bef
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
 
 ABI = 1
 """Raised when a C function's arguments change their meaning."""
@@ -74,9 +78,11 @@ def library(isa: str, compiler: list[str], sources: Path = SOURCES) -> Path:
     Raises:
         BuildError: it does not compile, or there is no folder to put it.
     """
+    if fcntl is None:
+        raise BuildError("the C sources are compiled on POSIX systems only")
     name = f"{isa}-{_key(isa, sources)}-{_identity(compiler)}"
     troubles = []
-    for folder in (_cache_folder, _temporary_folder):
+    for folder in (_cache_folder, temporary_folder):
         try:
             return _have(folder(), name, isa, compiler, sources)
         except OSError as error:
@@ -254,16 +260,17 @@ def _cache_folder() -> Path:
         raise FileNotFoundError(errno.ENOENT, "there is no such folder", "~") from None
 
 
-def _temporary_folder() -> Path:
+def temporary_folder() -> Path:
     """A folder that no other user can have put a library into.
 
     Raises:
         OSError: there is none.
     """
-    folder = Path(tempfile.gettempdir()) / f"tritonbnn-{os.getuid()}"
+    user = os.getuid()
+    folder = Path(tempfile.gettempdir()) / f"tritonbnn-{user}"
     folder.mkdir(mode=0o700, exist_ok=True)
     status = folder.lstat()
-    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == user
     if not ours or status.st_mode & 0o077:
         raise PermissionError(errno.EPERM, "other users may write to it", str(folder))
     return folder

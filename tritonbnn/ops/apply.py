@@ -16,7 +16,8 @@ def apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
 
     Raises:
         RuntimeError: called under a transform of torch.func (grad, vmap, jvp) that is not compiled,
-            or with a dual tensor of forward-mode differentiation.
+            with a dual tensor of forward-mode differentiation, or by torch.jit.trace, which would
+            turn sizes into tensors.
     """
     if torch.compiler.is_compiling():
         operands = tuple(o.view_as(o) if isinstance(o, Tensor) else o for o in operands)
@@ -31,6 +32,11 @@ def apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
         raise RuntimeError(
             "forward-mode differentiation is not supported: use torch.autograd.grad, "
             "once for each output, in a loop"
+        )
+    elif torch._C._is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace, and what exports through it, is not supported: use "
+            "torch.export.export, or torch.compile"
         )
     return function.apply(*operands)
 

@@ -8,6 +8,7 @@ from tritonbnn.layout import in_format_of, laid_out_as
 from tritonbnn.ops import library
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.channels import by_channel
+from tritonbnn.ops.nan import refuse_nan
 from tritonbnn.ops.once import differentiable_once
 
 
@@ -30,6 +31,7 @@ def binarize(x: Tensor, shift: Tensor | None = None, *, channel_dim: int = 1) ->
 
     The pseudo-gradient is that of the clipped quadratic: max(0, 2 - 2 abs(x + shift)), so 2 at 0
     and 0 from +-1 outwards. It is computed again from ``x`` in backward, never stored.
+    NaN counts as -1, except in torch's anomaly mode, where it is refused.
 
     Args:
         x: (N, C), (N, C, L), (N, C, H, W) or any shape that has channels in ``channel_dim``, or
@@ -41,11 +43,13 @@ def binarize(x: Tensor, shift: Tensor | None = None, *, channel_dim: int = 1) ->
         The shape, dtype and memory format of ``x``.
 
     Raises:
+        RuntimeError: x holds NaN, in torch's anomaly mode.
         TypeError: ``x`` is not floating point.
         ValueError: ``x`` has another number of channels than ``shift``, or is on another device.
     """
     checks.check_float("x", x)
     checks.check_vectors(shift=shift)
     checks.check_same_device(x=x, shift=shift)
+    refuse_nan(x)
     features = None if shift is None else len(shift)
     return by_channel(x, channel_dim, features, lambda x: apply(_Binarize, x, shift))

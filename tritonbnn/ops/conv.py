@@ -9,6 +9,7 @@ from tritonbnn.ops import library
 from tritonbnn.ops.any_window import AnyWindow
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.autocast import autocast_input
+from tritonbnn.ops.nan import refuse_nan
 from tritonbnn.ops.once import differentiable_once
 from tritonbnn.ops.signs import clipped_weight_grad, sign_grads
 from tritonbnn.window import Size, check_weight, sizes, window
@@ -95,6 +96,7 @@ def binary_conv2d(
     clipped quadratic would stop it. So x may come from :func:`~tritonbnn.ops.binarize`, also by way
     of max-pooling, reshaping or permuting. The zeros of dropout or padding make x real again: put
     those before the sign. The gradient to shift is always that of the clipped quadratic.
+    NaN counts as -1, except in torch's anomaly mode, where it is refused.
 
     Packed signs are convolved by 1x1 and 3x3 kernels of stride 1 or 2 without groups, where
     ``padding`` is half the kernel. For any other window torch convolves +1 and -1 as floats, which
@@ -118,6 +120,7 @@ def binary_conv2d(
         ``weight`` is, else contiguous, as nn.Conv2d's output is.
 
     Raises:
+        RuntimeError: x holds NaN, in torch's anomaly mode.
         TypeError: an operand is not floating point, or the weight is neither in ``x``'s dtype nor
             float32 beside a narrower x.
         ValueError: the shapes do not match, a window that does not fit, several devices.
@@ -135,6 +138,7 @@ def binary_conv2d(
     geometry.output_size(kernel_size, x.shape[2:])
     x = autocast_input(x)
     checks.check_weight_dtype(x, weight)
+    refuse_nan(x)
     kinds = (binary_weight, may_be_binary)
     if geometry.is_packed(kernel_size):
         packed = (geometry.stride[0], geometry.padding[0])

@@ -8,6 +8,7 @@ from tritonbnn.layout import laid_out_as
 from tritonbnn.ops import library
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.autocast import autocast_input
+from tritonbnn.ops.nan import refuse_nan
 from tritonbnn.ops.once import differentiable_once
 from tritonbnn.ops.signs import clipped_weight_grad, sign_grads
 
@@ -79,6 +80,7 @@ def binary_linear(
 
     The gradients are those of :func:`~tritonbnn.ops.binary_conv2d`: if all of x is +1 or -1, its
     gradient passes unchanged. With ``binary_weight=False`` it is sign(x + shift) @ w^T.
+    NaN counts as -1, except in torch's anomaly mode, where it is refused.
 
     Args:
         x: (..., K); float32, bfloat16, float16, or float64 on the CPU. Under autocast a float32 x
@@ -93,6 +95,7 @@ def binary_linear(
         (..., O) in ``x``'s dtype.
 
     Raises:
+        RuntimeError: x holds NaN, in torch's anomaly mode.
         TypeError: an operand is not floating point, or the weight is neither in ``x``'s dtype nor
             float32 beside a narrower x.
         ValueError: the shapes do not match, or several devices.
@@ -110,6 +113,7 @@ def binary_linear(
     x = autocast_input(x)
     checks.check_weight_dtype(x, weight)
     rows = x.reshape(-1, x.shape[-1])
+    refuse_nan(x)
     y = apply(_BinaryLinear, rows, weight, shift, binary_weight, may_be_binary)
     y = y.view(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias.to(y.dtype)

@@ -29,18 +29,51 @@ class Pair:
 
 
 @dataclass(frozen=True, eq=False)
+class Counts:
+    """How many images of one class were taken for another: only the pairs that there are.
+
+    All pairs of many classes would take gigabytes.
+
+    Attributes:
+        classes: how many there are.
+        cells: (pairs,) int64, label * classes + guess, in rising order.
+        images: (pairs,) int64, of each.
+    """
+
+    classes: int
+    cells: Tensor
+    images: Tensor
+
+    @property
+    def labels(self) -> Tensor:
+        """(pairs,) int64."""
+        return self.cells // self.classes
+
+    @property
+    def guesses(self) -> Tensor:
+        """(pairs,) int64."""
+        return self.cells % self.classes
+
+    def matrix(self) -> Tensor:
+        """(classes, classes) int64; rows are labels, columns guesses."""
+        all_cells = torch.zeros(self.classes**2, dtype=torch.int64)
+        all_cells[self.cells] = self.images
+        return all_cells.view(self.classes, self.classes)
+
+
+@dataclass(frozen=True, eq=False)
 class Confused:
     """What a checkpoint took for what.
 
     Attributes:
         step: of the checkpoint.
         classes: their names.
-        counts: (classes, classes) int64 from :func:`confusion`.
+        counts: from :func:`confusion`.
     """
 
     step: int
     classes: list[str]
-    counts: Tensor
+    counts: Counts
 
     @property
     def is_small(self) -> bool:
@@ -51,7 +84,7 @@ class Confused:
 @torch.no_grad()
 def confusion(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], compute: Compute, classes: int
-) -> Tensor:
+) -> Counts:
     """Count images by their class and the network's first guess.
 
     Args:
@@ -61,28 +94,31 @@ def confusion(
         classes: how many there are.
 
     Returns:
-        (classes, classes) int64 on the CPU; rows are labels, columns guesses.
+        The counts.
     """
     model.eval()
-    counts = torch.zeros(classes * classes, dtype=torch.int64, device=compute.device)
+    seen = []
     for images, labels in batches:
         images, labels = compute.to_device(images, labels)
         with compute.autocast():
             guesses = model(images).argmax(dim=1)
-        counts += torch.bincount(labels * classes + guesses, minlength=classes * classes)
-    return counts.view(classes, classes).cpu()
+        seen.append(labels * classes + guesses)
+    cells, images_of = torch.unique(torch.cat(seen), return_counts=True)
+    return Counts(classes, cells.cpu(), images_of.cpu())
 
 
-def most_confused(matrix: Tensor, count: int) -> list[Pair]:
-    """The ``count`` largest entries off the diagonal, largest first; none that is 0.
+def most_confused(counts: Counts, count: int) -> list[Pair]:
+    """The ``count`` pairs of different classes with most images, those with most first.
 
     Args:
-        matrix: (classes, classes) from :func:`confusion`.
+        counts: from :func:`confusion`.
         count: at most so many pairs.
     """
-    wrong = matrix.clone().fill_diagonal_(0)
-    order = torch.argsort(wrong.flatten(), descending=True, stable=True)[:count]
-    totals = matrix.sum(dim=1).tolist()
-    cells = [divmod(index, len(matrix)) for index in order.tolist()]
-    pairs = [Pair(row, column, int(wrong[row, column]), totals[row]) for row, column in cells]
-    return [pair for pair in pairs if pair.images]
+    of = torch.zeros(counts.classes, dtype=torch.int64)
+    of.index_add_(0, counts.labels, counts.images)
+    wrong = counts.labels != counts.guesses
+    order = torch.argsort(counts.images[wrong], descending=True, stable=True)[:count]
+    columns = [x[wrong][order].tolist() for x in (counts.labels, counts.guesses, counts.images)]
+    return [
+        Pair(row, guess, images, int(of[row])) for row, guess, images in zip(*columns, strict=True)
+    ]

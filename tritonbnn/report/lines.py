@@ -20,6 +20,7 @@ from tritonbnn.report.style import (
     beside,
     both_steps,
     count_epochs,
+    drawn,
     in_a_row,
     legend,
     look,
@@ -27,6 +28,7 @@ from tritonbnn.report.style import (
     name_of,
 )
 
+_RARE, _LEAST_SHARE = ("dead", "revived"), 0.01
 _NARROW = 0.01  # the least a histogram reaches to both sides of 0
 
 
@@ -68,6 +70,10 @@ def quantities(runs: Sequence[RunRecord]) -> Figure | None:
     for axis in figure.axes:
         if axis.get_yscale() == "linear":
             axis.set_ylim(bottom=max(0, axis.get_ylim()[0]))  # no share is below 0
+    columns = len(figure.axes) // len(rows)
+    for row, axis in zip(rows, figure.axes[::columns], strict=True):
+        if row.keys[0] in _RARE:  # else one weight in a million would fill the axis
+            axis.set_ylim(0, max(_LEAST_SHARE, axis.get_ylim()[1]))
     sampled = any(step.samples_flips for run in runs for step in run.steps.values())
     legend(figure, runs, [(":", "flip-flop ratio of sampled updates")] if sampled else [])
     return figure
@@ -103,8 +109,11 @@ def _lines(runs: Sequence[RunRecord], rows: Sequence[Row], styles: Sequence[Dash
     return figure
 
 
-def _line(axis: Axes, values: np.ndarray, index: int, line: str) -> None:
-    axis.plot(np.arange(1, len(values) + 1), values, line, **look(index, len(values)))
+def _line(axis: Axes, values: np.ndarray, index: int, line: Dash) -> None:
+    style = look(index, len(values)) | drawn(line)
+    if len(values) == 1:  # training lies behind validation, often at the same place
+        style["markersize"] = 9 if line == "--" else 5
+    axis.plot(np.arange(1, len(values) + 1), values, **style)
 
 
 def trajectories(runs: Sequence[RunRecord]) -> Figure | None:

@@ -191,7 +191,7 @@ def confusions(runs: Sequence[RunRecord], matrices: Sequence[Confused | None]) -
     for axis, (run, matrix) in zip(panels, shown, strict=True):
         axis.set_title(f"{name_of(run.label)}, step {matrix.step}")
         axis.grid(visible=False)
-        counts = matrix.counts.numpy()
+        counts = matrix.counts.matrix().numpy()
         percent = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
         image = axis.imshow(percent, norm=Normalize(0, 100), cmap=colours())
         names = [name_of(name) for name in matrix.classes]

@@ -3,10 +3,13 @@
 import base64
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
 from html import escape
 
 import numpy as np
 
+from tritonbnn.cli import printable
 from tritonbnn.report.catalogue import CATALOGUE, Picture
 from tritonbnn.report.confusion import Confused, most_confused
 from tritonbnn.report.measure import Measured
@@ -43,8 +46,19 @@ def _differing(first: dict[str, object], other: dict[str, object]) -> str:
     return ", ".join(f"{key} {other[key]!r} and not {first[key]!r}" for key in keys)
 
 
+@dataclass(frozen=True)
+class Made:
+    """When a page was made, and by which command."""
+
+    when: datetime
+    command: str
+
+
 def page(
-    runs: Sequence[RunRecord], measured: Sequence[Measured], pictures: Sequence[Picture]
+    runs: Sequence[RunRecord],
+    measured: Sequence[Measured],
+    pictures: Sequence[Picture],
+    made: Made,
 ) -> str:
     """The report as HTML."""
     title = f"tritonbnn: {', '.join(run.label for run in runs)}"
@@ -58,7 +72,9 @@ def page(
             f"nothing to draw for: {', '.join(empty)}; a run trained with --analysis full, with its"
             " checkpoints and its data in place, has all"
         )
+    when = made.when.strftime("%Y-%m-%d %H:%M %z")
     parts = [f"<h1>{escape(title)}</h1>", _table(runs)]
+    parts.append(f'<p class="made">{when}: <code>{escape(printable(made.command))}</code></p>')
     if notes:
         items = "".join(f"<li>{escape(note)}</li>" for note in notes)
         parts.append(f"<h2>What is missing</h2>\n<ul>{items}</ul>")

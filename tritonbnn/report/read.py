@@ -203,7 +203,7 @@ def _good_lines(path: Path, rows: list[bytes], notes: list[str]) -> Iterator[Lin
             continue
         try:
             line = json.loads(row)
-        except ValueError:  # of bad UTF-8 too
+        except (ValueError, RecursionError):  # of bad UTF-8 too, and of brackets without end
             line = None
         if _tells_of_an_epoch(line):
             yield line
@@ -260,7 +260,7 @@ def _read_config(folder: Path, notes: list[str]) -> dict[str, Any]:
     path = folder / CONFIG
     try:
         return tomllib.loads(path.read_text("utf-8", errors="surrogateescape"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path} cannot be read, so its settings are not shown: {error}")
         return {}
 

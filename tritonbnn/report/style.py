@@ -7,7 +7,7 @@ are objects: pyplot, with its one state for the whole process, has no part in it
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -77,11 +77,18 @@ def look(index: int, epochs: int) -> dict:
     }
 
 
+def drawn(line: Dash) -> dict[str, Any]:
+    """A line style. Hollow markers stand for dashes where an epoch is alone, without a line."""
+    return {"linestyle": line, **({"markerfacecolor": "white"} if line == "--" else {})}
+
+
 def legend(figure: Figure, runs: Sequence[RunRecord], styles: Sequence[tuple[Dash, str]]) -> None:
     """Name the runs' colours, and the line styles, above all panels."""
     handles = [Line2D([], [], **look(i, 1)) for i in range(len(runs))]
     labels = [name_of(run.label) for run in runs]
-    handles += [Line2D([], [], color="#555555", linestyle=line) for line, _ in styles]
+    short = any(step.epochs == 1 for run in runs for step in run.steps.values())
+    mark: dict[str, Any] = {"marker": "o"} if short else {}
+    handles += [Line2D([], [], color="#555555", **mark, **drawn(line)) for line, _ in styles]
     labels += [name for _, name in styles]
     columns = int(figure.get_figwidth() * _LETTERS / (max(map(len, labels)) + _HANDLE))
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(handles), columns))
@@ -130,8 +137,11 @@ def mark_steps(axis: Axes, run: RunRecord, colour: str, *, name: bool = True) ->
 
 
 def count_epochs(axis: Axes, label: str = "epoch") -> None:
-    """Epochs, which are whole, on the x axis."""
+    """Epochs, which are whole, on the x axis: one alone in the middle."""
     axis.set_xlabel(label)
+    low, high = axis.get_xlim()
+    if high - low < 1:
+        axis.set_xlim(round((low + high) / 2) - 0.5, round((low + high) / 2) + 0.5)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 

@@ -6,9 +6,9 @@ from tritonbnn import cli
 from tritonbnn.cli import printable
 from tritonbnn.compute import Compute, choose_device, keep_freed_memory
 from tritonbnn.train import distributed
-from tritonbnn.train.arguments import parse
+from tritonbnn.train.arguments import Arguments, parse
 from tritonbnn.train.checkpoint import BEST
-from tritonbnn.train.log import Line, table
+from tritonbnn.train.log import Line, is_published, table
 from tritonbnn.train.run import StepRun, open_images
 from tritonbnn.train.rundir import RunFolder, step_folder
 from tritonbnn.train.stop import Stopped, StopSignals
@@ -19,12 +19,21 @@ logger = logging.getLogger("tritonbnn.train")
 def main(argv: list[str]) -> int:
     """Train, or go on training. Returns the exit code."""
     arguments = parse(argv)
+    with StopSignals(patient=distributed.launched()) as signals:
+        return _run(arguments, signals)
+
+
+def _run(arguments: Arguments, signals: StopSignals) -> int:
     config = arguments.config
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    signals = StopSignals(patient=distributed.launched())
-    world = distributed.join(device)
+    try:
+        with signals.obeyed_at_once():
+            world = distributed.join(device)
+    except Stopped as stopped:
+        logger.info("stopped by %s before all processes were there", stopped.signal.name)
+        return stopped.code
     run: RunFolder | None = world.lead(
         lambda: RunFolder(arguments.out, config, fresh=arguments.fresh, device=device)
     )
@@ -49,7 +58,7 @@ def main(argv: list[str]) -> int:
             )
         return stopped.code
     if world.leads:
-        print(table(history, published=config.recipe == "imagenet"))
+        print(table(history, published=is_published(config, len(source.classes))))
         print(f"best weights: {printable(step_folder(folder, config.steps[-1]) / BEST)}")
     distributed.leave()
     return 0

@@ -106,6 +106,8 @@ def read_recipe(name: str) -> dict[str, Any]:
         if any("\udc80" <= c <= "\udcff" for c in text):
             raise UserError(f"cannot read recipe {name}: it is no text in UTF-8") from error
         raise UserError(f"recipe {name} is not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"recipe {name} is not valid TOML: its brackets nest too deeply") from error
     flat = {"recipe": Path(name).stem}
     for key, value in content.items():
         if isinstance(value, dict):

@@ -23,7 +23,7 @@ PREVIOUS = "previous.safetensors"
 BEST = "best.safetensors"
 
 _FORMAT = 1
-_FACTS = "tritonbnn"
+FACTS = "tritonbnn"
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def encode(tensors: dict[str, Tensor], facts: dict[str, Any]) -> bytes:
     # safetensors knows no strides: a channels_last tensor is stored as NCHW
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     header = {"format": _FORMAT, "checksum": _checksum(plain), **facts}
-    return save(plain, metadata={_FACTS: json.dumps(header)})
+    return save(plain, metadata={FACTS: json.dumps(header)})
 
 
 def read(path: Path) -> Checkpoint:
@@ -64,11 +64,11 @@ def read(path: Path) -> Checkpoint:
         raise UserError(f"there is no checkpoint {path}")
     try:
         with utf_8_name(path) as name, safe_open(name, framework="pt") as file:
-            header = (file.metadata() or {})[_FACTS]
+            header = (file.metadata() or {})[FACTS]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         facts = json.loads(header)
         whole = facts["format"] == _FORMAT and facts["checksum"] == _checksum(tensors)
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path) from error
     if not whole:
         raise _damaged(path)

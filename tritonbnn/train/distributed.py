@@ -3,17 +3,18 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
-from typing import TypeVar
+from inspect import signature
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from tritonbnn.cli import UserError
+from tritonbnn.train.meeting import meet
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-_JOIN_TIMEOUT = timedelta(minutes=10)
 T = TypeVar("T")
 
 
@@ -107,46 +108,52 @@ def launched() -> bool:
             raise UserError(
                 f"{name} must be a whole number, not {os.environ[name]!r}: use torchrun"
             )
+    rank, size, port = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+    if rank >= size:
+        raise UserError(
+            f"RANK is {rank} and WORLD_SIZE {size}: ranks are 0 to WORLD_SIZE - 1; use torchrun"
+        )
+    if not 0 < port < 2**16:
+        raise UserError(f"MASTER_PORT must be 1 to {2**16 - 1}, not {port}")
     return True
 
 
-def attempt() -> int:
-    """How often torchrun has restarted this job."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
-
-
 def join(device: torch.device) -> World:
-    """Meet the other processes: NCCL for CUDA, gloo otherwise."""
+    """Meet the other processes: NCCL for CUDA, gloo otherwise.
+
+    Raises:
+        UserError: they do not meet.
+    """
     if not launched():
         return World()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     on_gpu = device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo",
-        store=_store(rank, size),
-        rank=rank,
-        world_size=size,
-        device_id=device if on_gpu else None,
-    )
-    return World(rank, size, dist.new_group(backend="gloo"))
+    store = meet(rank, size)
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
+            device_id=device if on_gpu else None,
+        )
+        return World(rank, size, dist.new_group(backend="gloo"))
+    except RuntimeError as error:
+        raise UserError(
+            f"process {rank} cannot reach the others ({str(error).strip().splitlines()[0]}):"
+            " name the network interface in GLOO_SOCKET_IFNAME, and with GPUs in NCCL_SOCKET_IFNAME"
+        ) from error
 
 
-def _store(rank: int, size: int) -> dist.Store:
-    """Where the processes find each other.
+def exchanging_gradients(model: nn.Module) -> DistributedDataParallel:
+    """``model``, whose gradients become means over the processes.
 
-    A restart by torchrun may meet the store of the attempt before, in which gloo would find the
-    addresses of processes that are dead. So each attempt has keys of its own.
+    Each process feeds its own BatchNorm. The leading one's statistics are the model's.
     """
-    of_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        size,
-        is_master=rank == 0 and not of_agent,
-        timeout=_JOIN_TIMEOUT,
-        multi_tenant=not of_agent,
-    )
-    return dist.PrefixStore(f"tritonbnn/attempt_{attempt()}", store)
+    # torch 2.14 renamed it
+    renamed = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    apart: Any = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+    return DistributedDataParallel(model, **apart)
 
 
 def leave() -> None:

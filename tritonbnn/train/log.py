@@ -1,7 +1,9 @@
 """What a run tells: a bar for the eye, a JSON line per epoch, TensorBoard, and a table."""
 
+import dataclasses
 import json
 import logging
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tritonbnn.files import cannot_write, update
+from tritonbnn.train.arguments import read_recipe, resolve
+from tritonbnn.train.config import MAY_CHANGE_ON_RESUME, Config
 
 LOG, ANALYSIS = "log.jsonl", "analysis.safetensors"
 Line = dict[str, Any]
@@ -18,6 +22,12 @@ logger = logging.getLogger(__name__)
 
 # AdamBNN on ImageNet (2106.11309): step 1 from its authors' issue 2, step 2 from the paper
 PUBLISHED_TOP1 = {1: 71.4, 2: 70.5}
+_PUBLISHED_RECIPE, _PUBLISHED_CLASSES = "imagenet", 1000
+# How a run may differ from that recipe, and still be compared with its numbers.
+_IMMATERIAL = (
+    *MAY_CHANGE_ON_RESUME,
+    *("recipe", "seed", "skip_bad_images", "accumulation", "channels_last", "compile", "sync_bn"),
+)
 
 
 def write_log(folder: Path, history: list[Line]) -> None:
@@ -47,6 +57,20 @@ def scalars(line: Line) -> dict[str, float]:
     return named
 
 
+@cache
+def _summary_writer() -> Any:
+    """TensorBoard's writer, or None, with one line, where it cannot be had."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+    # Packages that do not fit each other raise almost anything when they are imported. A run must
+    # not end for a picture of it.
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        logger.warning("no TensorBoard, which cannot be imported here: %s", reason)
+        return None
+    return SummaryWriter
+
+
 class Board:
     """TensorBoard's view of one step.
 
@@ -57,12 +81,13 @@ class Board:
     """
 
     def __init__(self, folder: Path, step: int, epoch: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
         self._folder = folder / "tensorboard" / f"step{step}"
-        self._writer: SummaryWriter | None = None
+        self._writer: Any = None
+        writer_class = _summary_writer()
+        if writer_class is None:
+            return
         try:
-            self._writer = SummaryWriter(str(self._folder), purge_step=epoch + 1)
+            self._writer = writer_class(str(self._folder), purge_step=epoch + 1)
         except UnicodeEncodeError:
             logger.warning("%s is not UTF-8: TensorBoard cannot write there", self._folder)
         except OSError as error:
@@ -134,6 +159,14 @@ def describe(line: Line, epochs: int) -> str:
         f" top-5 {line['val_top5']:.2f} %;{flips}"
         f" {line['images_per_second']:.0f} img/s"
     )
+
+
+def is_published(config: Config, classes: int) -> bool:
+    """Whether a run is AdamBNN's, so that its published numbers are worth a look beside it."""
+    recipe = resolve(read_recipe(_PUBLISHED_RECIPE))
+    immaterial = {key: getattr(config, key) for key in _IMMATERIAL}
+    same = dataclasses.replace(recipe, **immaterial) == config
+    return same and classes == _PUBLISHED_CLASSES
 
 
 def table(history: list[Line], *, published: bool) -> str:

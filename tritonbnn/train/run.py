@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
 from tritonbnn.cli import UserError
@@ -16,7 +15,7 @@ from tritonbnn.data.batches import check_fits_memory, train_batches, train_steps
 from tritonbnn.data.sources import Source, open_source
 from tritonbnn.train.checkpoint import BEST, has_begun, read
 from tritonbnn.train.config import SCRATCH, Config, to_toml
-from tritonbnn.train.distributed import World
+from tritonbnn.train.distributed import World, exchanging_gradients
 from tritonbnn.train.engine import (
     Objective,
     evaluate,
@@ -301,8 +300,7 @@ class StepRun:
         model = self.state.model
         if self.world.size == 1:
             return model
-        # Each process feeds its own BatchNorm; the leading one's statistics are the model's.
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return exchanging_gradients(model)
 
     def _identity(self) -> dict[str, Any]:
         source, config = self.source, self.config

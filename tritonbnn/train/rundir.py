@@ -15,7 +15,7 @@ from tritonbnn.files import FolderLock, make_folder, remove_leftovers, update
 from tritonbnn.train.arguments import read_recipe, resolve
 from tritonbnn.train.checkpoint import has_begun
 from tritonbnn.train.config import STEPS, Config, differences, to_toml
-from tritonbnn.train.distributed import attempt
+from tritonbnn.train.meeting import attempt
 
 CONFIG = "config.toml"
 ENVIRONMENT = "environment.json"

@@ -4,12 +4,11 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision.models import ResNet34_Weights, resnet34
 
 from tritonbnn.cli import UserError
-from tritonbnn.files import utf_8_name
+from tritonbnn.models.foreign import read_tensors
 
 # Pinned: torchvision's default weights may change, and the published numbers are with these.
 WEIGHTS_URL = ResNet34_Weights.IMAGENET1K_V1.url
@@ -24,8 +23,8 @@ def load_teacher(
 
     Args:
         spec: ``"none"``; ``"resnet34"`` for torchvision's ImageNet weights, downloaded once; or a
-            file with a torchvision ResNet-34 state dict (.pth or .safetensors), whose code is
-            never run.
+            file with the weights of a torchvision ResNet-34, as
+            :func:`~tritonbnn.models.foreign.read_tensors` takes them.
         num_classes: classes of the data.
         device: where to put it.
         channels: channels of the data.
@@ -48,7 +47,7 @@ def load_teacher(
     return _build(spec, state, num_classes).to(device)
 
 
-def _download() -> object:
+def _download() -> dict[str, Tensor]:
     path = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_URL.rpartition("/")[2]
     if not path.exists():
         try:
@@ -63,27 +62,20 @@ def _download() -> object:
     return _read(path)
 
 
-def _read(path: Path) -> object:
+def _read(path: Path) -> dict[str, Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            with utf_8_name(path) as name:
-                return load_file(name)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_tensors(path)
     except FileNotFoundError as error:
         raise UserError(f"teacher {path} is neither a file, nor resnet34, nor none") from error
-    except (PermissionError, IsADirectoryError) as error:
+    except OSError as error:
         raise UserError(f"teacher {path} cannot be read: {error.strerror}") from error
-    # the unpickler raises almost anything on damaged bytes
-    except Exception as error:
-        raise UserError(
-            f"teacher {path} is damaged, or holds more than tensors (code in it is never run):"
-            " replace it by a file with a ResNet-34 state dict"
-        ) from error
+    except ValueError as error:
+        raise UserError(f"teacher {error}") from error
 
 
-def _build(spec: str, state: object, num_classes: int) -> nn.Module:
-    head = state.get(_HEAD) if isinstance(state, dict) else None
-    if not isinstance(head, Tensor) or head.ndim != 2:
+def _build(spec: str, state: dict[str, Tensor], num_classes: int) -> nn.Module:
+    head = state.get(_HEAD)
+    if head is None or head.ndim != 2:
         raise UserError(f"teacher {spec} is not a ResNet-34 state dict: it has no matrix {_HEAD}")
     _check_classes(spec, len(head), num_classes)
     with torch.device("meta"):  # no initial weights, which would draw from the global generator
@@ -91,7 +83,7 @@ def _build(spec: str, state: object, num_classes: int) -> nn.Module:
     teacher = teacher.to_empty(device="cpu")
     try:
         teacher.load_state_dict(state)
-    except (RuntimeError, TypeError, AttributeError) as error:
+    except RuntimeError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         reason = lines[1] if len(lines) > 1 else lines[0]
         raise UserError(

@@ -11,7 +11,7 @@ from tritonbnn.data.sources import Source, open_source
 from tritonbnn.models import build_model
 from tritonbnn.models.blocks import BinaryNetwork
 from tritonbnn.train.checkpoint import BEST, Checkpoint, read
-from tritonbnn.train.published import is_published, read_published
+from tritonbnn.train.elsewhere import NOTHING, Told, is_foreign, read_foreign
 
 logger = logging.getLogger(__name__)
 
@@ -55,13 +55,13 @@ def build(network: dict[str, Any]) -> BinaryNetwork:
         raise UserError(str(error)) from error
 
 
-def load_network(place: Path) -> tuple[BinaryNetwork, Checkpoint]:
-    """The network of a checkpoint, with its weights.
+def load_network(place: Path, told: Told = NOTHING) -> tuple[BinaryNetwork, Checkpoint]:
+    """The network of a checkpoint, with its weights; see :func:`read_any`.
 
     Raises:
         UserError: the checkpoint is missing, damaged, or not what it says.
     """
-    checkpoint = read(find_checkpoint(place))
+    checkpoint = read_any(place, told)
     return network_with_weights(checkpoint), checkpoint
 
 
@@ -76,22 +76,25 @@ def network_with_weights(checkpoint: Checkpoint) -> BinaryNetwork:
     return model
 
 
-def read_any(place: Path, step: int | None) -> Checkpoint:
-    """A checkpoint of this package, or a file in the format of AdamBNN's authors.
+def read_any(place: Path, told: Told = NOTHING) -> Checkpoint:
+    """A checkpoint of this package, or weights from elsewhere.
 
     Args:
         place: file or run.
-        step: of a published file, which does not tell; None for a checkpoint of this package.
+        told: of weights from elsewhere; NOTHING for a checkpoint of this package.
 
     Raises:
-        UserError: it is missing, damaged, or of neither kind, or a step is missing or too much.
+        UserError: it is missing, damaged, or of neither kind, or something is told too much or not.
     """
     path = find_checkpoint(place)
-    if is_published(path):
-        return read_published(path, step)
+    if is_foreign(path):
+        return read_foreign(path, told)
     checkpoint = read(path)
-    if step is not None:
-        raise UserError(f"--step is for published files, and {path} knows its own: leave it out")
+    if told != NOTHING:
+        raise UserError(
+            f"--step and --recipe are for weights from elsewhere, and {path} knows its own:"
+            " leave it out"
+        )
     return checkpoint
 
 
@@ -174,14 +177,18 @@ def initialise_from(model: nn.Module, network: dict[str, Any], place: Path) -> N
     Args:
         model: freshly built.
         network: what it was built from.
-        place: a run, a checkpoint file, or a published one.
+        place: a run, a checkpoint file, or weights from elsewhere.
 
     Raises:
         UserError: the checkpoint is of another architecture or width.
     """
     path = find_checkpoint(place)
-    step = 1 + network["binary_weights"]  # whatever it was published for, its weights are real
-    checkpoint = read_any(path, step if is_published(path) else None)
+    if is_foreign(path):
+        # whatever they were trained for, its weights are real, and its images are those of this run
+        checkpoint = read_foreign(path, Told(step=1 + network["binary_weights"]))
+        checkpoint.facts["network"]["small_images"] = network["small_images"]
+    else:
+        checkpoint = read(path)
     before, after = network_of(checkpoint)["num_classes"], network["num_classes"]
     check_same_network(checkpoint, {**network, "num_classes": before})
     if before == after:
