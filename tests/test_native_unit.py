@@ -17,7 +17,8 @@ from tests.helpers import activation, assert_no_worse_than_eager, vectors
 from tritonbnn import eager, ops, reference
 from tritonbnn.contract import Options, Statistics
 from tritonbnn.models import build_model
-from tritonbnn.native import build, library, whole
+from tritonbnn.compiled import build
+from tritonbnn.native import library, whole
 from tritonbnn.nn import BinaryUnit
 from tritonbnn.ops import composed
 
