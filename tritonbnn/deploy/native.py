@@ -31,8 +31,7 @@ class _Unit(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("stride", "shortcut")),
         ("weight", ctypes.c_void_p),
         ("weight_count", ctypes.c_int64),
-        ("whole", ctypes.c_void_p),
-        ("whole_count", ctypes.c_int64),
+        ("whole", _Floats),
         ("vectors", _Floats),
         ("projection", _Floats),
     )
@@ -182,8 +181,7 @@ class NativeNetwork:
             setattr(place, name, getattr(unit, name))
         place.shortcut = SHORTCUTS.index(unit.shortcut)
         words = bit_words(without_spare_bits(unit.weight, unit.channels))
-        whole = self._keep(_whole_sums(words, unit.channels))
-        place.whole, place.whole_count = whole.ctypes.data, whole.size
+        place.whole = self._floats(_whole_sums(words, unit.channels))
         rows = _blocks(words.reshape(len(words), -1), LANES)
         weight = self._keep(rows)
         place.weight, place.weight_count = weight.ctypes.data, weight.size
@@ -193,7 +191,7 @@ class NativeNetwork:
             _padded(unit.constant),
             _padded(np.ones(count, np.float32) if unit.slope is None else unit.slope),
             _padded(np.zeros(count, np.float32) if unit.shift_out is None else unit.shift_out),
-            _shift(next_shift, count),
+            _threshold(next_shift, count),
         )
         place.vectors = self._floats(np.stack(vectors))
         if unit.projection is not None and unit.offset is not None:
@@ -203,9 +201,9 @@ class NativeNetwork:
     def _whole(self, packed: Packed) -> _Network:
         stem = packed.stem_weight.astype(np.float32).transpose(0, 2, 3, 1)
         first = packed.units[0]
-        shift = _shift(first.shift_in, first.channels)
+        threshold = _threshold(first.shift_in, first.channels)
         taps = _blocks(stem.reshape(len(stem), -1), LANES).ravel()
-        ends = np.concatenate((taps, _padded(packed.stem_offset), shift))
+        ends = np.concatenate((taps, _padded(packed.stem_offset), threshold))
         head = _blocks(packed.head_weight.astype(np.float32), HEAD_LANES).ravel()
         return _Network(
             in_channels=packed.in_channels,
@@ -225,10 +223,10 @@ def _padded(vector: Array, lanes: int = LANES, value: float = 0) -> Array:
     return np.pad(vector, (0, -len(vector) % lanes), constant_values=value)
 
 
-def _shift(shift: Array | None, channels: int) -> Array:
-    """What is added before a sign. -1 where there is no channel: no bit is set there."""
+def _threshold(shift: Array | None, channels: int) -> Array:
+    """x + shift >= 0 is x >= -shift. 1 where there is no channel: no bit is set there."""
     shift = np.zeros(channels, np.float32) if shift is None else shift
-    return _padded(shift, value=-1)
+    return _padded(0 - shift, value=1)
 
 
 def _blocks(rows: Array, lanes: int) -> Array:
@@ -248,7 +246,7 @@ def _whole_sums(words: Array, channels: int) -> Array:
         channels: C.
 
     Returns:
-        (4, 4, O padded) int32 for k = 3, where bit 0 cuts the first row and bit 1 the last; for
+        (4, 4, O padded) for k = 3, where bit 0 cuts the first row and bit 1 the last; for
         k = 1 (O padded,).
     """
     ones = np.bitwise_count(words).sum(-1, dtype=np.int32)  # (O, k, k)

@@ -52,13 +52,14 @@ int prepare_rows(const Network *net, const Call *call, const Layout *layout, int
 /* Store LANES channels of a pixel of the first stream, and their signs in its map. */
 INLINE void store_first(const Network *net, const Layout *layout, int64_t row, int64_t x,
                         int64_t block, vec z) {
-    int64_t lanes = blocks_of(net->stem_channels) * LANES, pad = net->units[0].kernel_size / 2;
-    int64_t image = row / layout->first_height, y = row % layout->first_height;
-    const float *shift = net->stem.numbers + net->stem.count - lanes;
-    store(layout->first + (row * layout->first_width + x) * lanes + block * LANES, z);
-    int64_t line = image * (layout->first_height + 2 * pad) + y + pad;
-    int64_t pixel = line * (layout->first_width + 2 * pad) + x + pad;
-    uint16_t bits = not_negative(z + load(shift + block * LANES));
+    const Stream *first = &layout->first;
+    int64_t pad = net->units[0].kernel_size / 2, height = layout->first_height;
+    const float *threshold = net->stem.numbers + net->stem.count - first->pitch;
+    int64_t pixel = row % first->rows * first->width + x;
+    store(first->numbers + pixel * first->pitch + block * LANES, z);
+    int64_t line = row / height * (height + 2 * pad) + row % height + pad;
+    pixel = line * (first->width + 2 * pad) + x + pad;
+    uint16_t bits = at_least(z, load(threshold + block * LANES));
     memcpy((char *)(layout->map + pixel * words_of(net->stem_channels)) + 2 * block, &bits, 2);
 }
 
@@ -107,7 +108,7 @@ void pool_rows(const Network *net, const Layout *layout, int64_t from, int64_t t
         int64_t image = row / layout->first_height, y = row % layout->first_height;
         int64_t top = larger(0, 2 * y - 1), bottom = smaller(layout->stem_height, 2 * y + 2);
         const float *raw = layout->raw + image * layout->stem_height * width * blocks * LANES;
-        for (int64_t x = 0; x < layout->first_width; x++) {
+        for (int64_t x = 0; x < layout->first.width; x++) {
             int64_t left = larger(0, 2 * x - 1), right = smaller(width, 2 * x + 2);
             for (int64_t block = 0; block < blocks; block++) {
                 vec most = splat(-FLT_MAX);
@@ -120,36 +121,57 @@ void pool_rows(const Network *net, const Layout *layout, int64_t from, int64_t t
     }
 }
 
-void average(const Network *net, const Layout *layout, int64_t from, int64_t to) {
+void average(const Network *net, const Layout *layout, float *features, int64_t from, int64_t to) {
     int64_t channels = net->units[net->unit_count - 1].out_channels, pitch = layout->last_pitch;
     for (int64_t i = from; i < to; i++) {
         int64_t image = i / blocks_of(channels), block = i % blocks_of(channels);
         const float *at = layout->last + image * layout->last_pixels * pitch + block * LANES;
         vec sum = splat(0);
         for (int64_t p = 0; p < layout->last_pixels; p++) sum += load(at + p * pitch);
-        store(layout->features + image * pitch + block * LANES, sum / (float)layout->last_pixels);
+        store(features + image * pitch + block * LANES, sum / (float)layout->last_pixels);
     }
 }
 
-enum { HEAD_VECTORS = HEAD_LANES / LANES };
+enum { HEAD_VECTORS = HEAD_LANES / LANES, HEAD_IMAGES = 4 };
 
-void classify(const Network *net, const Layout *layout, float *logits, int64_t images,
+/* A block of classes of some images; the weights are read once for all of them. */
+INLINE void classify_images(const float *weight, const float *const features[HEAD_IMAGES],
+                            int64_t channels, int images, vec sums[HEAD_IMAGES][HEAD_VECTORS]) {
+    vec total[HEAD_IMAGES][HEAD_VECTORS];
+    for (int i = 0; i < images; i++)
+        for (int v = 0; v < HEAD_VECTORS; v++) total[i][v] = splat(0);
+    for (int64_t k = 0; k < channels; k++, weight += HEAD_LANES)
+        for (int v = 0; v < HEAD_VECTORS; v++) {
+            vec w = load(weight + v * LANES);
+            for (int i = 0; i < images; i++) total[i][v] += w * features[i][k];
+        }
+    memcpy(sums, total, sizeof total);
+}
+
+void classify(const Network *net, const float *features, float *logits, int64_t images,
               int64_t from, int64_t to) {
-    int64_t channels = net->units[net->unit_count - 1].out_channels, pitch = layout->last_pitch;
+    int64_t channels = net->units[net->unit_count - 1].out_channels;
+    int64_t pitch = blocks_of(channels) * LANES;
     int64_t heads = (net->classes + HEAD_LANES - 1) / HEAD_LANES;
     for (int64_t head = from; head < to; head++) {
         const float *weight = net->head.numbers + head * channels * HEAD_LANES;
         const float *offset = net->head.numbers + (heads * channels + head) * HEAD_LANES;
-        int64_t count = smaller(HEAD_LANES, net->classes - head * HEAD_LANES);
-        for (int64_t image = 0; image < images; image++) {
-            const float *features = layout->features + image * pitch;
-            vec sums[HEAD_VECTORS];
-            for (int v = 0; v < HEAD_VECTORS; v++) sums[v] = splat(0);
-            for (int64_t k = 0; k < channels; k++)
-                for (int v = 0; v < HEAD_VECTORS; v++)
-                    sums[v] += load(weight + k * HEAD_LANES + v * LANES) * features[k];
-            for (int v = 0; v < HEAD_VECTORS; v++) sums[v] += load(offset + v * LANES);
-            memcpy(logits + image * net->classes + head * HEAD_LANES, sums, count * sizeof(float));
+        int64_t classes = smaller(HEAD_LANES, net->classes - head * HEAD_LANES);
+        for (int64_t image = 0; image < images; image += HEAD_IMAGES) {
+            int64_t count = smaller(HEAD_IMAGES, images - image);
+            const float *inputs[HEAD_IMAGES];
+            vec sums[HEAD_IMAGES][HEAD_VECTORS];
+            for (int64_t i = 0; i < HEAD_IMAGES; i++)
+                inputs[i] = features + (image + smaller(i, count - 1)) * pitch;
+            if (count == 1)
+                classify_images(weight, inputs, channels, 1, sums);
+            else
+                classify_images(weight, inputs, channels, HEAD_IMAGES, sums);
+            for (int64_t i = 0; i < count; i++) {
+                for (int v = 0; v < HEAD_VECTORS; v++) sums[i][v] += load(offset + v * LANES);
+                memcpy(logits + (image + i) * net->classes + head * HEAD_LANES, sums[i],
+                       classes * sizeof(float));
+            }
         }
     }
 }

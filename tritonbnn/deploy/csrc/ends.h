@@ -15,11 +15,11 @@ void stem_rows(const Network *net, const Call *call, const Layout *layout, int64
 /* Rows of the first stream, [image][row], where the stem is pooled. */
 void pool_rows(const Network *net, const Layout *layout, int64_t from, int64_t to);
 
-/* The means over pixels: [image][block of channels]. */
-void average(const Network *net, const Layout *layout, int64_t from, int64_t to);
+/* The means over pixels, [image][channel]: a range of [image][block of channels]. */
+void average(const Network *net, const Layout *layout, float *features, int64_t from, int64_t to);
 
-/* The logits of a group: blocks of HEAD_LANES classes. */
-void classify(const Network *net, const Layout *layout, float *logits, int64_t images,
+/* The logits of images: a range of blocks of HEAD_LANES classes. */
+void classify(const Network *net, const float *features, float *logits, int64_t images,
               int64_t from, int64_t to);
 
 #endif

@@ -15,16 +15,20 @@ EXPORT const int64_t tritonbnn_abi = TRITONBNN_ABI;
 EXPORT const char tritonbnn_isa[] = TRITONBNN_ISA;
 
 enum {
-    CHUNK = 128,            /* pixels of a chunk at most: its streams stay in the second cache */
     GROUP_BYTES = 1 << 20,  /* of the largest stream of a group of images, or one image */
     GROUP_IMAGES = 64,
+    MOST_BYTES = 1 << 30,   /* of all images' means over pixels */
     FEW_TILES = 4           /* of a thread: with fewer, channels are parted instead of pixels */
 };
 
 /* What one output pixel reads and writes, as places in the unit's arrays. */
 typedef struct {
-    int64_t input, shortcut, next, kind;
+    int64_t input, shortcut, out, next, kind;
 } Spot;
+
+INLINE int64_t place_in(const Stream *stream, int64_t row, int64_t x) {
+    return (row % stream->rows * stream->width + x) * stream->pitch;
+}
 
 static void find_spots(const Placed *u, int64_t from, int64_t to, Spot *spots) {
     int64_t kernel = u->unit->kernel_size, pad = kernel / 2, stride = u->unit->stride;
@@ -38,7 +42,8 @@ static void find_spots(const Placed *u, int64_t from, int64_t to, Spot *spots) {
         int64_t cut_rows = (y * stride < pad) | (y * stride + pad >= u->height) << 1;
         int64_t cut_columns = (x * stride < pad) | (x * stride + pad >= u->width) << 1;
         spots->input = (line * map_width + x * stride) * u->words;
-        spots->shortcut = ((image * u->height + y * stride) * u->width + x * stride) * u->pitch;
+        spots->shortcut = place_in(&u->in, image * u->height + y * stride, x * stride);
+        spots->out = place_in(&u->out, image * u->out_height + y, x);
         line = image * next_height + y + u->next_pad;
         spots->next = (line * next_width + x + u->next_pad) * u->next_words;
         spots->kind = kernel == 3 ? cut_rows * 4 + cut_columns : 0;
@@ -50,10 +55,8 @@ static void find_spots(const Placed *u, int64_t from, int64_t to, Spot *spots) {
     }
 }
 
-/* The channels twice: they may meet within a block. */
+/* The channels twice, where they meet within a block. */
 INLINE vec repeated(const float *pixel, int64_t channels, int64_t first) {
-    if (first + LANES <= channels) return load(pixel + first);
-    if (first >= channels && channels % LANES == 0) return load(pixel + first - channels);
     vec both = splat(0);
     for (int64_t i = 0; i < LANES && first + i < 2 * channels; i++)
         both[i] = pixel[first + i < channels ? first + i : first + i - channels];
@@ -66,52 +69,72 @@ INLINE vec mean_of_four(const float *corner, int64_t pitch, int64_t row) {
     return (sum + load(corner + row + pitch)) * 0.25f;
 }
 
+enum { REPEAT_WITHIN = PROJECT + 1 }; /* REPEAT, where a block may hold both */
+
 /* At most PIXELS outputs of a block of channels. */
-INLINE void tile(const Placed *u, int64_t shortcut, const Spot *spots, int64_t pixel, int64_t count,
+INLINE void tile(const Placed *u, int64_t shortcut, const Spot *spots, int64_t count,
                  int64_t block) {
     const Unit *unit = u->unit;
-    int64_t kernel = unit->kernel_size, run = kernel * u->words, lanes = u->out_pitch;
+    int64_t kernel = unit->kernel_size, run = kernel * u->words, lanes = u->out.pitch;
     int64_t map_row = (u->width + 2 * (kernel / 2)) * u->words, first = block * LANES;
     const uint32_t *inputs[PIXELS];
     ivec counts[PIXELS];
     for (int64_t p = 0; p < PIXELS; p++) inputs[p] = u->map + spots[smaller(p, count - 1)].input;
-    count_different(unit->weight + block * kernel * run * LANES, inputs, kernel, run, map_row,
-                    counts);
-    const float *vectors = unit->vectors.numbers + first;
+    const uint32_t *weight = unit->weight + block * kernel * run * LANES;
+    if (count > PIXELS / 2)
+        count_different(weight, inputs, kernel, run, map_row, PIXELS, counts);
+    else if (count > 1)
+        count_different(weight, inputs, kernel, run, map_row, PIXELS / 2, counts);
+    else
+        count_different(weight, inputs, kernel, run, map_row, 1, counts);
+    const float *vectors = unit->vectors.numbers + first, *stream = u->in.numbers;
+    const float *whole = unit->whole.numbers + first;
     vec scale = load(vectors), constant = load(vectors + lanes), slope = load(vectors + 2 * lanes);
-    vec shift_out = load(vectors + 3 * lanes), next_shift = load(vectors + 4 * lanes);
-    for (int64_t p = 0; p < count; p++) {
-        const Spot *spot = &spots[p];
-        const float *from = u->stream + spot->shortcut;
-        float *out = u->out + (pixel + p) * lanes + first;
-        ivec sum = load_whole(unit->whole + spot->kind * lanes + first) - 2 * counts[p];
-        vec t = __builtin_convertvector(sum, vec) * scale + constant;
-        if (shortcut == IDENTITY)
-            t += load(from + first);
-        else if (shortcut == REPEAT)
-            t += repeated(from, unit->channels, first);
+    vec shift_out = load(vectors + 3 * lanes), threshold = load(vectors + 4 * lanes);
+    int64_t channels = unit->channels, pitch = u->in.pitch, row = u->width * pitch;
+    int64_t source = shortcut == REPEAT && first >= channels ? first - channels : first;
+    float *stream_out = u->out.numbers + first;
+    char *next = u->next ? (char *)u->next + 2 * block : NULL;
+    for (int64_t p = 0; p < count; p++, spots++) {
+        const float *from = stream + spots->shortcut;
+        float *out = stream_out + spots->out;
+        /* whole numbers below 2^24, so exact in floats */
+        vec sum = load(whole + spots->kind * lanes) - 2 * __builtin_convertvector(counts[p], vec);
+        vec t = sum * scale + constant;
+        if (shortcut == IDENTITY || shortcut == REPEAT)
+            t += load(from + source);
+        else if (shortcut == REPEAT_WITHIN)
+            t += repeated(from, channels, first);
         else if (shortcut == POOL)
-            t += mean_of_four(from + first, u->pitch, u->width * u->pitch);
+            t += mean_of_four(from + first, pitch, row);
         else /* PROJECT has left it there */
             t += load(out);
         vec z = prelu(t, slope) + shift_out;
         store(out, z);
-        if (u->next) {
-            uint16_t bits = not_negative(z + next_shift);
-            memcpy((char *)(u->next + spot->next) + 2 * block, &bits, 2);
+        if (next) {
+            uint16_t bits = at_least(z, threshold);
+            memcpy(next + 4 * spots->next, &bits, 2);
         }
     }
 }
 
 static void tiles(const Placed *u, const Spot *spots, int64_t from, int64_t to, int64_t block) {
-    int64_t shortcut = u->unit->shortcut;
+    const Unit *unit = u->unit;
+    int64_t shortcut = unit->shortcut, words = unit->kernel_size * unit->kernel_size * u->words;
+    const char *weight = (const char *)(unit->weight + block * words * LANES);
+    if (shortcut == REPEAT && unit->channels % LANES) shortcut = REPEAT_WITHIN;
+    int64_t ahead = (block + 1) * LANES < u->out.pitch ? words : 0; /* of the next block, in lines */
+    int64_t part = (ahead * PIXELS + to - from - 1) / (to - from), line = 0;
     for (int64_t pixel = from; pixel < to; pixel += PIXELS, spots += PIXELS) {
         int64_t count = smaller(PIXELS, to - pixel);
+        for (int64_t last = smaller(line + part, ahead); line < last; line++)
+            __builtin_prefetch(weight + (ahead + line) * LANES * 4, 0, 2);
         switch (shortcut) { /* constants: each loop is compiled for one of them */
-        case IDENTITY: tile(u, IDENTITY, spots, pixel, count, block); break;
-        case REPEAT: tile(u, REPEAT, spots, pixel, count, block); break;
-        case POOL: tile(u, POOL, spots, pixel, count, block); break;
-        default: tile(u, PROJECT, spots, pixel, count, block);
+        case IDENTITY: tile(u, IDENTITY, spots, count, block); break;
+        case REPEAT: tile(u, REPEAT, spots, count, block); break;
+        case REPEAT_WITHIN: tile(u, REPEAT_WITHIN, spots, count, block); break;
+        case POOL: tile(u, POOL, spots, count, block); break;
+        default: tile(u, PROJECT, spots, count, block);
         }
     }
 }
@@ -119,7 +142,8 @@ static void tiles(const Placed *u, const Spot *spots, int64_t from, int64_t to, 
 /* The 2 x 2 means times a real 1 x 1 convolution, into the output. scratch: PIXELS pixels. */
 static void project(const Placed *u, const Spot *spots, int64_t from, int64_t to,
                     int64_t first_block, int64_t last_block, float *scratch) {
-    int64_t channels = u->unit->channels, blocks = u->out_pitch / LANES, row = u->width * u->pitch;
+    int64_t channels = u->unit->channels, blocks = u->out.pitch / LANES;
+    int64_t pitch = u->in.pitch, row = u->width * pitch;
     const float *weight = u->unit->projection.numbers;
     for (int64_t pixel = from; pixel < to; pixel += REAL_PIXELS, spots += REAL_PIXELS) {
         int64_t count = smaller(REAL_PIXELS, to - pixel);
@@ -128,11 +152,11 @@ static void project(const Placed *u, const Spot *spots, int64_t from, int64_t to
             float *mean = scratch + smaller(p, count - 1) * channels;
             inputs[p] = mean;
             if (p >= count) continue;
-            const float *corner = u->stream + spots[p].shortcut;
+            const float *corner = u->in.numbers + spots[p].shortcut;
             for (int64_t c = 0; c < channels; c++) {
-                float sum = corner[c] + corner[c + u->pitch];
+                float sum = corner[c] + corner[c + pitch];
                 sum += corner[c + row];
-                mean[c] = (sum + corner[c + row + u->pitch]) * 0.25f;
+                mean[c] = (sum + corner[c + row + pitch]) * 0.25f;
             }
         }
         for (int64_t block = first_block; block < last_block; block++) {
@@ -140,7 +164,7 @@ static void project(const Placed *u, const Spot *spots, int64_t from, int64_t to
             real_product(weight + block * channels * LANES, inputs, 1, channels, 0, sums);
             vec offset = load(weight + (blocks * channels + block) * LANES);
             for (int64_t p = 0; p < count; p++)
-                store(u->out + (pixel + p) * u->out_pitch + block * LANES, sums[p] + offset);
+                store(u->out.numbers + spots[p].out + block * LANES, sums[p] + offset);
         }
     }
 }
@@ -171,65 +195,118 @@ static int64_t share(Member member, int64_t things, int64_t past) {
     return things * (member.index + past) / member.count;
 }
 
-/* Units that a thread can run on its pixels alone: the first, and those of 1 x 1 behind it. */
-static int64_t run_of_units(const Network *net, int64_t first) {
-    int64_t last = first + 1;
-    while (last < net->unit_count && net->units[last].kernel_size == 1 &&
-           net->units[last].stride == 1)
-        last++;
-    return last;
+/* Some pixels of all units of a group. */
+static void group_chunk(const Layout *layout, int64_t first, int64_t last, int64_t from, int64_t to,
+                        float *scratch) {
+    int64_t step = tritonbnn_chunk_pixels(layout->units[first].unit);
+    for (int64_t at = from; at < to; at += step)
+        for (int64_t i = first; i < last; i++) {
+            const Placed *u = &layout->units[i];
+            chunk(u, at, smaller(at + step, to), 0, u->out.pitch / LANES, scratch);
+        }
 }
 
-static void units(const Network *net, const Layout *layout, int64_t images, Member member) {
+/* All units from `first` on, one group after the other. */
+static void run_units(const Network *net, const Layout *layout, int64_t first, int64_t images,
+                      Member member) {
     float *scratch = layout->scratch + member.index * layout->scratch_floats;
-    for (int64_t i = 0; i < net->unit_count;) {
-        int64_t last = run_of_units(net, i), pixels = images * layout->units[i].pixels;
-        int64_t groups = (pixels + PIXELS - 1) / PIXELS;
-        if (member.count > 1 && groups < FEW_TILES * member.count) {
-            const Placed *u = &layout->units[i];
-            int64_t blocks = u->out_pitch / LANES;
+    for (int64_t i = first; i < net->unit_count;) {
+        const Placed *u = &layout->units[i];
+        int64_t last = tritonbnn_group_end(net, i), pixels = images * u->out_height * u->out_width;
+        int64_t count = (pixels + PIXELS - 1) / PIXELS;
+        if (member.count > 1 && count < FEW_TILES * member.count) {
+            int64_t blocks = u->out.pitch / LANES;
             for (int64_t at = 0; at < pixels; at += CHUNK)
                 chunk(u, at, smaller(at + CHUNK, pixels), share(member, blocks, 0),
                       share(member, blocks, 1), scratch);
             i++;
         } else {
-            int64_t from = share(member, groups, 0) * PIXELS;
-            int64_t to = smaller(share(member, groups, 1) * PIXELS, pixels);
-            for (int64_t at = from; at < to; at += CHUNK)
-                for (int64_t j = i; j < last; j++) {
-                    const Placed *u = &layout->units[j];
-                    chunk(u, at, smaller(at + CHUNK, to), 0, u->out_pitch / LANES, scratch);
-                }
+            group_chunk(layout, i, last, share(member, count, 0) * PIXELS,
+                        smaller(share(member, count, 1) * PIXELS, pixels), scratch);
             i = last;
         }
         meet(member);
     }
 }
 
+/* Groups of units that flow: each is computed a few rows at a time, when the next one needs them.
+   Their streams stay in a near cache then. */
+typedef struct {
+    const Network *net;
+    const Call *call;
+    const Layout *layout;
+    int64_t images;
+    int64_t first[MOST_GROUPS + 1]; /* unit of each group */
+    int64_t done[MOST_GROUPS];      /* rows of its output */
+    int64_t stem_done;
+} Flow;
+
+/* Rows of the input, of all images, that the rows before `to` of a unit's output are made of. */
+static int64_t rows_needed(const Placed *u, int64_t to) {
+    int64_t image = (to - 1) / u->out_height, y = (to - 1) % u->out_height;
+    int64_t stride = u->unit->stride, below = larger(u->unit->kernel_size / 2, stride - 1);
+    return image * u->height + smaller(u->height, y * stride + below + 1);
+}
+
+static void flow_to(Flow *flow, int64_t group, int64_t rows) {
+    const Layout *layout = flow->layout;
+    if (group < 0) {
+        int64_t all = flow->images * layout->first_height;
+        while (flow->stem_done < rows) {
+            int64_t to = smaller(flow->stem_done + layout->stem_chunk_rows, all);
+            stem_rows(flow->net, flow->call, layout, flow->stem_done, to);
+            flow->stem_done = to;
+        }
+        return;
+    }
+    const Placed *u = &layout->units[flow->first[group]];
+    int64_t all = flow->images * u->out_height;
+    while (flow->done[group] < rows) {
+        int64_t from = flow->done[group], to = smaller(from + u->chunk_rows, all);
+        flow_to(flow, group - 1, rows_needed(u, to));
+        group_chunk(layout, flow->first[group], flow->first[group + 1], from * u->out_width,
+                    to * u->out_width, layout->scratch);
+        flow->done[group] = to;
+    }
+}
+
+/* The stem, unless its output is pooled, and the units that flow. */
+static void run_flow(const Network *net, const Call *call, const Layout *layout, int64_t images) {
+    Flow flow = {.net = net, .call = call, .layout = layout, .images = images};
+    int64_t groups = 0;
+    if (net->stem_pools) flow.stem_done = images * layout->first_height;
+    while (flow.first[groups] < layout->flowing) {
+        flow.first[groups + 1] = tritonbnn_group_end(net, flow.first[groups]);
+        groups++;
+    }
+    const Placed *last = &layout->units[layout->flowing - 1];
+    flow_to(&flow, groups - 1, images * last->out_height);
+}
+
 /* Images from `first` on. Returns whether all numbers that this member saw were finite. */
-static int run_group(const Network *net, const Call *call, const Layout *layout, int64_t first,
-                     int64_t images, Member member) {
+static int run_group(const Network *net, const Call *call, const Layout *layout, float *features,
+                     int64_t first, int64_t images, Member member) {
     int64_t rows = images * (call->height + 2 * layout->pad);
     int finite = prepare_rows(net, call, layout, first, share(member, rows, 0),
                               share(member, rows, 1));
     int64_t bytes = layout->map_bytes, start = share(member, bytes, 0);
     memset(layout->maps + start, 0, share(member, bytes, 1) - start);
     meet(member);
-    rows = images * layout->stem_height;
-    stem_rows(net, call, layout, share(member, rows, 0), share(member, rows, 1));
-    meet(member);
+    if (net->stem_pools || !layout->flowing) {
+        rows = images * layout->stem_height;
+        stem_rows(net, call, layout, share(member, rows, 0), share(member, rows, 1));
+        meet(member);
+    }
     if (net->stem_pools) {
         rows = images * layout->first_height;
         pool_rows(net, layout, share(member, rows, 0), share(member, rows, 1));
         meet(member);
     }
-    units(net, layout, images, member);
+    if (layout->flowing) run_flow(net, call, layout, images);
+    run_units(net, layout, layout->flowing, images, member);
     int64_t means = images * layout->last_pitch / LANES;
-    average(net, layout, share(member, means, 0), share(member, means, 1));
-    meet(member);
-    int64_t heads = (net->classes + HEAD_LANES - 1) / HEAD_LANES;
-    classify(net, layout, call->logits + first * net->classes, images, share(member, heads, 0),
-             share(member, heads, 1));
+    average(net, layout, features + first * layout->last_pitch, share(member, means, 0),
+            share(member, means, 1));
     meet(member); /* before the next group overwrites what others still read */
     return finite;
 }
@@ -255,6 +332,11 @@ static int64_t make_plan(const Network *net, const Call *call, Plan *plan) {
     return DONE;
 }
 
+/* Of an image's means over pixels. */
+static int64_t feature_bytes(const Network *net) {
+    return blocks_of(net->units[net->unit_count - 1].out_channels) * LANES * 4;
+}
+
 EXPORT int64_t tritonbnn_engine_workspace(const Network *net, const Call *call) {
     Plan plan;
     Layout layout;
@@ -264,14 +346,18 @@ EXPORT int64_t tritonbnn_engine_workspace(const Network *net, const Call *call) 
         code = tritonbnn_lay_out(net, call->height, call->width, plan.images,
                                  plan.apart ? 1 : call->threads, NULL, &layout);
     if (code != DONE) return -code;
-    return layout.bytes * (plan.apart ? call->threads : 1);
+    if (call->image_count > MOST_BYTES / feature_bytes(net)) return -BAD_SIZE;
+    return layout.bytes * (plan.apart ? call->threads : 1) +
+           call->image_count * feature_bytes(net);
 }
 
 typedef struct {
     const Network *net;
     const Call *call;
     Plan plan;
-    int64_t bytes; /* of a thread's own workspace */
+    float *features; /* [image][channel] of all images, at the workspace's start */
+    char *workspace; /* behind them */
+    int64_t bytes;   /* of a thread's own workspace */
     Layout shared; /* of all threads, where they run the same images together */
     int finite;    /* set to 0 by whoever finds it so */
 } Work;
@@ -285,13 +371,17 @@ static void run_member(Work *work, Member member) {
         first = share(member, call->image_count, 0);
         last = share(member, call->image_count, 1);
         tritonbnn_lay_out(net, call->height, call->width, step, 1,
-                          call->workspace + member.index * work->bytes, &own);
+                          work->workspace + member.index * work->bytes, &own);
         layout = &own;
         member = (Member){0, 1, NULL};
     }
     int finite = 1;
-    for (; first < last; first += step)
-        finite &= run_group(net, call, layout, first, smaller(step, last - first), member);
+    for (int64_t at = first; at < last; at += step)
+        finite &= run_group(net, call, layout, work->features, at, smaller(step, last - at), member);
+    int64_t heads = (net->classes + HEAD_LANES - 1) / HEAD_LANES;
+    classify(net, work->features + first * feature_bytes(net) / 4,
+             call->logits + first * net->classes, last - first, share(member, heads, 0),
+             share(member, heads, 1));
     if (!finite) __atomic_store_n(&work->finite, 0, __ATOMIC_RELAXED);
 }
 
@@ -307,10 +397,13 @@ EXPORT int64_t tritonbnn_engine_run(const Network *net, const Call *call) {
     if (call->workspace_bytes < bytes || !call->workspace) return SMALL_WORKSPACE;
     Work work = {.net = net, .call = call, .finite = 1};
     make_plan(net, call, &work.plan);
-    work.bytes = bytes / (work.plan.apart ? call->threads : 1);
+    int64_t means = call->image_count * feature_bytes(net);
+    work.features = (float *)call->workspace;
+    work.workspace = call->workspace + means;
+    work.bytes = (bytes - means) / (work.plan.apart ? call->threads : 1);
     if (!work.plan.apart)
         tritonbnn_lay_out(net, call->height, call->width, work.plan.images, call->threads,
-                          call->workspace, &work.shared);
+                          work.workspace, &work.shared);
     if (call->threads > 1 && call->team.parallel)
         call->team.parallel(run_in_team, &work, (unsigned)call->threads, 0);
     else

@@ -19,15 +19,14 @@ typedef struct {
     int64_t count;
 } Floats;
 
-/* Blocks are of LANES output channels. What pads the last block is 0, and -1 in a shift. */
+/* Blocks are of LANES output channels. What pads the last block is 0, and 1 in a threshold. */
 typedef struct {
     int64_t channels, out_channels, kernel_size, stride, shortcut;
     const uint32_t *weight; /* [block][tap][word of the input][lane] */
     int64_t weight_count;
-    const int32_t *whole; /* [cut rows][cut columns][channel]: the sum if no bit differed; for a
-                             1 x 1 kernel only [channel] */
-    int64_t whole_count;
-    Floats vectors;    /* [scale, constant, slope, shift out, shift of the next sign][channel] */
+    Floats whole;   /* [cut rows][cut columns][channel]: the sum if no bit differed; for a 1 x 1
+                       kernel only [channel] */
+    Floats vectors; /* [scale, constant, slope, shift out, threshold of the next sign][channel] */
     Floats projection; /* [block][input channel][lane], then an offset [channel] */
 } Unit;
 
@@ -37,7 +36,7 @@ typedef struct {
     int64_t stem_pools; /* 1 where a 3 x 3 maximum of stride 2 follows the stem */
     int64_t unit_count;
     const Unit *units;
-    Floats stem; /* [block][tap][input channel][lane], then offset and shift of the next sign */
+    Floats stem; /* [block][tap][input channel][lane], then offset and threshold of the next sign */
     Floats head; /* [block of HEAD_LANES classes][feature][lane], then an offset [class] */
 } Network;
 

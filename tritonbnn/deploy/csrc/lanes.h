@@ -28,12 +28,6 @@ INLINE vec load(const float *p) {
 
 INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
-INLINE ivec load_whole(const int32_t *p) {
-    ivec v;
-    memcpy(&v, p, sizeof v);
-    return v;
-}
-
 INLINE vec splat(float x) { return x - (vec){0}; }
 
 /* t where it is above 0, else t * slope. */
@@ -48,34 +42,35 @@ INLINE vec prelu(vec t, vec slope) {
 #endif
 }
 
-/* Bit i is 1 if lane i is 0 or more. */
-INLINE uint16_t not_negative(vec v) {
+/* Bit i is 1 if lane i of v is at least that of w. */
+INLINE uint16_t at_least(vec v, vec w) {
 #if defined(__AVX512F__)
-    return (uint16_t)_mm512_cmp_ps_mask((__m512)v, _mm512_setzero_ps(), _CMP_GE_OQ);
+    return (uint16_t)_mm512_cmp_ps_mask((__m512)v, (__m512)w, _CMP_GE_OQ);
 #elif defined(__AVX2__)
-    __m256 halves[2];
-    memcpy(halves, &v, sizeof v);
-    int low = _mm256_movemask_ps(_mm256_cmp_ps(halves[0], _mm256_setzero_ps(), _CMP_GE_OQ));
-    int high = _mm256_movemask_ps(_mm256_cmp_ps(halves[1], _mm256_setzero_ps(), _CMP_GE_OQ));
+    __m256 a[2], b[2];
+    memcpy(a, &v, sizeof v);
+    memcpy(b, &w, sizeof w);
+    int low = _mm256_movemask_ps(_mm256_cmp_ps(a[0], b[0], _CMP_GE_OQ));
+    int high = _mm256_movemask_ps(_mm256_cmp_ps(a[1], b[1], _CMP_GE_OQ));
     return (uint16_t)(low | high << 8);
 #elif defined(__SSE2__)
-    __m128 quarters[4];
+    __m128 a[4], b[4];
     int bits = 0;
-    memcpy(quarters, &v, sizeof v);
-    for (int i = 0; i < 4; i++)
-        bits |= _mm_movemask_ps(_mm_cmpge_ps(quarters[i], _mm_setzero_ps())) << 4 * i;
+    memcpy(a, &v, sizeof v);
+    memcpy(b, &w, sizeof w);
+    for (int i = 0; i < 4; i++) bits |= _mm_movemask_ps(_mm_cmpge_ps(a[i], b[i])) << 4 * i;
     return (uint16_t)bits;
 #elif defined(__wasm_simd128__)
-    v128_t quarters[4];
+    v128_t a[4], b[4];
     uint32_t bits = 0;
-    memcpy(quarters, &v, sizeof v);
-    for (int i = 0; i < 4; i++)
-        bits |= wasm_i32x4_bitmask(wasm_f32x4_ge(quarters[i], wasm_f32x4_splat(0))) << 4 * i;
+    memcpy(a, &v, sizeof v);
+    memcpy(b, &w, sizeof w);
+    for (int i = 0; i < 4; i++) bits |= wasm_i32x4_bitmask(wasm_f32x4_ge(a[i], b[i])) << 4 * i;
     return (uint16_t)bits;
 #else
     const ivec place = {1,   2,   4,    8,    16,   32,   64,    128,
                         256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
-    ivec bits = (ivec)(v >= 0) & place;
+    ivec bits = (ivec)(v >= w) & place;
     int32_t sum = 0;
     for (int i = 0; i < LANES; i++) sum |= bits[i];
     return (uint16_t)sum;

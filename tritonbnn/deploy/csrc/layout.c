@@ -8,6 +8,12 @@
 enum { MOST_CHANNELS = 1 << 16, MOST_SIDE = 1 << 14, MOST_UNITS = 1 << 12, MOST_CLASSES = 1 << 22,
        MOST_INPUTS = 1 << 10, MOST_IMAGES = 1 << 6, LINE = 64 };
 
+enum {
+    CHUNK_BYTES = 1 << 14,         /* of a chunk's stream at least, and it stays in a first cache */
+    FLOW_STREAM_BYTES = 3 << 17,   /* a stream that is smaller stays in a second cache anyway */
+    FLOW_WEIGHT_BYTES = 160 << 10  /* of all units that flow: they stay there too */
+};
+
 static int between(int64_t x, int64_t least, int64_t most) { return x >= least && x <= most; }
 
 static int holds(Floats floats, int64_t count) {
@@ -24,9 +30,8 @@ static int is_unit(const Unit *u) {
     int64_t channels = u->shortcut == REPEAT ? 2 * u->channels : u->channels;
     if (u->shortcut != PROJECT && channels != u->out_channels) return 0;
     int64_t projection = u->shortcut == PROJECT ? (u->channels + 1) * lanes : 0;
-    return u->weight && u->whole &&
-           u->weight_count == lanes * kernel * kernel * words_of(u->channels) &&
-           u->whole_count == (kernel == 3 ? 16 : 1) * lanes && holds(u->vectors, 5 * lanes) &&
+    return u->weight && u->weight_count == lanes * kernel * kernel * words_of(u->channels) &&
+           holds(u->whole, (kernel == 3 ? 16 : 1) * lanes) && holds(u->vectors, 5 * lanes) &&
            holds(u->projection, projection);
 }
 
@@ -65,59 +70,167 @@ static int64_t map_bytes(const Unit *u, int64_t images, int64_t height, int64_t 
     return (words * 4 + LINE - 1) / LINE * LINE;
 }
 
-static int keeps_memory(const Unit *u) { return u->shortcut == IDENTITY; }
+static int64_t stream_bytes(int64_t rows, int64_t width, int64_t channels) {
+    return rows * width * blocks_of(channels) * LANES * 4;
+}
 
-enum { BUFFERS = 3 }; /* a unit that cannot work in place, and one behind it, need two more */
+static int works_in_place(const Unit *u) { return u->shortcut == IDENTITY; }
+
+int64_t tritonbnn_group_end(const Network *net, int64_t first) {
+    int64_t last = first + 1;
+    while (last < net->unit_count && net->units[last].kernel_size == 1 &&
+           net->units[last].stride == 1)
+        last++;
+    return last;
+}
+
+int64_t tritonbnn_chunk_pixels(const Unit *u) {
+    int64_t weight = 4 * u->weight_count, pixel = stream_bytes(1, 1, u->out_channels);
+    int64_t pixels = larger(CHUNK_BYTES, weight) / pixel / PIXELS * PIXELS;
+    return smaller(CHUNK, larger(PIXELS, pixels));
+}
+
+static int64_t chunk_rows(const Unit *u, int64_t width) {
+    return larger(1, tritonbnn_chunk_pixels(u) / larger(1, width));
+}
+
+/* How many of the first units flow: whole groups, as long as streams are too large for the second
+   cache, and all their weights are not. */
+static int64_t count_flowing(const Network *net, int64_t images, int64_t height, int64_t width) {
+    int64_t weights = 0, first = 0;
+    for (int64_t groups = 0; first < net->unit_count && groups < MOST_GROUPS; groups++) {
+        int64_t last = tritonbnn_group_end(net, first), bytes = 0;
+        for (int64_t i = first; i < last; i++) {
+            const Unit *u = &net->units[i];
+            bytes = larger(bytes, stream_bytes(images * height, width, u->channels));
+            height /= u->stride;
+            width /= u->stride;
+            weights += 4 * u->weight_count;
+            bytes = larger(bytes, stream_bytes(images * height, width, u->out_channels));
+        }
+        if (bytes < FLOW_STREAM_BYTES || weights > FLOW_WEIGHT_BYTES) break;
+        first = last;
+    }
+    return first;
+}
+
+/* The rows of a stream that must be in memory at once. It is opened by unit `opener`, or by the
+   stem if that is -1; height, width are its own.
+
+   A group computes chunk after chunk, and the one before it is never ahead by more than its own
+   chunk and what this chunk reads. So the rows of all groups that work on the stream add up. */
+static int64_t rows_at_once(const Network *net, const Layout *layout, int64_t opener,
+                            int64_t height, int64_t width) {
+    int64_t all = layout->images * height, i = opener + 1;
+    if (i > layout->flowing || !layout->flowing) return all;
+    int64_t rows = opener < 0 ? layout->stem_chunk_rows : chunk_rows(&net->units[opener], width);
+    int in_group = opener >= 0; /* whether the units at i are of the opener's own group */
+    while (i < layout->flowing) {
+        const Unit *u = &net->units[i];
+        int64_t end = tritonbnn_group_end(net, i);
+        if (in_group && u->kernel_size == 1 && u->stride == 1)
+            end = i + 1; /* it takes the opener's chunk */
+        else
+            rows += chunk_rows(u, width / u->stride) * u->stride + u->kernel_size / 2 + 1;
+        int stays = 1;
+        for (; i < end && stays; i++) stays = works_in_place(&net->units[i]);
+        if (!stays) return smaller(all, (rows + 3) / 2 * 2); /* even: a pool reads two as one */
+    }
+    return all; /* what does not flow reads it */
+}
+
+enum { ROTATING = 3, MOST_BUFFERS = ROTATING + 2 * MOST_GROUPS + 1 };
+
+/* The walk through a network's units: what is known of the next one before it has memory. */
+typedef struct {
+    const Network *net;
+    const Layout *layout;
+    int64_t index, buffer, rows, height, width;              /* of its input */
+    int64_t out_buffer, out_rows, out_height, out_width;     /* and of its output */
+    int64_t opened; /* buffers of streams that flow */
+} Walk;
+
+static void look_at_unit(Walk *w) {
+    if (w->index >= w->net->unit_count) return;
+    const Unit *u = &w->net->units[w->index];
+    w->out_height = w->height / u->stride;
+    w->out_width = w->width / u->stride;
+    w->out_buffer = w->buffer;
+    w->out_rows = w->rows;
+    if (works_in_place(u)) return;
+    w->out_rows = rows_at_once(w->net, w->layout, w->index, w->out_height, w->out_width);
+    if (w->index < w->layout->flowing && w->opened < MOST_BUFFERS - ROTATING)
+        w->out_buffer = ROTATING + w->opened++;
+    else /* a unit that cannot work in place, and one behind it, need two more */
+        w->out_buffer = (w->buffer + 1) % ROTATING;
+}
+
+static Walk start_walk(const Network *net, const Layout *layout, int64_t width) {
+    Walk w = {.net = net, .layout = layout, .height = layout->first_height, .width = width};
+    w.rows = net->stem_pools ? layout->images * w.height
+                             : rows_at_once(net, layout, -1, w.height, w.width);
+    if (layout->flowing) w.buffer = ROTATING + w.opened++;
+    look_at_unit(&w);
+    return w;
+}
+
+static void step(Walk *w) {
+    w->index++;
+    w->buffer = w->out_buffer;
+    w->rows = w->out_rows;
+    w->height = w->out_height;
+    w->width = w->out_width;
+    look_at_unit(w);
+}
 
 /* The bytes of each buffer of streams, of all maps, and of a thread's scratch. */
-static int64_t measure(const Network *net, Layout *layout, int64_t buffers[BUFFERS]) {
-    int64_t height = layout->first_height, width = layout->first_width, buffer = 0;
-    int64_t n = layout->images;
+static int64_t measure(Layout *layout, Walk w, int64_t buffers[MOST_BUFFERS]) {
     layout->map_bytes = layout->scratch_floats = 0;
-    for (int b = 0; b < BUFFERS; b++) buffers[b] = 0;
-    buffers[0] = n * height * width * blocks_of(net->stem_channels) * LANES * 4;
-    for (int64_t i = 0; i < net->unit_count; i++) {
-        const Unit *u = &net->units[i];
-        if (u->stride == 2 && (height % 2 || width % 2)) return BAD_SIZE;
-        layout->map_bytes += map_bytes(u, n, height, width);
-        height /= u->stride;
-        width /= u->stride;
-        if (!keeps_memory(u)) buffer = (buffer + 1) % BUFFERS;
-        int64_t bytes = n * height * width * blocks_of(u->out_channels) * LANES * 4;
-        buffers[buffer] = larger(buffers[buffer], bytes);
+    for (int b = 0; b < MOST_BUFFERS; b++) buffers[b] = 0;
+    buffers[w.buffer] = stream_bytes(w.rows, w.width, w.net->stem_channels);
+    for (; w.index < w.net->unit_count; step(&w)) {
+        const Unit *u = &w.net->units[w.index];
+        if (u->stride == 2 && (w.height % 2 || w.width % 2)) return BAD_SIZE;
+        layout->map_bytes += map_bytes(u, layout->images, w.height, w.width);
+        int64_t bytes = stream_bytes(w.out_rows, w.out_width, u->out_channels);
+        buffers[w.out_buffer] = larger(buffers[w.out_buffer], bytes);
         if (u->shortcut == PROJECT)
             layout->scratch_floats = larger(layout->scratch_floats, PIXELS * u->channels);
     }
-    return height > 0 && width > 0 ? DONE : BAD_SIZE;
+    return w.height > 0 && w.width > 0 ? DONE : BAD_SIZE;
 }
 
-static void place(const Network *net, Layout *layout, float *const buffers[BUFFERS]) {
-    int64_t height = layout->first_height, width = layout->first_width, buffer = 0;
+static void place(Layout *layout, Walk w, float *const buffers[MOST_BUFFERS]) {
+    const Network *net = w.net;
     char *map = layout->maps;
-    layout->first = buffers[0];
+    int64_t pitch = blocks_of(net->stem_channels) * LANES;
+    layout->first = (Stream){buffers[w.buffer], w.rows, w.width, pitch};
     layout->map = (uint32_t *)map;
-    for (int64_t i = 0; i < net->unit_count; i++) {
-        const Unit *u = &net->units[i];
-        Placed *p = &layout->units[i];
-        p->unit = u;
-        p->height = height;
-        p->width = width;
-        p->words = words_of(u->channels);
-        p->pitch = blocks_of(u->channels) * LANES;
-        p->out_pitch = blocks_of(u->out_channels) * LANES;
-        p->stream = buffers[buffer];
-        p->map = (uint32_t *)map;
-        map += map_bytes(u, layout->images, height, width);
-        p->out_height = height /= u->stride;
-        p->out_width = width /= u->stride;
-        p->pixels = height * width;
-        if (!keeps_memory(u)) buffer = (buffer + 1) % BUFFERS;
-        layout->last = p->out = buffers[buffer];
-        layout->last_pixels = height * width;
-        layout->last_pitch = p->out_pitch;
-        p->next = i + 1 < net->unit_count ? (uint32_t *)map : NULL;
-        p->next_words = words_of(u->out_channels);
-        p->next_pad = i + 1 < net->unit_count ? net->units[i + 1].kernel_size / 2 : 0;
+    for (; w.index < net->unit_count; step(&w)) {
+        const Unit *u = &net->units[w.index];
+        Placed *p = &layout->units[w.index];
+        map += map_bytes(u, layout->images, w.height, w.width);
+        *p = (Placed){
+            .unit = u,
+            .height = w.height,
+            .width = w.width,
+            .out_height = w.out_height,
+            .out_width = w.out_width,
+            .words = words_of(u->channels),
+            .chunk_rows = chunk_rows(u, w.out_width),
+            .in = {buffers[w.buffer], w.rows, w.width, pitch},
+            .map = (uint32_t *)(map - map_bytes(u, layout->images, w.height, w.width)),
+            .next_words = words_of(u->out_channels),
+        };
+        pitch = blocks_of(u->out_channels) * LANES;
+        p->out = (Stream){buffers[w.out_buffer], w.out_rows, w.out_width, pitch};
+        if (w.index + 1 < net->unit_count) {
+            p->next = (uint32_t *)map;
+            p->next_pad = net->units[w.index + 1].kernel_size / 2;
+        }
+        layout->last = p->out.numbers;
+        layout->last_pixels = w.out_height * w.out_width;
+        layout->last_pitch = pitch;
     }
 }
 
@@ -126,32 +239,31 @@ int64_t tritonbnn_lay_out(const Network *net, int64_t height, int64_t width, int
     if (!between(height, 1, MOST_SIDE) || !between(width, 1, MOST_SIDE) ||
         !between(images, 1, MOST_IMAGES))
         return BAD_SIZE;
-    int64_t pad = net->stem_kernel_size / 2, buffers[BUFFERS];
+    int64_t pad = net->stem_kernel_size / 2, buffers[MOST_BUFFERS];
     layout->images = images;
     layout->pad = pad;
     layout->first_height = layout->stem_height = (height - 1) / net->stem_stride + 1;
-    layout->first_width = layout->stem_width = (width - 1) / net->stem_stride + 1;
+    int64_t first_width = layout->stem_width = (width - 1) / net->stem_stride + 1;
     if (net->stem_pools) {
         layout->first_height = (layout->stem_height - 1) / 2 + 1;
-        layout->first_width = (layout->stem_width - 1) / 2 + 1;
+        first_width = (layout->stem_width - 1) / 2 + 1;
     }
-    if (measure(net, layout, buffers) != DONE) return BAD_SIZE;
+    layout->stem_chunk_rows = larger(1, CHUNK / first_width);
+    layout->flowing =
+        threads > 1 ? 0 : count_flowing(net, images, layout->first_height, first_width);
+    Walk walk = start_walk(net, layout, first_width);
+    if (measure(layout, walk, buffers) != DONE) return BAD_SIZE;
     Memory memory = {workspace, 0};
-    int64_t raw = images * layout->stem_height * layout->stem_width *
-                  blocks_of(net->stem_channels) * LANES * 4;
-    float *streams[BUFFERS];
+    int64_t raw = stream_bytes(images * layout->stem_height, layout->stem_width, net->stem_channels);
+    float *streams[MOST_BUFFERS];
     layout->padded = take(&memory, images * (height + 2 * pad) * (width + 2 * pad) *
                                        net->in_channels * 4);
     layout->raw = take(&memory, net->stem_pools ? raw : 0);
-    for (int b = 0; b < BUFFERS; b++) streams[b] = take(&memory, buffers[b]);
-    const Unit *final = &net->units[net->unit_count - 1];
-    layout->features = take(&memory, images * blocks_of(final->out_channels) * LANES * 4);
+    for (int b = 0; b < MOST_BUFFERS; b++) streams[b] = take(&memory, buffers[b]);
     layout->maps = take(&memory, layout->map_bytes);
     layout->scratch = take(&memory, threads * layout->scratch_floats * 4);
     layout->units = take(&memory, net->unit_count * (int64_t)sizeof(Placed));
     layout->bytes = memory.used;
-    if (!workspace) return DONE;
-    place(net, layout, streams);
-    if (!net->stem_pools) layout->raw = layout->first;
+    if (workspace) place(layout, walk, streams);
     return DONE;
 }
