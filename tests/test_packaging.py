@@ -26,9 +26,7 @@ LIBRARIES = {
     f"tritonbnn/native/lib/{isa}/native.{kind}"
     for isa in (build.PROBE, *build.ISAS)
     for kind in ("so", "json")
-} | {
-    f"tritonbnn/deploy/lib/{isa}/native.{kind}" for isa in build.ISAS for kind in ("so", "json")
-}
+} | {f"tritonbnn/deploy/lib/{isa}/native.{kind}" for isa in build.ISAS for kind in ("so", "json")}
 
 
 @pytest.fixture(scope="module")

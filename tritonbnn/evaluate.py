@@ -1,6 +1,7 @@
 """``python -m tritonbnn.evaluate RUN|FILE``: score a checkpoint on its validation images.
 
-FILE may also be a published one of AdamBNN: ``model_best.pth.tar --step 2 --data-dir IMAGENET``.
+FILE may be a packed one of ``python -m tritonbnn.export`` too.
+It may also be a published one of AdamBNN: ``model_best.pth.tar --step 2 --data-dir IMAGENET``.
 """
 
 import math
@@ -10,22 +11,23 @@ from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, at_least, printable
 from tritonbnn.compute import PRECISIONS, Compute, choose_device
 from tritonbnn.data.batches import check_fits_memory, val_batches
+from tritonbnn.networks import add_engine, open_network
 from tritonbnn.train.config import MOST_IMAGES, MOST_WORKERS, STEPS
 from tritonbnn.train.distributed import World
 from tritonbnn.train.engine import evaluate
-from tritonbnn.train.weights import network_with_weights, open_data, read_any
+from tritonbnn.train.weights import open_data
 
 
 def main(argv: list[str]) -> int:
     """Print the scores. Returns the exit code."""
     given = _parser().parse_args(argv)
-    checkpoint = read_any(given.checkpoint, given.step)
-    model = network_with_weights(checkpoint)
     compute = Compute(choose_device(given.device), given.precision)
+    model, checkpoint = open_network(
+        given.checkpoint, compute, engine=given.engine, step=given.step
+    )
     source = open_data(checkpoint, given.data_dir)
     check_fits_memory(source, given.batch_size)
     batches = val_batches(source.val, batch_size=given.batch_size, workers=given.workers)
-    compute.place(model)
     score = evaluate(model, batches, compute, World())
     if not math.isfinite(score.loss):
         raise UserError(
@@ -62,6 +64,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--precision", choices=list(PRECISIONS), default="fp32", help="of activations"
     )
+    add_engine(parser)
     return parser
 
 

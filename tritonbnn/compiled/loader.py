@@ -62,9 +62,7 @@ def load_best(kind: Callable[[Path, str], Loaded], sources: Path = build.SOURCES
     return load(checked_isa(os.environ.get(VARIABLE) or best, best), kind, sources)
 
 
-def load(
-    isa: str, kind: Callable[[Path, str], Loaded], sources: Path = build.SOURCES
-) -> Loaded:
+def load(isa: str, kind: Callable[[Path, str], Loaded], sources: Path = build.SOURCES) -> Loaded:
     """The library that came with the package; else a compiler's, or what one has left.
 
     Raises:

@@ -1,7 +1,7 @@
 """A trained network as one small file, and an engine that runs it. Running one needs no torch.
 
-    engine = tritonbnn.deploy.load("net.tbnn")
-    engine.predict(images).classes
+engine = tritonbnn.deploy.load("net.tbnn")
+engine.predict(images).classes
 """
 
 from collections.abc import Sequence

@@ -166,5 +166,3 @@ def load(path: str | PathLike[str], threads: int | None = None) -> Engine:
         tritonbnn.cli.SettingError: ``TRITONBNN_ISA`` names what there is not.
     """
     return Engine(file.read(Path(path)), threads)
-
-

@@ -132,7 +132,7 @@ def _facts(content: bytes) -> dict[str, Any]:
 
 
 def _build(facts: dict[str, Any], arrays: dict[str, Array]) -> Packed:
-    left = dict(arrays)
+    left: dict[str, Any] = dict(arrays)
     units = tuple(
         Unit(
             **{name: unit[name] for name in _UNIT_NUMBERS},

@@ -1,7 +1,9 @@
 """The same network in numpy, for machines without the C library: exact, and slow."""
 
+from typing import Any
+
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
+from numpy.lib import stride_tricks
 
 from tritonbnn.deploy.packed import Array, Packed, Unit
 
@@ -71,8 +73,14 @@ def _convolve(x: Array, weight: Array, stride: int) -> Array:
     kernel = weight.shape[2]
     pad = kernel // 2
     x = np.pad(x, ((0, 0), (0, 0), (pad, pad), (pad, pad)))
-    windows = sliding_window_view(x, (kernel, kernel), (2, 3))[:, :, ::stride, ::stride]
+    windows = _windows(x, kernel)[:, :, ::stride, ::stride]
     return np.stack([np.tensordot(weight, image, ((1, 2, 3), (0, 3, 4))) for image in windows])
+
+
+def _windows(x: Array, size: int) -> Array:
+    """(N, C, H, W) as (N, C, H - size + 1, W - size + 1, size, size), a view."""
+    view: Any = stride_tricks.sliding_window_view  # its types do not know two axes
+    return view(x, (size, size), axis=(2, 3))
 
 
 def _pooled(x: Array) -> Array:
@@ -100,5 +108,5 @@ def _shortcut(unit: Unit, x: Array) -> Array:
 def _maximum(x: Array) -> Array:
     """Of 3 x 3 pixels at stride 2, padded by one."""
     padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=-np.inf)
-    windows = sliding_window_view(padded, (3, 3), (2, 3))[:, :, ::2, ::2]
+    windows = _windows(padded, 3)[:, :, ::2, ::2]
     return windows.max((-2, -1))
