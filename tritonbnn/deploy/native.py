@@ -55,10 +55,12 @@ class _Team(ctypes.Structure):
 class _Call(ctypes.Structure):
     _fields_ = (
         ("images", ctypes.c_void_p),
+        ("number_count", ctypes.c_int64),
         ("bytes_a_number", ctypes.c_int64),
-        ("table", ctypes.c_void_p),
+        ("table", _Floats),
         *((name, ctypes.c_int64) for name in ("image_count", "height", "width")),
         ("logits", ctypes.c_void_p),
+        ("logit_count", ctypes.c_int64),
         ("workspace", ctypes.c_void_p),
         ("workspace_bytes", ctypes.c_int64),
         ("threads", ctypes.c_int64),
@@ -128,12 +130,14 @@ class NativeNetwork:
         logits = np.empty((len(images), self._classes), np.float32)
         call = _Call(
             images=images.ctypes.data,
+            number_count=images.size,
             bytes_a_number=images.itemsize,
-            table=None if table is None else table.ctypes.data,
+            table=_Floats() if table is None else _Floats(table.ctypes.data, table.size),
             image_count=images.shape[0],
             height=images.shape[2],
             width=images.shape[3],
             logits=logits.ctypes.data,
+            logit_count=logits.size,
             threads=1 if team is None else threads,
             team=_Team() if team is None else team,
         )

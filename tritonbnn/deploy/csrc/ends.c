@@ -13,7 +13,7 @@ static int copy_row(const Network *net, const Call *call, int64_t image, int64_t
         int64_t from = (image * channels + c) * plane + y * call->width;
         if (call->bytes_a_number == 1) {
             const uint8_t *bytes = (const uint8_t *)call->images + from;
-            const float *table = call->table + c * 256;
+            const float *table = call->table.numbers + c * 256;
             for (int64_t x = 0; x < call->width; x++) to[x * channels + c] = table[bytes[x]];
         } else {
             const float *numbers = (const float *)call->images + from;

@@ -337,6 +337,16 @@ static int64_t feature_bytes(const Network *net) {
     return blocks_of(net->units[net->unit_count - 1].out_channels) * LANES * 4;
 }
 
+/* Whether images and logits have the numbers that the network takes and gives. */
+static int counts_fit(const Network *net, const Call *call) {
+    int64_t plane = call->height * call->width * net->in_channels; /* each is known to be small */
+    int bytes = call->bytes_a_number == 1;
+    return (bytes || call->bytes_a_number == 4) &&
+           call->number_count / plane == call->image_count && call->number_count % plane == 0 &&
+           call->logit_count == call->image_count * net->classes && call->images && call->logits &&
+           call->table.count == (bytes ? net->in_channels * 256 : 0);
+}
+
 EXPORT int64_t tritonbnn_engine_workspace(const Network *net, const Call *call) {
     Plan plan;
     Layout layout;
@@ -347,6 +357,7 @@ EXPORT int64_t tritonbnn_engine_workspace(const Network *net, const Call *call) 
                                  plan.apart ? 1 : call->threads, NULL, &layout);
     if (code != DONE) return -code;
     if (call->image_count > MOST_BYTES / feature_bytes(net)) return -BAD_SIZE;
+    if (!counts_fit(net, call)) return -BAD_NETWORK;
     return layout.bytes * (plan.apart ? call->threads : 1) +
            call->image_count * feature_bytes(net);
 }

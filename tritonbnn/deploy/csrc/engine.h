@@ -50,10 +50,12 @@ typedef struct {
 
 typedef struct {
     const void *images; /* [image][channel][row][column] */
-    int64_t bytes_a_number; /* 4: float; 1: a row of the table's channel */
-    const float *table;     /* [channel][256], for images of bytes */
+    int64_t number_count;
+    int64_t bytes_a_number; /* 4: floats; 1: bytes, which the table gives a meaning */
+    Floats table;           /* [channel][byte]; none for floats */
     int64_t image_count, height, width;
     float *logits; /* [image][class] */
+    int64_t logit_count;
     char *workspace; /* on a cache line */
     int64_t workspace_bytes;
     int64_t threads;
