@@ -12,29 +12,40 @@ from setuptools import setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-NATIVE = Path("tritonbnn") / "native"
+PACKAGE = Path("tritonbnn")
+SOURCES = (PACKAGE / "native" / "csrc", PACKAGE / "deploy" / "csrc")
+"""The launchers' C functions, and the engine that runs packed networks."""
 
 
 def load_build():
     """The package's own module, by its path: the package needs torch, which is not here."""
-    spec = importlib.util.spec_from_file_location("build", NATIVE / "build.py")
+    spec = importlib.util.spec_from_file_location("build", PACKAGE / "compiled" / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def compile_all(folder):
-    """Compile for every instruction set of this architecture into ``folder``; whether it worked."""
+def compile_all(root):
+    """Compile for every instruction set of this architecture; whether it worked.
+
+    Args:
+        root: the folder that the package is built in. Libraries go beside the sources there.
+    """
     build = load_build()
-    shutil.rmtree(folder, ignore_errors=True)  # what an earlier build left
+    folders = {sources: build.packaged_folder(root / sources) for sources in SOURCES}
+    for folder in folders.values():
+        shutil.rmtree(folder, ignore_errors=True)  # what an earlier build left
     for compiler in build.compilers():
         try:
-            for isa in (build.PROBE, *build.ISAS):
-                build.compile_into(folder / isa, isa, compiler)
+            for sources, folder in folders.items():
+                probe = [build.PROBE] if (sources / "cpu.c").exists() else []
+                for isa in (*probe, *build.ISAS):
+                    build.compile_into(folder / isa, isa, compiler, sources)
             return True
         except build.BuildError as error:
             print(f"no C functions in the wheel: {error}")
-            shutil.rmtree(folder)
+            for folder in folders.values():
+                shutil.rmtree(folder, ignore_errors=True)
     return False
 
 
@@ -46,8 +57,7 @@ class BuildWithLibraries(build_py):
     def run(self):
         super().run()
         if not self.editable_mode:
-            folder = Path(self.build_lib) / NATIVE / "lib"
-            BuildWithLibraries.compiled = compile_all(folder.absolute())
+            BuildWithLibraries.compiled = compile_all(Path(self.build_lib).absolute())
 
 
 class WheelOfPlatform(bdist_wheel):

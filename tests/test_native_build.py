@@ -13,7 +13,8 @@ import torch
 from tests.commands import TRAIN, run, write_tiny
 from tritonbnn import eager, kernels, native
 from tritonbnn.cli import SettingError
-from tritonbnn.native import build, library
+from tritonbnn.compiled import build
+from tritonbnn.native import library
 from tritonbnn.ops import backend
 
 ROOT = Path(__file__).parents[1]
@@ -42,7 +43,8 @@ EXPORT void tritonbnn_sum(const float *x, int64_t blocks, int64_t block, double 
 PRELUDE = f"""
 import os, sys, torch
 from pathlib import Path
-from tritonbnn.native import build, library
+from tritonbnn.compiled import build
+from tritonbnn.native import library
 
 def load():
     [compiler, *_] = build.compilers()

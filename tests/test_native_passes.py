@@ -5,7 +5,8 @@ import torch
 
 from tests.helpers import activation, assert_no_worse_than_eager, gradient, vectors
 from tritonbnn import eager, native
-from tritonbnn.native import build, library
+from tritonbnn.compiled import build
+from tritonbnn.native import library
 
 CHANNELS = (1, 7, 8, 16, 17, 24, 33, 48, 300)
 SHORTCUTS = ("identity", "pool", "repeat")

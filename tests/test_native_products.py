@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 from tests.helpers import assert_no_worse_than_eager, gradient, plus_minus
 from tritonbnn import checks, eager, native
-from tritonbnn.native import build, library
+from tritonbnn.compiled import build
+from tritonbnn.native import library
 
 THREADS = (1, 2, 3, 5)
 

@@ -15,9 +15,10 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from tests.helpers import activation, assert_no_worse_than_eager, vectors
 from tritonbnn import eager, ops, reference
+from tritonbnn.compiled import build
 from tritonbnn.contract import Options, Statistics
 from tritonbnn.models import build_model
-from tritonbnn.native import build, library, whole
+from tritonbnn.native import library, whole
 from tritonbnn.nn import BinaryUnit
 from tritonbnn.ops import composed
 

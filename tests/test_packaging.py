@@ -10,12 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from tritonbnn.native import build
+from tritonbnn.compiled import build
 
 ROOT = Path(__file__).parent.parent
 NEEDED = {
     "tritonbnn/data/DIGITS.md",
     "tritonbnn/data/digits.npz",
+    "tritonbnn/deploy/csrc/engine.c",
+    "tritonbnn/deploy/csrc/engine.h",
     "tritonbnn/native/csrc/cpu.c",
     "tritonbnn/native/csrc/vector.h",
     "tritonbnn/train/recipes/digits.toml",
@@ -26,7 +28,7 @@ LIBRARIES = {
     f"tritonbnn/native/lib/{isa}/native.{kind}"
     for isa in (build.PROBE, *build.ISAS)
     for kind in ("so", "json")
-}
+} | {f"tritonbnn/deploy/lib/{isa}/native.{kind}" for isa in build.ISAS for kind in ("so", "json")}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,7 @@ def test_a_wheel_holds_recipes_data_and_libraries(source, tmp_path):
 def test_without_a_compiler_a_wheel_is_pure(source, tmp_path):
     path, names = wheel(source, tmp_path, CC="", PATH="")
     assert path.stem.endswith("-py3-none-any")
-    assert not {name for name in names if "native/lib/" in name}
+    assert not {name for name in names if "/lib/" in name}
 
 
 def loaded(installed):

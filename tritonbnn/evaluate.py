@@ -1,6 +1,7 @@
 """``python -m tritonbnn.evaluate RUN|FILE``: score a checkpoint on its validation images.
 
-FILE may also hold weights from elsewhere: a state dict of a network of this package, or AdamBNN's:
+FILE may be a packed one of ``python -m tritonbnn.export``. It may also hold weights from elsewhere:
+a state dict of a network of this package, or AdamBNN's:
 ``model_best.pth.tar --step 2 --data-dir IMAGENET``.
 """
 
@@ -11,23 +12,23 @@ from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, at_least, printable
 from tritonbnn.compute import PRECISIONS, Compute, choose_device
 from tritonbnn.data.batches import check_fits_memory, val_batches
+from tritonbnn.networks import add_engine, open_network
 from tritonbnn.train.config import MOST_IMAGES, MOST_WORKERS
 from tritonbnn.train.distributed import World
 from tritonbnn.train.elsewhere import Told, add_told
 from tritonbnn.train.engine import evaluate
-from tritonbnn.train.weights import network_with_weights, open_data, read_any
+from tritonbnn.train.weights import open_data
 
 
 def main(argv: list[str]) -> int:
     """Print the scores. Returns the exit code."""
     given = _parser().parse_args(argv)
-    checkpoint = read_any(given.checkpoint, Told(given.step, given.recipe))
-    model = network_with_weights(checkpoint)
     compute = Compute(choose_device(given.device), given.precision)
+    told = Told(given.step, given.recipe)
+    model, checkpoint = open_network(given.checkpoint, compute, engine=given.engine, told=told)
     source = open_data(checkpoint, given.data_dir)
     check_fits_memory(source, given.batch_size)
     batches = val_batches(source.val, batch_size=given.batch_size, workers=given.workers)
-    compute.place(model)
     score = evaluate(model, batches, compute, World())
     if not math.isfinite(score.loss):
         raise UserError(
@@ -59,6 +60,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--precision", choices=list(PRECISIONS), default="fp32", help="of activations"
     )
+    add_engine(parser)
     return parser
 
 

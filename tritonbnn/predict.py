@@ -1,21 +1,30 @@
-"""``python -m tritonbnn.predict RUN|FILE IMAGE...``: name what is in images."""
+"""``python -m tritonbnn.predict RUN|FILE IMAGE...``: name what is in images.
+
+FILE may be a packed one of ``python -m tritonbnn.export`` too.
+"""
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from tritonbnn import cli
-from tritonbnn.cli import Parser, UserError, printable
-from tritonbnn.compute import choose_device
+from tritonbnn.cli import Parser, UserError, at_least, printable
+from tritonbnn.compute import Compute, choose_device
+from tritonbnn.data.batches import read_batches
 from tritonbnn.data.listing import list_images
 from tritonbnn.data.sources import eval_reader
+from tritonbnn.networks import add_engine, open_network
 from tritonbnn.train.checkpoint import Checkpoint
+from tritonbnn.train.config import MOST_IMAGES, MOST_WORKERS
 from tritonbnn.train.elsewhere import Told, add_told
 from tritonbnn.train.meters import TOP
-from tritonbnn.train.weights import load_network, open_data
+from tritonbnn.train.weights import open_data
 
 
 def main(argv: list[str]) -> int:
@@ -25,9 +34,10 @@ def main(argv: list[str]) -> int:
     loses no other's answer, but the exit code tells.
     """
     given = _parser().parse_args(argv)
-    model, checkpoint = load_network(given.checkpoint, Told(given.step, given.recipe))
-    device = choose_device(given.device)
-    model = model.to(device).eval()
+    compute = Compute(choose_device(given.device))
+    told = Told(given.step, given.recipe)
+    model, checkpoint = open_network(given.checkpoint, compute, engine=given.engine, told=told)
+    model.eval()
     data = checkpoint.facts["data"]
     read = eval_reader(
         data["name"],
@@ -38,15 +48,42 @@ def main(argv: list[str]) -> int:
     classes = _classes(checkpoint, given.data_dir)
     code = 0
     for place in given.images:
-        for found in _images(place):
-            try:
-                probabilities = _probabilities(model, read, found, device)
-            except UserError as error:
-                code = cli.complain(error)
-                continue
-            guesses = _guesses(probabilities, classes)
-            print(printable(f"{found}: {guesses}"), flush=True)
+        found = list(_images(place))
+        starts = range(0, len(found), given.batch_size)
+        batches = [np.arange(i, min(i + given.batch_size, len(found))) for i in starts]
+        read_files = read_batches(_Files(found, read), batches, given.workers)
+        for indices, images in zip(batches, read_files, strict=True):
+            answers = _answers(model, images, compute.device)
+            for index, answer in zip(indices, answers, strict=True):
+                if isinstance(answer, UserError):
+                    code = cli.complain(answer)
+                elif not answer.isfinite().all():
+                    code = cli.complain(
+                        f"{found[index]}: the network's answer is not finite:"
+                        " use another checkpoint"
+                    )
+                else:
+                    print(printable(f"{found[index]}: {_guesses(answer, classes)}"), flush=True)
     return code
+
+
+@dataclass(frozen=True, eq=False)
+class _Files(Dataset):
+    """Images by batches of their numbers; instead of one that cannot be read, what is wrong."""
+
+    found: list[Path | UserError]
+    read: Callable[[Path], Tensor]
+
+    def __getitem__(self, indices: np.ndarray) -> list[Tensor | UserError]:
+        return [self._one(self.found[index]) for index in indices]
+
+    def _one(self, found: Path | UserError) -> Tensor | UserError:
+        if isinstance(found, UserError):
+            return found
+        try:
+            return self.read(found)
+        except UserError as error:
+            return error
 
 
 def _parser() -> Parser:
@@ -62,6 +99,13 @@ def _parser() -> Parser:
         "--data-dir", type=Path, help="data whose classes name those of weights from elsewhere"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--batch-size", type=at_least(1, MOST_IMAGES), default=32, help="images at a time"
+    )
+    parser.add_argument(
+        "--workers", type=at_least(0, MOST_WORKERS), default=0, help="processes that read images"
+    )
+    add_engine(parser)
     return parser
 
 
@@ -94,24 +138,16 @@ def _images(place: Path) -> Iterator[Path | UserError]:
     yield from (place / os.fsdecode(path) for path in below)
 
 
-def _probabilities(
-    model: nn.Module,
-    read: Callable[[Path], Tensor],
-    found: Path | UserError,
-    device: torch.device,
-) -> Tensor:
-    """Of each class, (C,).
-
-    Raises:
-        UserError: there is no image to read, or the network has no finite answer.
-    """
-    if isinstance(found, UserError):
-        raise found
-    with torch.no_grad():
-        probabilities = model(read(found)[None].to(device))[0].softmax(dim=0)
-    if not probabilities.isfinite().all():
-        raise UserError(f"{found}: the network's answer is not finite: use another checkpoint")
-    return probabilities
+@torch.no_grad()
+def _answers(
+    model: nn.Module, images: list[Tensor | UserError], device: torch.device
+) -> list[Tensor | UserError]:
+    """Of each image the probability of each class, (C,), or what is wrong with it."""
+    good = [image for image in images if isinstance(image, Tensor)]
+    if not good:
+        return images
+    answers = iter(model(torch.stack(good).to(device)).softmax(dim=1).cpu())
+    return [image if isinstance(image, UserError) else next(answers) for image in images]
 
 
 def _guesses(probabilities: Tensor, classes: list[str]) -> str:

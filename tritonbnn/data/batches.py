@@ -16,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -184,9 +185,26 @@ def _cut(batch: np.ndarray, accumulation: int, rank: int, world_size: int) -> li
 def _load(
     dataset: Dataset, epoch: int, batches: list[np.ndarray], workers: int, pin_memory: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
+    for batch in read_batches(_Batches(dataset, epoch), batches, workers, pin_memory):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def read_batches(
+    dataset: Dataset, indices: list[np.ndarray], workers: int, pin_memory: bool = False
+) -> Iterator[Any]:
+    """``dataset[batch]`` for each batch of indices in order, read by workers that obey us alone.
+
+    Args:
+        dataset: gives a whole batch; a user's mistake as a value.
+        indices: of each batch.
+        workers: reading processes; 0 reads in this one.
+        pin_memory: put tensors in page-locked memory.
+    """
     loader = DataLoader(
-        _Batches(dataset, epoch),
-        sampler=batches,
+        dataset,
+        sampler=indices,
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=workers,
@@ -197,10 +215,7 @@ def _load(
     with _stop_signals_blocked():
         iterator = iter(loader)
     try:
-        for batch in iterator:
-            if isinstance(batch, UserError):
-                raise batch
-            yield batch
+        yield from iterator
     finally:
         del iterator  # ends the workers now; a traceback would keep them
 

@@ -170,6 +170,11 @@ def _shift_8_bit(image: Image.Image, shift: Tensor) -> Image.Image:
     return image.point(np.clip(levels, 0, 255).astype(np.uint8).ravel().tolist())
 
 
+def normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation by which pixels in [0, 1] of so many channels are normalised."""
+    return _NORMALISATION[channels]
+
+
 def _normalise(pixels: Tensor) -> Tensor:
-    mean, std = _NORMALISATION[len(pixels)]
+    mean, std = normalisation(len(pixels))
     return F.normalize(pixels, list(mean), list(std), inplace=True)

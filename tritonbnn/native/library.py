@@ -3,55 +3,35 @@
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tritonbnn.cli import SettingError
-from tritonbnn.native import build
+from tritonbnn.compiled import loader
+from tritonbnn.compiled.loader import VARIABLE, checked_isa
 
-VARIABLE = "TRITONBNN_ISA"
+__all__ = ["VARIABLE", "Library", "available", "call", "checked_isa", "isa", "reason", "using"]
 
 _lock = threading.Lock()
 _library: "Library | None" = None
 _reason = ""  # why there is none, once that is known
-_forked = False
 
 
-class Library:
-    """A loaded library, checked to be of this package's version before any of its code runs.
-
-    Args:
-        path: the shared library.
-        isa: the instruction set that it must be compiled for.
-
-    Raises:
-        OSError: it does not load, or is of another version or instruction set.
-    """
+class Library(loader.Library):
+    """A library of the launchers' C functions; see :class:`~tritonbnn.compiled.loader.Library`."""
 
     def __init__(self, path: Path, isa: str) -> None:
-        global _forked
-        _forked = _forked or _is_forked()  # in the child of a process that had not imported this
-        self._handle = ctypes.CDLL(str(path))
-        self.isa = isa
+        super().__init__(path, isa)
         self._functions: dict[str, tuple[Any, list[int]]] = {}
-        try:
-            abi = ctypes.c_int64.in_dll(self._handle, "tritonbnn_abi").value
-            name = (ctypes.c_char * (len(isa) + 1)).in_dll(self._handle, "tritonbnn_isa").value
-        except ValueError as error:  # no such symbol
-            raise OSError(f"{path} is not a library of tritonbnn: {error}") from None
-        if (abi, name.decode(errors="replace")) != (build.ABI, isa):
-            raise OSError(f"{path} is of another version of tritonbnn")
 
     def call(self, name: str, *arguments: Any) -> None:
         """:func:`call` of this library."""
         function, pointers = self._functions.get(name) or self._declare(name, arguments)
-        values = [*arguments, 1 if _forked else torch.get_num_threads()]
+        values = [*arguments, 1 if loader.forked() else torch.get_num_threads()]
         for index in pointers:
             tensor = values[index]
             if tensor is not None:
@@ -60,15 +40,9 @@ class Library:
                 values[index] = pointer(tensor)
         function(*values)
 
-    def best_isa(self) -> str:
-        """The most of ``build.ISAS`` that this CPU and its operating system run."""
-        function = self._handle.tritonbnn_best_isa
-        function.restype = ctypes.c_int64
-        return list(build.ISAS)[function()]
-
     def _declare(self, name: str, arguments: tuple[Any, ...]) -> tuple[Any, list[int]]:
         """The function, its arguments' types fixed by the kinds of the first call's."""
-        function = getattr(self._handle, f"tritonbnn_{name}")
+        function = self.function(name)
         kinds = [_kind(argument) for argument in arguments]
         function.argtypes = [*kinds, ctypes.c_int64]
         function.restype = None
@@ -142,7 +116,7 @@ def using(isa: str) -> Iterator[None]:
     """
     global _library
     available()
-    before, _library = _library, _load(checked_isa(isa, _probe().best_isa()))
+    before, _library = _library, loader.load(checked_isa(isa, loader.best_isa()), Library)
     try:
         yield
     finally:
@@ -162,69 +136,13 @@ def _settle() -> None:
         if _library is not None or _reason:  # another thread was faster
             return
         try:
-            best = _probe().best_isa()
-            _library = _load(checked_isa(os.environ.get(VARIABLE) or best, best))
+            _library = loader.load_best(Library)
         except RuntimeError as error:
             _reason = str(error)
 
 
-def _probe() -> Library:
-    return _load(build.PROBE)
-
-
-def checked_isa(isa: str, best: str) -> str:
-    """``isa``, if it is one that this machine runs: best is the most that it does."""
-    known = list(build.ISAS)
-    if isa not in known:
-        raise SettingError(f"{VARIABLE} must be one of {', '.join(known)}, not {isa!r}")
-    if known.index(isa) > known.index(best):
-        raise SettingError(f"{VARIABLE}={isa}, but this CPU runs {best} at most: unset it")
-    return isa
-
-
-def _load(isa: str) -> Library:
-    """The library that came with the package; else a compiler's, or what one has left.
-
-    Raises:
-        RuntimeError: none loads; the message is one line.
-    """
-    troubles = []
-    for find in _finders(isa):
-        try:
-            path = find()
-            if path is not None:
-                return Library(path, isa)
-        except (OSError, build.BuildError) as error:
-            troubles.append(str(error))
-    found = "; ".join(dict.fromkeys(troubles)) or "there is no C compiler"
-    raise RuntimeError(f"{found} (install gcc, or name a C compiler by CC)")
-
-
-def _finders(isa: str) -> Iterator[Callable[[], Path | None]]:
-    """Ways to a library, each asked only if those before it have failed."""
-    yield partial(build.packaged, isa)
-    for compiler in build.compilers():
-        yield partial(build.library, isa, compiler)
-    for path in build.left_over(isa):
-        yield partial(Path, path)
-
-
-def _is_forked() -> bool:
-    """Whether this process is a fork's child, in which a pool of threads does not live on.
-
-    Linux marks a process that was forked and has started no other program.
-    """
-    try:
-        after_name = Path("/proc/self/stat").read_text().rpartition(")")[2]
-    except OSError:  # not Linux
-        return False
-    forked_without_exec = 0x40
-    return bool(int(after_name.split()[6]) & forked_without_exec)
-
-
 def _in_child() -> None:
-    global _forked, _lock
-    _forked = True
+    global _lock
     _lock = threading.Lock()  # another thread of the parent may have held it
 
 

@@ -26,8 +26,8 @@ except ImportError:  # not a POSIX system
 ABI = 1
 """Raised when a C function's arguments change their meaning."""
 
-SOURCES = Path(__file__).with_name("csrc")
-PACKAGED = Path(__file__).with_name("lib")
+SOURCES = Path(__file__).parents[1] / "native" / "csrc"
+"""The C functions of the launchers, and ``cpu.c``."""
 PROBE = "probe"
 """Not an instruction set: the library of ``cpu.c`` alone, which tells what the machine runs."""
 
@@ -103,9 +103,14 @@ def left_over(isa: str, sources: Path = SOURCES) -> list[Path]:
     return [folder / _LIBRARY for folder in folders if _is_whole(folder, key)]
 
 
+def packaged_folder(sources: Path) -> Path:
+    """Where a wheel has the libraries of these sources: beside them."""
+    return sources.with_name("lib")
+
+
 def packaged(isa: str, sources: Path = SOURCES) -> Path | None:
     """The library for ``isa`` that came with the package, if it is of these sources."""
-    folder = PACKAGED / isa
+    folder = packaged_folder(sources) / isa
     return folder / _LIBRARY if _is_whole(folder, _key(isa, sources)) else None
 
 

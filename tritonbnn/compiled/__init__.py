@@ -1,0 +1,1 @@
+"""C sources become libraries that are loaded. Nothing here needs torch."""

@@ -1,0 +1,86 @@
+"""``python -m tritonbnn.export RUN|FILE --out net.tbnn``: write a trained network as a packed file.
+
+FILE may also be a published one of AdamBNN: ``model_best.pth.tar --step 2``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from tritonbnn import cli
+from tritonbnn.cli import Parser, UserError, printable
+from tritonbnn.data.views import normalisation
+from tritonbnn.deploy import file
+from tritonbnn.deploy.fold import FoldError, fold
+from tritonbnn.deploy.packed import Packed
+from tritonbnn.files import writable
+from tritonbnn.train.checkpoint import Checkpoint
+from tritonbnn.train.config import STEPS
+from tritonbnn.train.weights import network_with_weights, read_any
+
+FLOAT_BYTES = 4
+
+
+def main(argv: list[str]) -> int:
+    """Write the file and report its size. Returns the exit code."""
+    given = _parser().parse_args(argv)
+    out = given.out if given.out.suffix else given.out.with_suffix(file.SUFFIX)
+    writable(out)
+    checkpoint = read_any(given.checkpoint, given.step)
+    packed = pack(checkpoint, half_ends=given.half_ends)
+    size = file.write(packed, out)
+    print("\n".join(report(out, size, packed)))
+    return 0
+
+
+def pack(checkpoint: Checkpoint, *, half_ends: bool = False) -> Packed:
+    """The packed network of a checkpoint.
+
+    Raises:
+        UserError: it cannot be packed, as one of step 1 cannot.
+    """
+    model = network_with_weights(checkpoint).eval()
+    data: dict[str, Any] = dict(checkpoint.facts["data"])
+    mean, std = normalisation(model.in_channels)
+    transform = {**data, "mean": list(mean), "std": list(std)}
+    classes = transform.pop("classes", None)
+    try:
+        return fold(model, classes=classes, transform=transform, half_ends=half_ends)
+    except FoldError as error:
+        raise UserError(f"{checkpoint.path}: {error}") from error
+
+
+def report(path: Path, size: int, packed: Packed) -> list[str]:
+    """Lines that say how large the file is, of what, and how large its floats would be."""
+    parts = file.parts(packed)
+    floats = FLOAT_BYTES * numbers(packed)
+    rows = [f"{printable(path)}: {_megabytes(size)}"]
+    rows += [f"  {name:15} {_megabytes(count):>10}" for name, count in parts.items()]
+    rows.append(f"as float32: {_megabytes(floats)}, {floats / size:.1f} times as much")
+    return rows
+
+
+def numbers(packed: Packed) -> int:
+    """How many numbers the network has where each weight is one, rather than a bit."""
+    bits = sum(u.out_channels * u.channels * u.kernel_size**2 for u in packed.units)
+    return bits + sum(array.size for name, array in packed.arrays() if array.dtype != "uint8")
+
+
+def _megabytes(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e5 else f"{count / 1e3:.2f} kB"
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m tritonbnn.export", description=__doc__)
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="RUN|FILE", help="a run's folder, or a checkpoint file"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the packed file to write")
+    parser.add_argument("--step", type=int, choices=STEPS, help="of a published file: 2")
+    parser.add_argument(
+        "--half-ends", action="store_true", help="keep the stem and the head in float16"
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)
