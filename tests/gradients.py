@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
+from tritonbnn.train.meters import FirstBad, TrainMeter
+from tritonbnn.train.optim import build_optimizer
+from tritonbnn.train.state import State
 
 from tritonbnn import cli
 from tritonbnn.analysis import Recorder
@@ -16,9 +19,6 @@ from tritonbnn.data.sources import SampleKey
 from tritonbnn.nn import BinaryConv2d, RPReLU, RSign
 from tritonbnn.train import distributed
 from tritonbnn.train.engine import evaluate, label_objective, train_one_epoch
-from tritonbnn.train.meters import FirstBad, TrainMeter
-from tritonbnn.train.optim import build_optimizer
-from tritonbnn.train.state import State
 
 CPU = torch.device("cpu")
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from tritonbnn.train.meters import FirstBad, TrainMeter
+from tritonbnn.train.state import State
 
 from tests.helpers import flips, gradient, signs
 from tritonbnn.analysis import EDGES, Probe, Recorder, histogram
@@ -16,8 +18,6 @@ from tritonbnn.models import build_model
 from tritonbnn.nn import BinaryConv2d, BinaryLinear, BinaryUnit, binary_weights
 from tritonbnn.train.engine import label_objective, train_one_epoch
 from tritonbnn.train.log import describe, scalars
-from tritonbnn.train.meters import FirstBad, TrainMeter
-from tritonbnn.train.state import State
 
 
 class Scripted:

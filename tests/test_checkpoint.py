@@ -12,6 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tritonbnn.train.distributed import World
+from tritonbnn.train.meters import TrainMeter
+from tritonbnn.train.optim import build_optimizer
+from tritonbnn.train.state import State
 
 from tritonbnn.analysis import Recorder
 from tritonbnn.cli import UserError
@@ -19,10 +23,6 @@ from tritonbnn.files import FolderLock, make_folder, write_atomically
 from tritonbnn.models import build_model
 from tritonbnn.nn import binary_weights
 from tritonbnn.train.checkpoint import encode, read
-from tritonbnn.train.distributed import World
-from tritonbnn.train.meters import TrainMeter
-from tritonbnn.train.optim import build_optimizer
-from tritonbnn.train.state import State
 
 CPU = torch.device("cpu")
 

@@ -7,18 +7,18 @@ import signal
 import pytest
 import torch
 from torch import Tensor, nn
+from tritonbnn.train.distributed import World
+from tritonbnn.train.meters import FirstBad, TrainMeter, evaluation_sums
+from tritonbnn.train.optim import build_optimizer
+from tritonbnn.train.state import State
 
 from tritonbnn.analysis import Recorder
 from tritonbnn.cli import UserError
 from tritonbnn.compute import Compute
 from tritonbnn.data.batches import MicroBatch
 from tritonbnn.nn import BinaryConv2d, RPReLU, RSign
-from tritonbnn.train.distributed import World
 from tritonbnn.train.engine import evaluate, label_objective, teacher_objective, train_one_epoch
 from tritonbnn.train.keeper import Keeper
-from tritonbnn.train.meters import FirstBad, TrainMeter, evaluation_sums
-from tritonbnn.train.optim import build_optimizer
-from tritonbnn.train.state import State
 from tritonbnn.train.stop import StopSignals
 
 CPU = torch.device("cpu")

@@ -9,7 +9,8 @@ import tritonbnn
 from tests.helpers import assert_runs_silently
 
 ROOT = Path(tritonbnn.__file__).parent
-BASE = {"bits", "layout", "checks", "cli", "contract", "files"}
+BASE = {"bits", "layout", "checks", "cli", "contract", "files", "settings"}
+JOB = {"compute", "distributed"}
 ALLOWED = {
     "bits": set(),
     "contract": set(),
@@ -17,6 +18,7 @@ ALLOWED = {
     "checks": {"bits"},
     "cli": set(),
     "files": {"cli"},
+    "settings": {"cli"},
     "reference": set(),
     "eager": {"bits", "layout", "checks"},
     "kernels": BASE,
@@ -27,12 +29,15 @@ ALLOWED = {
     "analysis": {"models", "nn", "ops", *BASE},
     "compute": {"cli"},
     "data": {"cli", "files"},
-    "train": {"analysis", "models", "nn", "data", "compute", *BASE},
-    "evaluate": {"train", "models", "nn", "data", "compute", *BASE},
-    "study": {"train", "data", "compute", *BASE},
-    "predict": {"train", "models", "nn", "data", "compute", *BASE},
-    "report": {"train", "analysis", "data", "compute", *BASE},
-    "analyze": {"report", "train", "data", "compute", *BASE},
+    "distributed": {"cli"},
+    "optim": {"nn", *BASE},
+    "methods": {"optim", "models", "nn", "data", *JOB, *BASE},
+    "train": {"methods", "optim", "analysis", "models", "nn", "ops", "data", *JOB, *BASE},
+    "evaluate": {"train", "methods", "models", "nn", "data", *JOB, *BASE},
+    "study": {"train", "data", *JOB, *BASE},
+    "predict": {"train", "methods", "models", "nn", "data", *JOB, *BASE},
+    "report": {"train", "analysis", "data", *JOB, *BASE},
+    "analyze": {"report", "train", "data", *JOB, *BASE},
 }
 # At the top of the stack:
 TOOLS = {

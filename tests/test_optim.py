@@ -5,14 +5,14 @@ import logging
 import pytest
 import torch
 from torch import nn
-
-from tritonbnn.models import build_model
 from tritonbnn.train.optim import (
     build_optimizer,
     describe_groups,
     learning_rate,
     warn_of_few_epochs,
 )
+
+from tritonbnn.models import build_model
 
 
 def test_learning_rate_has_the_published_corners():

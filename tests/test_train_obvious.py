@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from tritonbnn.train.run import open_images
 
 from benchmarks import train_obvious
 from benchmarks.baseline import ObviousReActNetA
@@ -13,7 +14,6 @@ from tests.pictures import random_image
 from tritonbnn.cli import UserError
 from tritonbnn.compute import Compute
 from tritonbnn.train.arguments import parse
-from tritonbnn.train.run import open_images
 
 
 @pytest.fixture

@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from tritonbnn.train.meters import FirstBad, TrainMeter
+from tritonbnn.train.optim import build_optimizer
+from tritonbnn.train.state import State
 
 from tests.conftest import HAS_GPU
 from tests.helpers import KERNEL_DEVICE
@@ -17,9 +20,6 @@ from tritonbnn.data.batches import MicroBatch
 from tritonbnn.kernels.launch import recording
 from tritonbnn.models import build_model
 from tritonbnn.train.engine import label_objective, teacher_objective, train_one_epoch
-from tritonbnn.train.meters import FirstBad, TrainMeter
-from tritonbnn.train.optim import build_optimizer
-from tritonbnn.train.state import State
 
 READING = {
     torch.ops.aten._local_scalar_dense,

@@ -10,9 +10,9 @@ from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, at_least, printable
 from tritonbnn.compute import PRECISIONS, Compute, choose_device
 from tritonbnn.data.batches import check_fits_memory, val_batches
-from tritonbnn.train.config import MOST_IMAGES, MOST_WORKERS, STEPS
-from tritonbnn.train.distributed import World
-from tritonbnn.train.engine import evaluate
+from tritonbnn.distributed import World
+from tritonbnn.methods import evaluate
+from tritonbnn.train.config import MOST_IMAGES, MOST_WORKERS
 from tritonbnn.train.weights import network_with_weights, open_data, read_any
 
 
@@ -48,7 +48,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--step",
         type=int,
-        choices=STEPS,
+        choices=(1, 2),
         help="of a published file: 1 takes its weights as they are, 2 binarises them",
     )
     parser.add_argument("--data-dir", type=Path, help="where the data are now")

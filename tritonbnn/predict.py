@@ -12,7 +12,7 @@ from tritonbnn.cli import Parser, UserError, printable
 from tritonbnn.compute import choose_device
 from tritonbnn.data.listing import list_images
 from tritonbnn.data.sources import eval_reader
-from tritonbnn.train.meters import TOP
+from tritonbnn.methods.scores import TOP
 from tritonbnn.train.weights import load_network
 
 

@@ -33,12 +33,12 @@ class Confused:
     """What a checkpoint took for what.
 
     Attributes:
-        step: of the checkpoint.
+        stage: of the checkpoint.
         classes: their names.
         counts: (classes, classes) int64 from :func:`confusion`.
     """
 
-    step: int
+    stage: str
     classes: list[str]
     counts: Tensor
 
