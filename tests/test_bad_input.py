@@ -57,7 +57,7 @@ def train(place: Path, *argv: object, **options) -> Result:
         (["--image-size", "20"], "--image-size 20 does not suit the network: use a multiple of 16"),
         (["--device", "cuda"], "torch finds no CUDA device: use --device cpu"),
         (["--device", "tpu"], "unknown --device 'tpu'"),
-        (["--step", "2"], "run --step 1 first, or give --init-from"),
+        (["--step", "2"], "run --stage step1 first, or give --init-from"),
         (["--init-from", "nowhere"], "nowhere does not exist"),
         (["--teacher", "nowhere.pth"], "use --teacher none"),
         (["--lighting", "pca"], "lighting 'pca' needs colour images"),
@@ -140,7 +140,7 @@ def test_other_settings_for_a_begun_run(trained: Path):
 
 def test_more_epochs_of_step_1_when_step_2_has_begun(trained: Path):
     result = run(TRAIN, "tiny.toml", "--out", "run", "--step1.epochs", 5, cwd=trained)
-    assert_one_line(result, "step1.epochs was 2 and is 5, but step 2 has begun")
+    assert_one_line(result, "step1.epochs was 2 and is 5, but step2 has begun")
 
 
 def test_checkpoints_without_a_configuration(trained: Path, place: Path):
@@ -151,7 +151,7 @@ def test_checkpoints_without_a_configuration(trained: Path, place: Path):
 
 def test_loss_that_is_not_finite(place: Path):
     result = train(place, "--lr", "1e30")
-    assert_one_line(result, "is not finite", "step 1", "epoch 1", "learning rate 5e+29", "--lr")
+    assert_one_line(result, "is not finite", "step1", "epoch 1", "learning rate 5e+29", "--lr")
 
 
 def test_loss_that_is_not_finite_names_the_last_good_checkpoint(place: Path):

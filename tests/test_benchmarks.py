@@ -11,7 +11,6 @@ from torch._inductor.utils import parallel_num_threads
 from torch.autograd import DeviceType
 from torch.nn import functional as F
 from torchvision.models import resnet34
-from tritonbnn.train.run import open_images
 
 from benchmarks import capacity, loop, passes, profiled, rivals, rounds, steps, train_step
 from benchmarks.families import ELEMENTWISE, FAMILIES, FORWARD, GRADIENTS, PACK
@@ -25,6 +24,7 @@ from tritonbnn import cli
 from tritonbnn.kernels.workload import model_layers
 from tritonbnn.native import clock, library
 from tritonbnn.train.arguments import parse
+from tritonbnn.train.stage import open_images
 
 CPU = torch.device("cpu")
 TINY = ["--size", "32", "--width", "0.25", "--rounds", "2", "--device", "cpu"]

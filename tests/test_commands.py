@@ -34,7 +34,7 @@ def test_evaluate_gives_the_logged_score(place: Path, step: int):
     result = run(EVALUATE, path, "--batch-size", 3, cwd=place)
     assert result.code == 0, result.output
     lines = [json.loads(line) for line in (place / "run" / "log.jsonl").open()]
-    best = max((x for x in lines if x["step"] == step), key=lambda x: x["val_top1"])
+    best = max((x for x in lines if x["stage"] == f"step{step}"), key=lambda x: x["val_top1"])
     weights = "real" if step == 1 else "1-bit"
     assert result.output == (
         f"{path}: {weights} weights, 14 images of folder: top-1 {best['val_top1']:.2f} %,"

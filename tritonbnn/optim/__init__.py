@@ -67,22 +67,22 @@ def build_optimizer(
     """
     if isinstance(choice, str):
         choice = Choice(choice, OPTIMIZERS[choice]())
-    given = choice.settings.given if isinstance(choice.settings, Options) else {}
-    own = given.get("groups", {}) if given else choice.settings.groups
+    is_own = isinstance(choice.settings, Options)
+    of_group = choice.settings.given.get("groups", {}) if is_own else choice.settings.groups
     groups: list[Group] = [
         {
             "name": name,
             "params": parameters,
             "lr_factor": 1.0,
             "weight_decay": 0.0 if name == "rest" else weight_decay,
-            **own.get(name, {}),
+            **of_group.get(name, {}),
         }
         for name, parameters in parameter_groups(model).items()
         if parameters
     ]
     try:
-        if isinstance(choice.settings, Options):
-            keywords = {key: value for key, value in given.items() if key != "groups"}
+        if is_own:
+            keywords = {k: v for k, v in choice.settings.given.items() if k != "groups"}
             optimizer = check_optimizer(choice)(groups, lr=lr, **keywords)
         else:
             optimizer = choice.settings.build(groups, lr)

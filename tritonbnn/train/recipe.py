@@ -144,9 +144,11 @@ class _Draft:
         for key, value in layer.items():
             if key in SHARED_FIELDS:
                 self.shared[key] = checked(key, value, SHARED_FIELDS[key])
+            elif key in STAGE_FIELDS:
+                checked(key, value, STAGE_FIELDS[key])  # named without a stage's name before it
             elif key == "step":
                 self.shared["only"] = self._of_number(value)
-            elif key not in (*STAGE_FIELDS, *CHOICES, *_SHORT):
+            elif key not in (*CHOICES, *_SHORT):
                 near = did_you_mean(key, [*SHARED_FIELDS, *STAGE_FIELDS, *CHOICES])
                 raise UserError(f"unknown key {key!r} in the recipe{near}")
         common = {k: v for k, v in layer.items() if k in (*STAGE_FIELDS, *CHOICES, *_SHORT)}
@@ -292,6 +294,7 @@ def _short(method: dict[str, Any], key: str, value: Any, path: str) -> dict[str,
     name = method["name"]
     cls = _settings_class("method", name, path)
     if cls is not None and key in fields_of(cls) and value != "none":
+        checked(path + key, value, fields_of(cls)[key])
         return _chosen("method", method, {key: value}, path)
     if key == "teacher" and value == "none":
         return {"name": "plain"} if name == "distill" else method
