@@ -22,6 +22,7 @@ from tritonbnn.models import build_model
 from tritonbnn.nn import binary_weights
 from tritonbnn.optim import build_optimizer
 from tritonbnn.train.checkpoint import State, encode, read
+from tritonbnn.train.published import is_published
 
 CPU = torch.device("cpu")
 
@@ -162,6 +163,16 @@ def test_a_bad_file_is_refused(path: Path, kind: str):
     with pytest.raises(UserError, match=r"last\.safetensors is (empty|damaged)"):
         read(path)
     assert not path.with_name("bomb").exists()
+
+
+def test_a_checkpoint_is_not_taken_for_a_pickle(path: Path):
+    """Its first byte is of a length, and may be any multiple of 8: that of a pickle too."""
+    firsts = set()
+    for size in range(0, 256, 8):
+        path.write_bytes(encode({"model.a": torch.ones(1)}, {"text": "x" * size}))
+        firsts.add(path.read_bytes()[0])
+        assert not is_published(path)
+    assert 0x80 in firsts
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path):

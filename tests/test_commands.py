@@ -106,7 +106,7 @@ def test_the_command_line_itself(tmp_path: Path):
     )
     assert result.returncode == 0, result.stderr
     heads, first, second, where = result.stdout.splitlines()
-    assert heads.split()[:3] == ["step", "weights", "epochs"]
+    assert heads.split()[:3] == ["stage", "weights", "epochs"]
     assert (first.split()[1], second.split()[1]) == ("real", "1-bit")
     assert where == "best weights: runs/digits/step2/best.safetensors"
     # no progress bar where nobody looks

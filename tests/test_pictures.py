@@ -206,7 +206,7 @@ def test_trajectories_keep_steps_apart(runs):
 def test_landscapes(runs):
     axis = np.linspace(-1, 1, 3)
     loss = np.array([[1.0, 2.0, 3.0], [4.0, 0.1, np.nan], [7.0, 8.0, 9.0]])
-    figure = maps.landscapes(runs, [{1: Landscape(axis, loss, 4)}, {}])
+    figure = maps.landscapes(runs, [{"step1": Landscape(axis, loss, 4)}, {}])
     shown = figure.axes[0].images[0]
     np.testing.assert_array_equal(shown.get_array().filled(np.nan), loss)
     assert shown.origin == "lower"
@@ -225,8 +225,9 @@ def test_landscapes_that_are_flat_or_nan_are_drawn_without_a_warning(runs):
             np.geomspace(0.1, 9, 9).reshape(3, 3),
         )
     )
-    assert maps.landscapes(runs, [{1: nan}, {}]) is None
-    for grids in ([{1: nan, 2: steep}, {1: flat}], [{1: flat}, {}]):
+    assert maps.landscapes(runs, [{"step1": nan}, {}]) is None
+    both = [{"step1": nan, "step2": steep}, {"step1": flat}]
+    for grids in (both, [{"step1": flat}, {}]):
         assert png(maps.landscapes(runs, grids))
 
 

@@ -127,10 +127,12 @@ class Bar:
 def describe(line: Line, epochs: int) -> str:
     """One epoch in one line of text."""
     flips = "" if line["flips"] is None else f" {line['flips']:.2%} of signs flipped;"
-    trained, scored = f"loss {line['train_loss']:.4f}", f"loss {line['val_loss']:.4f}"
+    trained = f"loss {line['train_loss']:.4f}"
     if line["train_top1"] is not None:
         trained += f", top-1 {line['train_top1']:.2f} %"
-    if line["val_top1"] is not None:
+    if line["val_top1"] is None:
+        scored = f"loss {line['val_loss']:.4f}"
+    else:
         scored = f"top-1 {line['val_top1']:.2f} %, top-5 {line['val_top5']:.2f} %"
     return (
         f"{line['stage']} epoch {line['epoch']}/{epochs}: {trained}; validation {scored};{flips}"

@@ -8,13 +8,16 @@ from tritonbnn.models.published import adambnn_network, load_adambnn, read_adamb
 from tritonbnn.train.checkpoint import Checkpoint
 
 _BEGINNINGS = (b"PK", b"\x80")  # of what torch.save writes: a zip, and before torch 1.6 a pickle
+_LENGTH = 8  # bytes of a safetensors file before its header, which is JSON
 
 
 def is_published(path: Path) -> bool:
     """Whether torch.save wrote the file, as AdamBNN's authors did, and not this package."""
     try:
         with path.open("rb") as file:
-            return file.read(2).startswith(_BEGINNINGS)
+            beginning = file.read(_LENGTH + 1)
+        # the length of a safetensors header may begin with the same byte as a pickle
+        return beginning.startswith(_BEGINNINGS) and beginning[_LENGTH:] != b"{"
     except OSError:
         return False  # who reads it says why it cannot be read
 
