@@ -25,14 +25,15 @@ from tritonbnn.compute import Compute
 from tritonbnn.data.batches import MicroBatch, train_steps
 from tritonbnn.files import writable, write_json
 from tritonbnn.kernels.provenance import header, own_device
+from tritonbnn.methods import lone_task
+from tritonbnn.methods.plain import Plain
 from tritonbnn.models import build_model
+from tritonbnn.optim import build_optimizer
 from tritonbnn.train.arguments import parse
+from tritonbnn.train.checkpoint import State
 from tritonbnn.train.config import Config
-from tritonbnn.train.engine import label_objective, train_one_epoch
+from tritonbnn.train.engine import FirstBad, train_one_epoch
 from tritonbnn.train.log import Board
-from tritonbnn.train.meters import FirstBad, TrainMeter
-from tritonbnn.train.optim import build_optimizer
-from tritonbnn.train.state import State
 
 CLASSES = 10
 
@@ -52,24 +53,18 @@ class Rig:
             small_images=config.small_images,
         )
         self.compute.place(model)
-        optimizer = build_optimizer("adam", model, config.step2.lr, 0.0)
+        optimizer = build_optimizer("adam", model, config.stages[-1].lr)
         size = (config.image_size, config.image_size)
         images = torch.randn(config.batch_size, channels, *size)
         labels = torch.randint(CLASSES, (config.batch_size,))
         batch = MicroBatch(images, labels, len(images), len(images), last=True)
         self.batches = [batch] * config.analysis_interval
-        self.state = State(
-            step=2,
-            model=model,
-            optimizer=optimizer,
-            scaler=self.compute.scaler(),
-            meter=TrainMeter(device),
-            analysis=Recorder(model, optimizer),
-        )
+        method = Plain(Plain.Settings(), lone_task(self.compute))
+        self.state = State.new(method, model, optimizer)
         probe = Probe(torch.randn(PROBE_IMAGES, channels, *size, device=device))
         self.recorder = Recorder(model, optimizer, level="light", probe=probe)
         self.recorder.begin_step()
-        self.board = Board(folder, 2, 0)
+        self.board = Board(folder, "step2", 0)
 
     def train(self) -> None:
         """One interval of optimiser steps, none of them looked at."""
@@ -77,10 +72,7 @@ class Rig:
             self.state,
             self.state.model,
             self.batches,
-            label_objective(0.0),
-            self.compute,
             FirstBad(self.compute.device),
-            world_size=1,
             after_step=lambda: None,
         )
 

@@ -17,17 +17,18 @@ from torch import nn
 from benchmarks.rounds import seconds, wait
 from benchmarks.steps import training_step
 from tritonbnn import cli
-from tritonbnn.analysis import Recorder
 from tritonbnn.compute import Compute
 from tritonbnn.data.batches import MicroBatch, train_batches
 from tritonbnn.data.sources import TrainSet, open_source
 from tritonbnn.kernels.commands import positive
+from tritonbnn.methods import lone_task
+from tritonbnn.methods.distill import Distill
+from tritonbnn.methods.plain import Plain
+from tritonbnn.methods.teacher import load_teacher
 from tritonbnn.models import build_model
-from tritonbnn.train.engine import label_objective, teacher_objective, train_one_epoch
-from tritonbnn.train.meters import FirstBad, TrainMeter
-from tritonbnn.train.optim import build_optimizer
-from tritonbnn.train.state import State
-from tritonbnn.train.teacher import load_teacher
+from tritonbnn.optim import build_optimizer
+from tritonbnn.train.checkpoint import State
+from tritonbnn.train.engine import FirstBad, train_one_epoch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +74,7 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
     steps = args.loop_steps
     times = {"loader": _loader_seconds(batches, steps)}
     times |= _device_seconds(build, teacher, next(batches()), compute, steps)
-    whole = _loop_seconds(build(), teacher, batches, compute, args.step, steps)
+    whole = _loop_seconds(build(), teacher, batches, compute, steps)
     images = min(args.batch[0], len(source.train))
     return {
         "model": args.model,
@@ -167,7 +168,6 @@ def _loop_seconds(
     teacher: nn.Module | None,
     batches: Callable[[], Iterator[MicroBatch]],
     compute: Compute,
-    step: int,
     steps: int,
 ) -> float:
     """Seconds a batch of the trainer's own loop, after its first step."""
@@ -182,19 +182,14 @@ def _loop_seconds(
         start = perf_counter()
         yield from islice(stream, steps)
 
-    optimizer = build_optimizer("adam", model, 1e-3, 0.0)
-    state = State(
-        step=step,
-        model=model,
-        optimizer=optimizer,
-        scaler=compute.scaler(),
-        meter=TrainMeter(compute.device),
-        analysis=Recorder(model, optimizer),
-    )
-    objective = teacher_objective(teacher, compute) if teacher else label_objective(0.0)
+    method: Plain | Distill
+    if teacher is None:
+        method = Plain(Plain.Settings(), lone_task(compute))
+    else:
+        method = Distill(Distill.Settings(), lone_task(compute, "distill"))
+        method.teacher = teacher
+    state = State.new(method, model, build_optimizer("adam", model, 1e-3))
     bad = FirstBad(compute.device)
-    train_one_epoch(
-        state, model, timed(), objective, compute, bad, world_size=1, after_step=lambda: None
-    )
+    train_one_epoch(state, model, timed(), bad, after_step=lambda: None)
     wait(compute.device)
     return (perf_counter() - start) / steps

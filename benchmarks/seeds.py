@@ -22,6 +22,7 @@ import torch
 from tritonbnn import cli
 from tritonbnn.files import writable, write_json
 from tritonbnn.kernels.provenance import header
+from tritonbnn.train.checkpoint import with_stage
 
 TRAINERS = {
     "ours": ["tritonbnn.train"],
@@ -49,16 +50,17 @@ def train(network: str, recipe: str, seed: int, out: Path, flags: list[str]) -> 
     done = subprocess.run([*command, "--out", str(folder), *flags], check=False)
     if done.returncode:
         raise cli.UserError(f"seed {seed} ended with exit code {done.returncode}")
-    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    return [with_stage(json.loads(line)) for line in lines]
 
 
 def summary(logs: dict[int, list[dict]]) -> dict:
     """Accuracy of the last epoch of each step by seed, and its mean and range."""
     result = {}
-    for step in (1, 2):
-        epochs = {seed: [e for e in log if e["step"] == step] for seed, log in logs.items()}
+    for stage in ("step1", "step2"):
+        epochs = {seed: [e for e in log if e["stage"] == stage] for seed, log in logs.items()}
         last = {seed: round(e[-1]["val_top1"], 2) for seed, e in epochs.items()}
-        result[f"step{step}"] = {
+        result[stage] = {
             "epochs": max(len(e) for e in epochs.values()),
             "last_top1_by_seed": last,
             "mean": round(mean(last.values()), 2),

@@ -12,6 +12,7 @@ import time
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from benchmarks.baseline import ObviousReActNetA
 from benchmarks.expert import ExpertReActNetA
@@ -19,14 +20,14 @@ from tritonbnn import cli
 from tritonbnn.compute import Compute, choose_device, keep_freed_memory
 from tritonbnn.data.batches import train_batches, val_batches
 from tritonbnn.data.sources import Source
+from tritonbnn.distributed import World
 from tritonbnn.files import make_folder
+from tritonbnn.methods import evaluate
+from tritonbnn.optim import set_learning_rate
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.config import Config
-from tritonbnn.train.distributed import World
-from tritonbnn.train.engine import evaluate, label_objective
 from tritonbnn.train.log import Line, write_log
-from tritonbnn.train.optim import learning_rate
-from tritonbnn.train.run import open_images
+from tritonbnn.train.stage import open_images
 
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -48,7 +49,7 @@ def train_step(
 
     Args:
         step: 1 or 2.
-        config: of the recipe; its labels are used, not a teacher.
+        config: of the recipe; its labels are used, as they are.
         source: of the images of both steps.
         compute: device and precision.
         weights: a state dict to start from, or None for the network's own.
@@ -57,7 +58,7 @@ def train_step(
     Returns:
         Log lines, one an epoch, and the weights of the best one.
     """
-    settings, source = config.of_step(step), source.of_step(step)
+    settings, source = config.stage(f"step{step}"), source.of_step(step)
     torch.manual_seed(config.seed)
     model = network(
         num_classes=len(source.classes),
@@ -73,11 +74,10 @@ def train_step(
     lines: list[Line] = []
     best: dict = {}
     for epoch in range(settings.epochs):
-        lr = learning_rate(settings.lr, epoch, settings.epochs)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = settings.lr * settings.schedule.settings(epoch, settings.epochs)
+        set_learning_rate(optimizer, lr)
         began = time.monotonic()
-        line = {"step": step, "epoch": epoch + 1, "lr": lr}
+        line = {"stage": settings.name, "epoch": epoch + 1, "lr": lr}
         line |= _train_epoch(model, optimizer, step, epoch, config, source, compute)
         line["seconds"] = time.monotonic() - began
         line["images_per_second"] = len(source.train) / line["seconds"]  # type: ignore[arg-type]
@@ -100,7 +100,6 @@ def _train_epoch(
     source: Source,
     compute: Compute,
 ) -> Line:
-    losses_of = label_objective(config.label_smoothing)
     order = {"seed": config.seed, "step": step, "epoch": epoch, "workers": config.workers}
     total = torch.zeros(3, device=compute.device)
     model.train()
@@ -108,7 +107,7 @@ def _train_epoch(
         images, labels = compute.to_device(batch.images, batch.labels)
         with compute.autocast():
             logits = model(images).float()
-        losses = losses_of(logits, images, labels)
+        losses = F.cross_entropy(logits, labels, reduction="none")
         optimizer.zero_grad()
         losses.mean().backward()
         optimizer.step()
@@ -122,8 +121,9 @@ def main(argv: list[str]) -> int:
     expert = "--expert" in argv
     arguments = parse([word for word in argv if word != "--expert"])
     config = arguments.config
-    if config.teacher != "none" or config.model != "reactnet_a":
-        raise cli.UserError("the obvious code trains reactnet_a, and without a teacher")
+    plain = all(stage.method.name == "plain" for stage in config.stages)
+    if not plain or config.names != ("step1", "step2") or config.model != "reactnet_a":
+        raise cli.UserError("the obvious code trains reactnet_a in two steps, on plain labels")
     compute = Compute(choose_device(config.device), config.precision, config.channels_last)
     if compute.device.type == "cpu":
         keep_freed_memory()
@@ -132,7 +132,7 @@ def main(argv: list[str]) -> int:
     make_folder(arguments.out)
     history: list[Line] = []
     weights: dict | None = None
-    for step in config.steps:
+    for step in (config.number(stage) for stage in config.chosen):
         lines, weights = train_step(step, config, source, compute, weights, network)
         history += lines
         write_log(arguments.out, history)

@@ -1,6 +1,7 @@
 """One epoch in float64, alone or in two processes; leaves what it saw in a file for each rank."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,17 +9,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
-from tritonbnn import cli
-from tritonbnn.analysis import Recorder
+from tests.hand import plain
+from tritonbnn import cli, distributed
 from tritonbnn.compute import Compute
 from tritonbnn.data.batches import train_batches, val_batches
 from tritonbnn.data.sources import SampleKey
+from tritonbnn.methods import evaluate
 from tritonbnn.nn import BinaryConv2d, RPReLU, RSign
-from tritonbnn.train import distributed
-from tritonbnn.train.engine import evaluate, label_objective, train_one_epoch
-from tritonbnn.train.meters import FirstBad, TrainMeter
-from tritonbnn.train.optim import build_optimizer
-from tritonbnn.train.state import State
+from tritonbnn.optim import build_optimizer
+from tritonbnn.train.checkpoint import State
+from tritonbnn.train.engine import FirstBad, train_one_epoch
 
 CPU = torch.device("cpu")
 
@@ -47,14 +47,9 @@ def main(argv: list[str]) -> int:
     model = network()
     wrapped = DistributedDataParallel(model) if world.size > 1 else model
     optimizer = build_optimizer("adam", model, 1e-3, 1e-2)
-    state = State(
-        step=1,
-        model=model,
-        optimizer=optimizer,
-        scaler=Compute(CPU).scaler(),
-        meter=TrainMeter(CPU),
-        analysis=Recorder(model, optimizer),
-    )
+    method = plain(Compute(CPU))
+    method.task = replace(method.task, world=world)
+    state = State.new(method, model, optimizer)
     gradients: list[list[Tensor]] = []
     state.optimizer.register_step_pre_hook(
         lambda *_: gradients.append([p.grad.clone() for p in model.parameters()])
@@ -65,10 +60,7 @@ def main(argv: list[str]) -> int:
         state,
         wrapped,
         batches,
-        label_objective(0.0),
-        Compute(CPU),
         FirstBad(CPU),
-        world_size=world.size,
         after_step=lambda: None,
     )
     score = evaluate(model, val_batches(Images(), **shares), Compute(CPU), world)

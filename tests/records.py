@@ -45,7 +45,7 @@ def _line(random, step, epoch, layers):
     of_layers = {name: {key: random.uniform(1e-4, 1) for key in ALL_OF_LAYER} for name in layers}
     keys = ("lr", "train_loss", "train_top1", "val_loss", "val_top1", "val_top5", "seconds")
     return {
-        "step": step,
+        "stage": f"step{step}",
         "epoch": epoch,
         **{key: 100 * random.uniform() for key in keys},
         "analysis": {

@@ -8,16 +8,16 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.hand import plain
 from tests.helpers import flips, gradient, signs
 from tritonbnn.analysis import EDGES, Probe, Recorder, histogram
 from tritonbnn.compute import Compute
 from tritonbnn.data.batches import MicroBatch
 from tritonbnn.models import build_model
 from tritonbnn.nn import BinaryConv2d, BinaryLinear, BinaryUnit, binary_weights
-from tritonbnn.train.engine import label_objective, train_one_epoch
+from tritonbnn.train.checkpoint import State
+from tritonbnn.train.engine import FirstBad, train_one_epoch
 from tritonbnn.train.log import describe, scalars
-from tritonbnn.train.meters import FirstBad, TrainMeter
-from tritonbnn.train.state import State
 
 
 class Scripted:
@@ -105,13 +105,8 @@ def test_training_counts_the_flips_of_every_update():
     model = build_model("birealnet_18", **options)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
     compute = Compute(torch.device("cpu"))
-    state = State(
-        step=2,
-        model=model,
-        optimizer=optimizer,
-        scaler=compute.scaler(),
-        meter=TrainMeter(compute.device),
-        analysis=Recorder(model, optimizer, level="light", interval=4),
+    state = State.new(
+        plain(compute), model, optimizer, Recorder(model, optimizer, level="light", interval=4)
     )
     history = []
 
@@ -121,9 +116,7 @@ def test_training_counts_the_flips_of_every_update():
     remember()
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 0])
     batches = [MicroBatch(images, labels, 4, 4, last=True)] * 5
-    objective, bad = label_objective(0.0), FirstBad(compute.device)
-    options = {"world_size": 1, "after_step": remember}
-    train_one_epoch(state, model, batches, objective, compute, bad, **options)
+    train_one_epoch(state, model, batches, FirstBad(compute.device), after_step=remember)
     counts = np.array([flips(before, after) for before, after in pairwise(history)])
     sizes = np.array([weight.size for weight in history[0]])
     assert counts[0].sum() > 0.4 * sizes.sum() > 2 * counts[1:].sum(1).max()
@@ -288,7 +281,7 @@ def test_a_network_without_binary_weights():
 def test_a_share_of_no_weights_is_none_in_the_log():
     """It is null in JSON, not said in words, and not drawn."""
     numbers = dict.fromkeys(("train_loss", "train_top1", "val_top1", "val_top5"), 50.0)
-    line = {"step": 2, "epoch": 1, **numbers, "images_per_second": 9.0, "flips": None}
+    line = {"stage": "step2", "epoch": 1, **numbers, "images_per_second": 9.0, "flips": None}
     assert describe(line, 3).endswith("top-5 50.00 %; 9 img/s")
     assert describe({**line, "flips": 0.5}, 3).endswith("; 50.00% of signs flipped; 9 img/s")
     assert scalars(line).keys() == {*numbers, "images_per_second"}

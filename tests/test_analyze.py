@@ -108,7 +108,7 @@ def test_a_network_is_measured(trained):
     assert result.code == 0, result.output
     assert result.output.endswith(f"{len(CATALOGUE)} pictures, also in run/analysis\n")
     page = check_page(trained / "run" / "analysis.html", {name for name, *_ in CATALOGUE})
-    assert "Most confused: run, step 2" in page.text or "every image was recognised" in page.text
+    assert "Most confused: run, step2" in page.text or "every image was recognised" in page.text
     assert "What is missing" not in page.text
 
 
@@ -123,8 +123,8 @@ def test_what_cannot_be_measured_is_said(trained, tmp_path):
     again = run(ANALYZE, *flags, cwd=tmp_path)
     assert (first.code, again.code) == (0, 0), first.output + again.output
     for said in (
-        r"no landscape of step 1 of run: .*best\.safetensors is damaged",
-        r"no landscape of step 2 of run: .*gone",
+        r"no landscape of step1 of run: .*best\.safetensors is damaged",
+        r"no landscape of step2 of run: .*gone",
         r"no confusion matrix of run: .*gone",
     ):
         assert re.search(said, first.output), first.output

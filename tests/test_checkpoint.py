@@ -12,17 +12,17 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tritonbnn.train.elsewhere import is_foreign
 
-from tritonbnn.analysis import Recorder
+from tests.hand import plain
 from tritonbnn.cli import UserError
+from tritonbnn.compute import Compute
+from tritonbnn.distributed import World
 from tritonbnn.files import FolderLock, make_folder, write_atomically
 from tritonbnn.models import build_model
 from tritonbnn.nn import binary_weights
-from tritonbnn.train.checkpoint import encode, read
-from tritonbnn.train.distributed import World
-from tritonbnn.train.meters import TrainMeter
-from tritonbnn.train.optim import build_optimizer
-from tritonbnn.train.state import State
+from tritonbnn.optim import build_optimizer
+from tritonbnn.train.checkpoint import State, encode, read
 
 CPU = torch.device("cpu")
 
@@ -32,14 +32,7 @@ def new_state(memory_format: torch.memory_format = torch.contiguous_format) -> S
     model = build_model("reactnet_18", num_classes=3, width=0.125, small_images=True)
     model.to(memory_format=memory_format)
     optimizer = build_optimizer("adam", model, 1e-2, 1e-4)
-    return State(
-        step=1,
-        model=model,
-        optimizer=optimizer,
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
-        meter=TrainMeter(CPU),
-        analysis=Recorder(model, optimizer),
-    )
+    return State.new(plain(Compute(CPU)), model, optimizer)
 
 
 def train(state: State, steps: range) -> None:
@@ -86,7 +79,7 @@ def test_restored_training_goes_on_bit_for_bit(path: Path, memory_format: torch.
     whole = new_state(memory_format)
     train(whole, range(3))
     whole.epoch, whole.batch, whole.best = 2, 3, {"epoch": 1, "top1": 50.0}
-    whole.history = [{"epoch": 1}]
+    whole.history = [{"stage": "alone", "epoch": 1}]
     save(whole, path)
     random_after = torch.rand(3)
     train(whole, range(3, 6))
@@ -170,6 +163,16 @@ def test_a_bad_file_is_refused(path: Path, kind: str):
     with pytest.raises(UserError, match=r"last\.safetensors is (empty|damaged)"):
         read(path)
     assert not path.with_name("bomb").exists()
+
+
+def test_a_checkpoint_is_not_taken_for_a_pickle(path: Path):
+    """Its first byte is of a length, and may be any multiple of 8: that of a pickle too."""
+    firsts = set()
+    for size in range(0, 256, 8):
+        path.write_bytes(encode({"model.a": torch.ones(1)}, {"text": "x" * size}))
+        firsts.add(path.read_bytes()[0])
+        assert not is_foreign(path)
+    assert 0x80 in firsts
 
 
 def test_a_missing_file_and_a_folder_are_refused(tmp_path: Path):

@@ -34,7 +34,7 @@ def test_evaluate_gives_the_logged_score(place: Path, step: int):
     result = run(EVALUATE, path, "--batch-size", 3, cwd=place)
     assert result.code == 0, result.output
     lines = [json.loads(line) for line in (place / "run" / "log.jsonl").open()]
-    best = max((x for x in lines if x["step"] == step), key=lambda x: x["val_top1"])
+    best = max((x for x in lines if x["stage"] == f"step{step}"), key=lambda x: x["val_top1"])
     weights = "real" if step == 1 else "1-bit"
     assert result.output == (
         f"{path}: {weights} weights, 14 images of folder: top-1 {best['val_top1']:.2f} %,"
@@ -106,7 +106,7 @@ def test_the_command_line_itself(tmp_path: Path):
     )
     assert result.returncode == 0, result.stderr
     heads, first, second, where = result.stdout.splitlines()
-    assert heads.split()[:3] == ["step", "weights", "epochs"]
+    assert heads.split()[:3] == ["stage", "weights", "epochs"]
     assert (first.split()[1], second.split()[1]) == ("real", "1-bit")
     assert where == "best weights: runs/digits/step2/best.safetensors"
     # no progress bar where nobody looks

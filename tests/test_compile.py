@@ -11,12 +11,13 @@ import torch
 from torch import nn
 
 from tests.commands import write_tiny
+from tests.hand import taught
 from tritonbnn import evaluate
 from tritonbnn.cli import UserError
 from tritonbnn.compute import Compute
+from tritonbnn.data.batches import MicroBatch
 from tritonbnn.train import __main__ as trainer
 from tritonbnn.train.checkpoint import read
-from tritonbnn.train.engine import teacher_objective
 
 
 @pytest.fixture
@@ -60,10 +61,12 @@ def test_a_compiled_teacher_teaches_the_same(compilations):
     torch.manual_seed(0)
     teacher = Teacher(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     images, logits = torch.randn(4, 3, 8, 8), torch.randn(4, 5)
-    expected = teacher_objective(teacher, Compute(torch.device("cpu")))(logits, images, None)
+    batch = MicroBatch(images, torch.zeros(4, dtype=torch.int64), 4, 4, True)
+    student = lambda _: logits  # noqa: E731
+    expected = taught(Compute(torch.device("cpu")), teacher).losses(student, batch).each
     compute = Compute(torch.device("cpu"), channels_last=True, compiled=True)
     compute.place(teacher)
-    losses = teacher_objective(teacher, compute)(logits, images, None)
+    losses = taught(compute, teacher).losses(student, batch).each
     torch.testing.assert_close(losses, expected)
     assert compilations["stats"]["unique_graphs"] == 1
 

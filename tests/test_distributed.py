@@ -11,8 +11,8 @@ import torch
 
 from tests.commands import ROOT, TRAIN, free_port, run, run_two, write_tiny
 from tests.test_resume import assert_same_run
+from tritonbnn import distributed
 from tritonbnn.cli import UserError
-from tritonbnn.train import distributed
 from tritonbnn.train.checkpoint import read
 
 # One worker of a parallel test run takes them all, so that they do not fight for the cores.
@@ -58,13 +58,13 @@ def whole(place: Path) -> Path:
 def test_only_the_leading_process_writes_and_talks(place: Path, tmp_path: Path):
     argv = ("tiny.toml", "--out", tmp_path / "run", "--epochs", 1)
     first, second = run_two(TRAIN, *argv, cwd=place)
-    assert "step 1 epoch 1/1" in first.output
+    assert "step1 epoch 1/1" in first.output
     assert second.calls == 0
     # torch itself may warn of a host without a name, and on a busy machine one waits for the other
     news = ("c10d", "waiting for", "waits for")
     assert not [line for line in second.output.splitlines() if not any(n in line for n in news)]
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
-    assert [(line["step"], line["epoch"]) for line in lines] == [(1, 1), (2, 1)]
+    assert [(x["stage"], x["epoch"]) for x in lines] == [("step1", 1), ("step2", 1)]
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(

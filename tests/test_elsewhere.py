@@ -18,10 +18,10 @@ from torchvision.models import resnet34
 from benchmarks.baseline import ObviousReActNetA
 from tests.commands import EVALUATE, PREDICT, TRAIN, run, write_tiny, write_tree
 from tests.test_bad_input import assert_one_line
+from tritonbnn.methods.teacher import load_teacher
 from tritonbnn.models import MODELS, build_model, load_adambnn, network_of_weights
 from tritonbnn.models.foreign import read_tensors
 from tritonbnn.train.checkpoint import read
-from tritonbnn.train.teacher import load_teacher
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,17 +7,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tritonbnn.analysis import Recorder
+from tests.hand import plain, taught
 from tritonbnn.cli import UserError
 from tritonbnn.compute import Compute
 from tritonbnn.data.batches import MicroBatch
+from tritonbnn.distributed import World
+from tritonbnn.methods import evaluate
+from tritonbnn.methods.scores import evaluation_sums
 from tritonbnn.nn import BinaryConv2d, RPReLU, RSign
-from tritonbnn.train.distributed import World
-from tritonbnn.train.engine import evaluate, label_objective, teacher_objective, train_one_epoch
+from tritonbnn.optim import build_optimizer
+from tritonbnn.train.checkpoint import State
+from tritonbnn.train.engine import FirstBad, train_one_epoch
 from tritonbnn.train.keeper import Keeper
-from tritonbnn.train.meters import FirstBad, TrainMeter, evaluation_sums
-from tritonbnn.train.optim import build_optimizer
-from tritonbnn.train.state import State
 from tritonbnn.train.stop import StopSignals
 
 CPU = torch.device("cpu")
@@ -37,16 +38,8 @@ def network() -> nn.Module:
     )
 
 
-def new_state(model: nn.Module, precision: str = "fp32") -> State:
-    optimizer = build_optimizer("adam", model, 1e-3, 0.0)
-    return State(
-        step=1,
-        model=model,
-        optimizer=optimizer,
-        scaler=Compute(CPU, precision).scaler(),
-        meter=TrainMeter(CPU),
-        analysis=Recorder(model, optimizer),
-    )
+def new_state(model: nn.Module, compute: Compute | None = None) -> State:
+    return State.new(plain(compute or Compute(CPU)), model, build_optimizer("adam", model, 1e-3))
 
 
 def images_and_labels(count: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -55,19 +48,14 @@ def images_and_labels(count: int, dtype: torch.dtype = torch.float32) -> tuple[T
     return images, torch.randint(3, (count,), generator=generator)
 
 
-def train(state: State, batches: list[MicroBatch], compute: Compute | None = None) -> FirstBad:
+def train(state: State, batches: list[MicroBatch]) -> FirstBad:
     bad = FirstBad(CPU)
-    train_one_epoch(
-        state,
-        state.model,
-        batches,
-        label_objective(0.0),
-        compute or Compute(CPU),
-        bad,
-        world_size=1,
-        after_step=lambda: None,
-    )
+    train_one_epoch(state, state.model, batches, bad, after_step=lambda: None)
     return bad
+
+
+def of_batch(images: Tensor, labels: Tensor) -> MicroBatch:
+    return MicroBatch(images, labels, len(images), len(images), True)
 
 
 def test_label_objective_is_the_formula():
@@ -76,7 +64,9 @@ def test_label_objective_is_the_formula():
     target = torch.full((5, 4), 0.1 / 4, dtype=torch.float64)
     target[torch.arange(5), labels] += 0.9
     expected = -(target * log_p).sum(1)
-    torch.testing.assert_close(label_objective(0.1)(logits, logits, labels), expected)
+    found = plain(Compute(CPU), 0.1).losses(nn.Identity(), of_batch(logits, labels))
+    torch.testing.assert_close(found.each, expected)
+    assert found.logits is logits
 
 
 def test_teacher_objective_is_the_formula_and_ignores_labels():
@@ -92,19 +82,20 @@ def test_teacher_objective_is_the_formula_and_ignores_labels():
         for row_t, row_s in zip(t.tolist(), logits.tolist(), strict=True)
         for sum_s in [sum(math.exp(x) for x in row_s)]
     ]
-    objective = teacher_objective(teacher, Compute(CPU))
+    method = taught(Compute(CPU), teacher)
+    student = lambda _: logits  # noqa: E731
     for labels in (torch.zeros(5, dtype=torch.int64), torch.full((5,), 3)):
-        losses = objective(logits, images, labels)
+        losses = method.losses(student, of_batch(images, labels)).each
         torch.testing.assert_close(losses, torch.tensor(expected))
     logits.requires_grad_()
-    objective(logits, images, labels).sum().backward()
+    method.losses(student, of_batch(images, labels)).each.sum().backward()
     assert all(p.grad is None for p in teacher.parameters())
 
 
 def test_loss_of_a_student_that_is_its_teacher_is_the_entropy():
-    objective = teacher_objective(nn.Identity(), Compute(CPU))
     logits = torch.zeros(2, 128)
-    losses = objective(logits, logits, torch.zeros(2, dtype=torch.int64))
+    batch = of_batch(logits, torch.zeros(2, dtype=torch.int64))
+    losses = taught(Compute(CPU), nn.Identity()).losses(nn.Identity(), batch).each
     torch.testing.assert_close(losses, torch.full((2,), math.log(128)))
 
 
@@ -142,16 +133,15 @@ def test_borrowed_images_are_not_counted():
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_training_learns_in_every_precision(precision: str):
     images, labels = images_and_labels(8)
-    compute = Compute(CPU, precision, channels_last=True)
-    state = new_state(network(), precision)
+    state = new_state(network(), Compute(CPU, precision, channels_last=True))
     for group in state.optimizer.param_groups:
         group["lr"] = 0.02
     batches = [MicroBatch(images, labels, 8, 8, True)] * 40
-    train(state, batches[:1], compute)
+    train(state, batches[:1])
     first = float(state.meter.sums[0])
-    train(state, batches, compute)
+    train(state, batches)
     state.meter.clear()
-    train(state, batches[:1], compute)
+    train(state, batches[:1])
     assert float(state.meter.sums[0]) < 0.8 * first
     assert all(p.dtype == torch.float32 for p in state.model.parameters())
     assert bool(state.scaler.state_dict()) == (precision == "fp16")

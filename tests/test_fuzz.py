@@ -24,6 +24,7 @@ from safetensors.torch import save
 from tests.records import write_record
 from tritonbnn.cli import UserError, printable
 from tritonbnn.data.images import load_image
+from tritonbnn.methods.teacher import load_teacher
 from tritonbnn.models import build_model
 from tritonbnn.report.measure import Measured
 from tritonbnn.report.page import Made, compare, page
@@ -31,7 +32,6 @@ from tritonbnn.report.read import read_runs
 from tritonbnn.train.arguments import read_recipe, resolve
 from tritonbnn.train.checkpoint import encode
 from tritonbnn.train.elsewhere import Told
-from tritonbnn.train.teacher import load_teacher
 from tritonbnn.train.weights import load_network
 
 fuzzed = settings(

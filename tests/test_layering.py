@@ -9,7 +9,8 @@ import tritonbnn
 from tests.helpers import assert_runs_silently
 
 ROOT = Path(tritonbnn.__file__).parent
-BASE = {"bits", "layout", "checks", "cli", "contract", "files", "window"}
+BASE = {"bits", "layout", "checks", "cli", "contract", "files", "settings", "window"}
+JOB = {"compute", "distributed"}
 ALLOWED = {
     "bits": set(),
     "contract": set(),
@@ -18,6 +19,7 @@ ALLOWED = {
     "checks": {"bits"},
     "cli": set(),
     "files": {"cli"},
+    "settings": {"cli"},
     "reference": set(),
     "packed": {"eager", "layout"},
     "eager": {"bits", "layout", "checks", "contract"},
@@ -26,21 +28,24 @@ ALLOWED = {
     "native": {"eager", "packed", "compiled", *BASE},
     "ops": {"kernels", "eager", "native", "packed", *BASE},
     "nn": {"ops", "packed", *BASE},
-    "optim": {"ops", "eager", "packed", *BASE},
+    "optim": {"nn", "ops", "eager", "packed", *BASE},
     "models": {"nn", *BASE},
     "analysis": {"models", "nn", "ops", "packed", *BASE},
     "caches": {"cli", "native"},
     "compute": {"cli", "caches"},
     "data": {"cli", "files"},
-    "train": {"analysis", "models", "nn", "data", "compute", *BASE},
+    "meeting": {"cli"},
+    "distributed": {"cli", "meeting"},
+    "methods": {"optim", "models", "nn", "data", *JOB, *BASE},
+    "train": {"methods", "optim", "analysis", "models", "nn", "ops", "data", *JOB, *BASE},
     "deploy": {"compiled", "models", "nn", *BASE},
-    "networks": {"deploy", "train", "compute", *BASE},
-    "export": {"deploy", "train", "data", *BASE},
-    "evaluate": {"networks", "train", "models", "nn", "data", "compute", *BASE},
-    "study": {"train", "data", "compute", *BASE},
-    "predict": {"networks", "train", "models", "nn", "data", "compute", *BASE},
-    "report": {"train", "analysis", "data", "compute", *BASE},
-    "analyze": {"report", "train", "data", "compute", "caches", *BASE},
+    "networks": {"deploy", "train", *JOB, *BASE},
+    "export": {"deploy", "train", "data", *JOB, *BASE},
+    "evaluate": {"networks", "train", "methods", "models", "nn", "data", *JOB, *BASE},
+    "study": {"train", "data", *JOB, *BASE},
+    "predict": {"networks", "train", "methods", "models", "nn", "data", *JOB, *BASE},
+    "report": {"train", "analysis", "data", *JOB, *BASE},
+    "analyze": {"report", "train", "data", "caches", *JOB, *BASE},
 }
 # At the top of the stack:
 TOOLS = {

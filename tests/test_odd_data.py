@@ -24,8 +24,8 @@ from tests.commands import (
     write_tree,
 )
 from tests.pictures import random_image
-from tritonbnn.train.arguments import read_recipe, resolve
 from tritonbnn.train.checkpoint import encode, read
+from tritonbnn.train.recipe import read_recipe, resolve
 
 LATIN = os.fsdecode(b"caf\xe9")  # a name as an old archive has it
 SHORT = ("--epochs", 1)
@@ -281,6 +281,6 @@ def test_predictions_that_nobody_reads(trained: Path):
 def test_a_full_stdout_loses_no_training(place: Path):
     assert_refused(train(place, stdout="/dev/full"), "cannot write to stdout")
     lines = (place / "run" / "log.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert [json.loads(line)["stage"] for line in lines] == ["step1", "step2"]
     with safe_open(place / "run" / "step2" / "best.safetensors", framework="pt") as file:
         assert file.keys()

@@ -35,10 +35,11 @@ def test_curves(runs):
     axes = lines.curves(runs).axes
     loss, loss2, top1, top1_2, rate, rate2 = axes
     for axis, keys in ((loss, ("train_loss", "val_loss")), (top1, ("train_top1", "val_top1"))):
-        expected = [(list(range(1, r.steps[1].epochs + 1)), list(r.steps[1].series(key)))
-                    for r in runs for key in keys]  # fmt: skip
+        firsts = [run.stages["step1"] for run in runs]
+        expected = [(list(range(1, first.epochs + 1)), list(first.series(key)))
+                    for first in firsts for key in keys]  # fmt: skip
         assert drawn(axis) == expected
-    assert drawn(rate2) == [([1, 2], list(runs[0].steps[2].series("lr")))]
+    assert drawn(rate2) == [([1, 2], list(runs[0].stages["step2"].series("lr")))]
     assert len(drawn(loss2)) == len(drawn(top1_2)) == 2
     assert len(drawn(rate)) == 2
     assert loss.get_ylim() == loss2.get_ylim()
@@ -128,17 +129,19 @@ def test_histograms_turned_on_later_have_no_start(tmp_path):
     assert styles == [["-"]] * 4 + [["--", "-"]] * 4
     assert all(patch.get_data().values.any() for axis in axes for patch in axis.patches)
     assert run.notes == [
-        "histograms of step 1 of later were turned on in its middle: there is none of the"
-        " step's start"
+        "histograms of step1 of later were turned on in its middle: there is none of the"
+        " stage's start"
     ]
 
 
 @pytest.mark.parametrize(("key", "bounds"), [("saturation", (0, 1)), ("flip_flop", None)])
 def test_layer_maps(runs, key, bounds):
     first, second, bar = maps.layer_map(runs, key, "label", bounds=bounds).axes
-    expected = np.concatenate([step.by_layer(key) for step in runs[0].steps.values()], axis=1)
+    expected = np.concatenate([step.by_layer(key) for step in runs[0].stages.values()], axis=1)
     np.testing.assert_array_equal(first.images[0].get_array(), expected)
-    np.testing.assert_array_equal(second.images[0].get_array(), runs[1].steps[1].by_layer(key))
+    np.testing.assert_array_equal(
+        second.images[0].get_array(), runs[1].stages["step1"].by_layer(key)
+    )
     assert first.images[0].norm.vmax == second.images[0].norm.vmax
     assert first.get_xlim() == second.get_xlim() == (0.5, 5.5)
     assert [text.get_text() for text in first.get_yticklabels()] == ["0", "2", "10"]
@@ -187,7 +190,7 @@ def test_channels_are_sorted_and_of_the_last_epoch(runs):
     axis = maps.channel_map(runs).axes[0]
     shown = axis.images[0].get_array()
     for row, (name, values) in zip(
-        shown, runs[0].steps[2].of_layers("saturation").items(), strict=True
+        shown, runs[0].stages["step2"].of_layers("saturation").items(), strict=True
     ):
         assert name in LAYERS
         np.testing.assert_array_equal(np.unique(row), np.unique(values[-1]))
@@ -197,7 +200,7 @@ def test_channels_are_sorted_and_of_the_last_epoch(runs):
 def test_histograms_are_densities(runs):
     figure = lines.histograms(runs)
     (total, *_), (first, *_) = figure.axes[:1], figure.axes[1:2]
-    tensors = runs[0].steps[1].tensors
+    tensors = runs[0].stages["step1"].tensors
     start, end = (patch.get_data() for patch in total.patches[:2])
     summed = sum(tensors[f"histogram.{name}"] for name in LAYERS)
     for shown, counts in ((start, summed[0]), (end, summed[-1])):
@@ -214,7 +217,7 @@ def test_histograms_are_densities(runs):
 def test_histograms_reach_as_far_as_any_run(runs):
     for run, bins in zip(runs, (slice(4, 16), slice(9, 11)), strict=True):
         for name in LAYERS:
-            counts = run.steps[1].tensors[f"histogram.{name}"]
+            counts = run.stages["step1"].tensors[f"histogram.{name}"]
             counts[:] = 0
             counts[:, bins] = 7
     assert lines.histograms(runs).axes[0].get_xlim() == pytest.approx((-0.6, 0.6))
@@ -222,22 +225,22 @@ def test_histograms_reach_as_far_as_any_run(runs):
 
 def test_histograms_of_nothing_are_empty(runs):
     for name in LAYERS:
-        runs[0].steps[1].tensors[f"histogram.{name}"][:] = 0
+        runs[0].stages["step1"].tensors[f"histogram.{name}"][:] = 0
     assert png(lines.histograms(runs[:1]))
 
 
 def test_trajectories_keep_steps_apart(runs):
     gradient = lines.trajectories(runs).axes[0]
     shown = [line for line in drawn(gradient) if len(line[0]) > 0 and line[0][0] != line[0][-1]]
-    expected = [([1, 2, 3], list(row)) for row in runs[0].steps[1].by_layer("gradient")]
-    expected += [([4, 5], list(row)) for row in runs[0].steps[2].by_layer("gradient")]
+    expected = [([1, 2, 3], list(row)) for row in runs[0].stages["step1"].by_layer("gradient")]
+    expected += [([4, 5], list(row)) for row in runs[0].stages["step2"].by_layer("gradient")]
     assert shown == expected
 
 
 def test_landscapes(runs):
     axis = np.linspace(-1, 1, 3)
     loss = np.array([[1.0, 2.0, 3.0], [4.0, 0.1, np.nan], [7.0, 8.0, 9.0]])
-    figure = maps.landscapes(runs, [{1: Landscape(axis, loss, 4)}, {}])
+    figure = maps.landscapes(runs, [{"step1": Landscape(axis, loss, 4)}, {}])
     shown = figure.axes[0].images[0]
     np.testing.assert_array_equal(shown.get_array().filled(np.nan), loss)
     assert shown.origin == "lower"
@@ -256,8 +259,9 @@ def test_landscapes_that_are_flat_or_nan_are_drawn_without_a_warning(runs):
             np.geomspace(0.1, 9, 9).reshape(3, 3),
         )
     )
-    assert maps.landscapes(runs, [{1: nan}, {}]) is None
-    for grids in ([{1: nan, 2: steep}, {1: flat}], [{1: flat}, {}]):
+    assert maps.landscapes(runs, [{"step1": nan}, {}]) is None
+    both = [{"step1": nan, "step2": steep}, {"step1": flat}]
+    for grids in (both, [{"step1": flat}, {}]):
         assert png(maps.landscapes(runs, grids))
 
 

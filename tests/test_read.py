@@ -20,9 +20,9 @@ def test_values_come_by_epoch_and_layer(tmp_path):
     lines = write_record(tmp_path / "run", epochs=(3, 2))
     run = only(tmp_path / "run")
     assert run.notes == []
-    assert list(run.steps) == [1, 2]
-    for number, step in run.steps.items():
-        own = [line for line in lines if line["step"] == number]
+    assert list(run.stages) == ["step1", "step2"]
+    for name, step in run.stages.items():
+        own = [line for line in lines if line["stage"] == name]
         assert step.epochs == len(own)
         assert step.layers == list(LAYERS)
         np.testing.assert_array_equal(step.series("val_loss"), [x["val_loss"] for x in own])
@@ -36,7 +36,7 @@ def test_values_come_by_epoch_and_layer(tmp_path):
 
 def test_layers_of_a_file_keep_their_order(tmp_path):
     write_record(tmp_path / "run")
-    layers = only(tmp_path / "run").steps[1].of_layers("saturation")
+    layers = only(tmp_path / "run").stages["step1"].of_layers("saturation")
     assert list(layers) == list(LAYERS)
     assert {len(rows) for rows in layers.values()} == {4}
 
@@ -46,11 +46,11 @@ def test_a_log_without_analysis_is_read(tmp_path):
     for line in lines:
         del line["analysis"]
     write_lines(tmp_path / "run", lines)
-    step = only(tmp_path / "run").steps[2]
+    step = only(tmp_path / "run").stages["step2"]
     assert step.layers == []
     assert step.by_layer("dead").shape == (0, 2)
     assert np.isnan(step.series("dead")).all()
-    assert step.series("lr").tolist() == [line["lr"] for line in lines if line["step"] == 2]
+    assert step.series("lr").tolist() == [line["lr"] for line in lines if line["stage"] == "step2"]
 
 
 def test_a_cut_off_last_line_is_left_out(tmp_path):
@@ -59,8 +59,8 @@ def test_a_cut_off_last_line_is_left_out(tmp_path):
     log.write_bytes(log.read_bytes()[:-30])
     run = only(tmp_path / "run")
     assert run.notes == [f"{log} ends in the middle of line 5: used up to there"]
-    assert run.steps[2].epochs == 1
-    assert run.steps[1].epochs == len([line for line in lines if line["step"] == 1])
+    assert run.stages["step2"].epochs == 1
+    assert run.stages["step1"].epochs == len([line for line in lines if line["stage"] == "step1"])
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_garbage_within_a_log_is_left_out(tmp_path, garbage):
     log.write_bytes(b"\n".join(rows) + b"\n")
     run = only(tmp_path / "run")
     assert run.notes == [f"{log}: line 2 is not an epoch's: left out"]
-    seen = run.steps[1].series("lr")
+    seen = run.stages["step1"].series("lr")
     assert np.isnan(seen).tolist() == [False, True, False]
 
 
@@ -95,11 +95,11 @@ def test_numbers_that_are_none_are_left_out_and_named(tmp_path):
     run = only(tmp_path / "run")
     log = tmp_path / "run" / "log.jsonl"
     assert run.notes == [
-        f"{log}: train_loss is not a finite number in step 1 epoch 1, step 1 epoch 2,"
-        " step 1 epoch 3 and 2 more: left out",
-        f"{log}: a layer's weight is not a finite number in step 1 epoch 3: left out",
+        f"{log}: train_loss is not a finite number in step1 epoch 1, step1 epoch 2,"
+        " step1 epoch 3 and 2 more: left out",
+        f"{log}: a layer's weight is not a finite number in step1 epoch 3: left out",
     ]
-    step = run.steps[1]
+    step = run.stages["step1"]
     assert np.isnan(step.series("train_loss")).all()
     weights = step.by_layer("weight")
     assert np.isnan(weights[0, 2])
@@ -115,8 +115,8 @@ def test_damaged_tensors_are_named(tmp_path):
     path = tmp_path / "run" / "step2" / "analysis.safetensors"
     path.write_bytes(path.read_bytes()[:-5])
     run = only(tmp_path / "run")
-    assert run.steps[2].tensors == {}
-    assert run.steps[1].tensors
+    assert run.stages["step2"].tensors == {}
+    assert run.stages["step1"].tensors
     [note] = run.notes
     assert note.startswith(f"{path} is damaged, so histograms and channels are not shown: ")
 
@@ -135,8 +135,8 @@ def test_tensors_of_other_shapes_are_named(tmp_path):
         f"histogram.{LAYERS[0]}",
         f"saturation.{LAYERS[1]}",
     }
-    assert list(run.steps[1].of_layers("histogram")) == list(LAYERS[1:])
-    assert list(run.steps[1].of_layers("saturation")) == [LAYERS[0], LAYERS[2]]
+    assert list(run.stages["step1"].of_layers("histogram")) == list(LAYERS[1:])
+    assert list(run.stages["step1"].of_layers("saturation")) == [LAYERS[0], LAYERS[2]]
 
 
 def test_a_run_without_settings_is_read(tmp_path):

@@ -62,8 +62,8 @@ def whole(place: Path) -> tuple[Path, Result]:
 def test_training_is_repeatable_and_trains(place: Path, whole: tuple[Path, Result]):
     assert train(place, "again").code == 0
     assert_same_run(place / "again", whole[0])
-    epochs = [(line["step"], line["epoch"]) for line in log_lines(whole[0])]
-    assert epochs == [(1, 1), (1, 2), (2, 1), (2, 2)]
+    epochs = [(line["stage"], line["epoch"]) for line in log_lines(whole[0])]
+    assert epochs == [("step1", 1), ("step1", 2), ("step2", 1), ("step2", 2)]
     first, second = (read(whole[0] / name) for name in FILES[::2])
     before, after = first.group("model"), second.group("model")
     assert any(not torch.equal(after[name], before[name]) for name in before if "weight" in name)

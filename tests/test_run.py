@@ -55,7 +55,10 @@ def test_a_run_is_a_folder(whole: Path):
     files = {f"{step}/{kind}.safetensors" for step, kind in kinds}
     assert names - boards == files | {"config.toml", "environment.json", "log.jsonl", ".lock"}
     config = tomllib.loads((whole / "config.toml").read_text())
-    assert config["step1"] == {"epochs": 3, "lr": 0.002, "weight_decay": 5e-6}
+    first, second = config["stage"]
+    settings = {"epochs": 3, "lr": 0.002, "weight_decay": 5e-6, "binary_weights": False}
+    assert {"name": "step1", **settings}.items() <= first.items()
+    assert (second["start"], second["optimizer"]["name"]) == ("step1", "adam")
     environment = json.loads((whole / "environment.json").read_text())
     assert environment["seed"] == 0
     assert environment["device"] == "cpu"
@@ -66,7 +69,7 @@ def test_step_2_starts_from_the_best_of_step_1(whole: Path):
     best, other = read(whole / "step1" / "best.safetensors"), read(whole / "step1/last.safetensors")
     assert same_weights(read(whole / "step2" / "last.safetensors"), best)
     lines = [json.loads(line) for line in (whole / "log.jsonl").open()]
-    first = [line["val_top1"] for line in lines if line["step"] == 1]
+    first = [line["val_top1"] for line in lines if line["stage"] == "step1"]
     assert best.facts["best"] == {"epoch": 1 + first.index(max(first)), "top1": max(first)}
     assert other.facts["best"] == best.facts["best"]
 
@@ -100,7 +103,7 @@ def test_checkpoints_say_what_they_are(whole: Path):
                 "small_images": True,
             }
             assert facts["data"]["classes"] == ["a", "b"]
-            assert facts["step"] == step
+            assert facts["stage"] == f"step{step}"
 
 
 def test_both_steps_at_once_equal_one_after_the_other(place: Path, whole: Path):
@@ -119,7 +122,7 @@ def test_step_2_waits_for_the_end_of_step_1(place: Path):
     assert stopped.code == 75
     result = run(TRAIN, "tiny.toml", "--out", "half", "--step", 2, cwd=place)
     assert result.code == 2
-    assert "step 1 has done 1 of 2 epochs: run --step 1 first" in result.output
+    assert "step1 has done 1 of 2 epochs: run --stage step1 first" in result.output
 
 
 def test_more_epochs_go_on_from_the_last(place: Path):
@@ -190,10 +193,13 @@ def test_the_seed_decides_the_weights(place: Path):
 
 def test_every_epoch_has_one_line(whole: Path):
     lines = [json.loads(line) for line in (whole / "log.jsonl").open()]
-    assert [(line["step"], line["epoch"]) for line in lines] == [(1, 1), (1, 2), (1, 3), (2, 1)]
+    assert [(line["stage"], line["epoch"]) for line in lines] == [
+        *(("step1", epoch) for epoch in (1, 2, 3)),
+        ("step2", 1),
+    ]
     for line in lines:
         assert line.keys() == {
-            *("step", "epoch", "lr", "train_loss", "train_top1", "val_loss", "val_top1"),
+            *("stage", "epoch", "lr", "train_loss", "train_top1", "val_loss", "val_top1"),
             *("val_top5", "flips", "images_per_second", "seconds", "analysis"),
         }
         assert line["val_top5"] == 100
@@ -207,19 +213,20 @@ def test_tensorboard_holds_the_log(whole: Path):
     board.Reload()
     lines = [json.loads(line) for line in (whole / "log.jsonl").open()]
     drawn = [(event.step, event.value) for event in board.Scalars("val_loss")]
-    expected = [(line["epoch"], line["val_loss"]) for line in lines if line["step"] == 1]
+    expected = [(line["epoch"], line["val_loss"]) for line in lines if line["stage"] == "step1"]
     assert [epoch for epoch, _ in drawn] == [epoch for epoch, _ in expected]
     assert [loss for _, loss in drawn] == pytest.approx([loss for _, loss in expected], rel=1e-6)
 
 
 def test_table_of_imagenet_shows_the_published_numbers():
     line = {"val_top5": 90.0, "seconds": 60.0}
-    history = [{"step": s, "val_top1": t, **line} for s, t in ((1, 70.0), (1, 69.0), (2, 68.5))]
-    plain, published = table(history, published=False), table(history, published=True)
+    scores = ((1, 70.0), (1, 69.0), (2, 68.5))
+    history = [{"stage": f"step{s}", "val_top1": t, **line} for s, t in scores]
+    plain, published = (table(history, parse([r]).config.stages) for r in ("digits", "imagenet"))
     assert "71.4" not in plain
     rows = [" ".join(row.split()) for row in published.splitlines()]
-    assert rows[1] == "1 real 2 70.00 % 69.00 % 90.00 % 120 71.4 %"
-    assert rows[2] == "2 1-bit 1 68.50 % 68.50 % 90.00 % 60 70.5 %"
+    assert rows[1] == "step1 real 2 70.00 % 69.00 % 90.00 % 120 71.4 %"
+    assert rows[2] == "step2 1-bit 1 68.50 % 68.50 % 90.00 % 60 70.5 %"
 
 
 @pytest.mark.parametrize(

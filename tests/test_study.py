@@ -69,7 +69,7 @@ def test_the_report_is_of_the_logs(steps):
     assert list(document["results"]) == ["one-step-decay-5e-06", "two-step-adam"]
     titles = {variant.name: variant.title for variant in STUDIES["steps"].variants}
     for name, runs in document["results"].items():
-        second = [x for x in log_of(folder / f"{name}-seed0") if x["step"] == 2]
+        second = [x for x in log_of(folder / f"{name}-seed0") if x["stage"] == "step2"]
         assert list(runs) == ["0"]
         found = runs["0"]
         assert found["top1"] == second[-1]["val_top1"]
@@ -112,7 +112,7 @@ def test_a_run_that_fails_is_named_and_the_rest_goes_on(place: Path, tmp_path: P
     result = run(STUDY, *argv, cwd=place)
     assert result.code == 1
     assert "Traceback" not in result.output
-    assert "two-step-sgd-seed0 failed: step 1: " in result.output
+    assert "two-step-sgd-seed0 failed: step1: " in result.output
     document = json.loads((tmp_path / "grid" / "study.json").read_text())
     assert list(document["failed"]) == ["two-step-sgd-seed0"]
     assert list(document["results"]) == ["two-step-adam"]
@@ -155,7 +155,7 @@ def test_sgd_has_its_own_learning_rate_in_both_steps():
     argv = ["--step1.lr", "2e-3", "--step2.lr", "3e-3"]
     own = TWO_STEP_SGD.flags(parse(["digits", *argv]).config, 0.05)
     config = parse(["digits", *argv, *own]).config
-    assert (config.step1.lr, config.step2.lr) == (0.05, 0.05)
+    assert [stage.lr for stage in config.stages] == [0.05, 0.05]
 
 
 def test_torchrun_is_refused(place: Path):
@@ -215,7 +215,13 @@ def test_what_few_seeds_and_one_learning_rate_leave_open_is_said():
 def test_ratios_of_sampled_updates_are_not_mixed_with_those_of_all():
     """As older logs have them, which do not tell the number of updates."""
     log = [
-        {"step": 2, "epoch": e, "lr": 1.0, "val_top1": 50.0, "analysis": {"flip_flop": e / 100}}
+        {
+            "stage": "step2",
+            "epoch": e,
+            "lr": 1.0,
+            "val_top1": 50.0,
+            "analysis": {"flip_flop": e / 100},
+        }
         for e in (1, 2)
     ]
     old = measured(log)
@@ -240,7 +246,13 @@ def test_ratios_of_sampled_updates_are_not_mixed_with_those_of_all():
 
 
 def test_a_run_of_one_epoch_has_no_flip_flop():
-    line = {"step": 2, "epoch": 1, "lr": 0.0, "val_top1": 50.0, "analysis": {"flip_flop": 0.0}}
+    line = {
+        "stage": "step2",
+        "epoch": 1,
+        "lr": 0.0,
+        "val_top1": 50.0,
+        "analysis": {"flip_flop": 0.0},
+    }
     assert measured([line]) == {"top1": 50.0, "best_top1": 50.0}
 
 

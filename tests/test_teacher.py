@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torchvision.models import resnet34
 
 from tritonbnn.cli import UserError
-from tritonbnn.train import teacher
-from tritonbnn.train.teacher import load_teacher
+from tritonbnn.methods import teacher
+from tritonbnn.methods.teacher import load_teacher
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from tests.pictures import random_image
 from tritonbnn.cli import UserError
 from tritonbnn.compute import Compute
 from tritonbnn.train.arguments import parse
-from tritonbnn.train.run import open_images
+from tritonbnn.train.stage import open_images
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def test_the_expert_takes_the_obvious_networks_first_updates(flags):
 def test_the_learning_rate_falls_by_epoch_to_zero(flags, tmp_path):
     assert train_obvious.main([*flags, "--epochs", "4"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    assert [(line["step"], line["epoch"]) for line in lines] == [
-        (step, epoch) for step in (1, 2) for epoch in (1, 2, 3, 4)
+    assert [(line["stage"], line["epoch"]) for line in lines] == [
+        (stage, epoch) for stage in ("step1", "step2") for epoch in (1, 2, 3, 4)
     ]
     np.testing.assert_allclose(
         [ln["lr"] for ln in lines], [2.5e-3 * (1 - e / 4) for e in (1, 2, 3, 4)] * 2

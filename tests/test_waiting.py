@@ -10,16 +10,16 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conftest import HAS_GPU
+from tests.hand import plain, taught
 from tests.helpers import KERNEL_DEVICE
 from tritonbnn.analysis import Recorder
 from tritonbnn.compute import Compute
 from tritonbnn.data.batches import MicroBatch
 from tritonbnn.kernels.launch import recording
 from tritonbnn.models import build_model
-from tritonbnn.train.engine import label_objective, teacher_objective, train_one_epoch
-from tritonbnn.train.meters import FirstBad, TrainMeter
-from tritonbnn.train.optim import build_optimizer
-from tritonbnn.train.state import State
+from tritonbnn.optim import build_optimizer
+from tritonbnn.train.checkpoint import State
+from tritonbnn.train.engine import FirstBad, train_one_epoch
 
 READING = {
     torch.ops.aten._local_scalar_dense,
@@ -45,33 +45,26 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def epoch(precision, binary_weights, taught, after_step=lambda: None):
+def epoch(precision, binary_weights, has_teacher, after_step=lambda: None):
     """An epoch of two optimiser steps, the last one of two parts; returns what runs it."""
     compute = Compute(KERNEL_DEVICE, precision, channels_last=True)
     torch.manual_seed(0)
     options = {"width": 0.25, "num_classes": 7, "small_images": True}
     model = build_model("reactnet_a", binary_weights=binary_weights, **options)
     compute.place(model)
-    objective = label_objective(0.1)
-    if taught:
+    method = plain(compute, 0.1)
+    if has_teacher:
         teacher = nn.Sequential(nn.Conv2d(3, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
         compute.place(teacher)
-        objective = teacher_objective(teacher, compute)
+        method = taught(compute, teacher)
     optimizer = build_optimizer("adam", model, 1e-3, 1e-5)
-    state = State(
-        step=1 + binary_weights,
-        model=model,
-        optimizer=optimizer,
-        scaler=compute.scaler(),
-        meter=TrainMeter(KERNEL_DEVICE),
-        analysis=Recorder(model, optimizer, level="light", interval=1),
-    )
+    recorder = Recorder(model, optimizer, level="light", interval=1)
+    state = State.new(method, model, optimizer, recorder)
     images, labels = torch.randn(2, 3, 16, 16), torch.tensor([3, 5])
     parts = [(2, True), (4, False), (4, True)]
     batches = [MicroBatch(images, labels, 2, count, last) for count, last in parts]
     bad = FirstBad(KERNEL_DEVICE)
-    options = {"world_size": 1, "after_step": after_step}
-    return lambda: train_one_epoch(state, model, batches, objective, compute, bad, **options)
+    return lambda: train_one_epoch(state, model, batches, bad, after_step=after_step)
 
 
 CASES = [
@@ -81,11 +74,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("precision", "binary_weights", "taught"), CASES)
-def test_nothing_is_read_within_a_step(monkeypatch, precision, binary_weights, taught):
+@pytest.mark.parametrize(("precision", "binary_weights", "has_teacher"), CASES)
+def test_nothing_is_read_within_a_step(monkeypatch, precision, binary_weights, has_teacher):
     if not HAS_GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    run, waits = epoch(precision, binary_weights, taught), Waits()
+    run, waits = epoch(precision, binary_weights, has_teacher), Waits()
     with recording() as launches, waits:
         run()
     assert len(launches) > 26 * 8  # all units, forward and backward
@@ -101,9 +94,9 @@ def test_a_wait_would_be_seen(monkeypatch):
     assert waits.seen == ["aten._local_scalar_dense.default"] * 2
 
 
-@pytest.mark.parametrize(("precision", "binary_weights", "taught"), CASES)
-def test_a_gpu_is_not_waited_for(gpu, precision, binary_weights, taught):
-    run = epoch(precision, binary_weights, taught)
+@pytest.mark.parametrize(("precision", "binary_weights", "has_teacher"), CASES)
+def test_a_gpu_is_not_waited_for(gpu, precision, binary_weights, has_teacher):
+    run = epoch(precision, binary_weights, has_teacher)
     run()  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

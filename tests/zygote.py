@@ -88,6 +88,7 @@ def obey(order: dict, process: dict, calls_out: int) -> None:
     """Become a process of the command."""
     signal.alarm(PATIENCE)  # a command that hangs ends, and fails its test
     os.chdir(order["cwd"])
+    sys.path.insert(0, order["cwd"])  # as python -m does
     redirect(process)
     # the parent of a test run may ignore them, and what is ignored stays so in children
     signal.signal(signal.SIGINT, signal.default_int_handler)

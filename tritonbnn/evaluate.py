@@ -12,11 +12,11 @@ from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, at_least, printable
 from tritonbnn.compute import PRECISIONS, Compute, choose_device
 from tritonbnn.data.batches import check_fits_memory, val_batches
+from tritonbnn.distributed import World
+from tritonbnn.methods import evaluate
 from tritonbnn.networks import add_engine, open_network
 from tritonbnn.train.config import MOST_IMAGES, MOST_WORKERS
-from tritonbnn.train.distributed import World
 from tritonbnn.train.elsewhere import Told, add_told
-from tritonbnn.train.engine import evaluate
 from tritonbnn.train.weights import open_data
 
 

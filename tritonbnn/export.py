@@ -1,6 +1,6 @@
 """``python -m tritonbnn.export RUN|FILE --out net.tbnn``: write a trained network as a packed file.
 
-FILE may also be a published one of AdamBNN: ``model_best.pth.tar --step 2``.
+FILE may also hold weights from elsewhere, AdamBNN's for one: ``model_best.pth.tar --step 2``.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from tritonbnn.deploy.fold import FoldError, fold
 from tritonbnn.deploy.packed import Packed
 from tritonbnn.files import writable
 from tritonbnn.train.checkpoint import Checkpoint
-from tritonbnn.train.config import STEPS
+from tritonbnn.train.elsewhere import Told, add_told
 from tritonbnn.train.weights import network_with_weights, read_any
 
 FLOAT_BYTES = 4
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     given = _parser().parse_args(argv)
     out = given.out if given.out.suffix else given.out.with_suffix(file.SUFFIX)
     writable(out)
-    checkpoint = read_any(given.checkpoint, given.step)
+    checkpoint = read_any(given.checkpoint, Told(given.step, given.recipe))
     packed = pack(checkpoint, half_ends=given.half_ends)
     size = file.write(packed, out)
     print("\n".join(report(out, size, packed)))
@@ -40,7 +40,7 @@ def pack(checkpoint: Checkpoint, *, half_ends: bool = False) -> Packed:
     """
     model = network_with_weights(checkpoint).eval()
     data: dict[str, Any] = dict(checkpoint.facts["data"])
-    mean, std = normalisation(model.in_channels)
+    mean, std = normalisation(checkpoint.facts["network"]["in_channels"])
     transform = {**data, "mean": list(mean), "std": list(std)}
     classes = transform.pop("classes", None)
     try:
@@ -75,7 +75,7 @@ def _parser() -> Parser:
         "checkpoint", type=Path, metavar="RUN|FILE", help="a run's folder, or a checkpoint file"
     )
     parser.add_argument("--out", type=Path, required=True, help="the packed file to write")
-    parser.add_argument("--step", type=int, choices=STEPS, help="of a published file: 2")
+    add_told(parser)
     parser.add_argument(
         "--half-ends", action="store_true", help="keep the stem and the head in float16"
     )

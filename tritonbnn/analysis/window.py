@@ -39,7 +39,6 @@ class Window:
         self, layout: SignLayout, weights: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
     ) -> None:
         self._layout, self._weights, self._optimizer = layout, weights, optimizer
-        self._group_of = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         self.begin()
 
     def begin(self) -> None:
@@ -77,7 +76,9 @@ class Window:
         states = [self._optimizer.state[weight] for weight in self._weights]
         # None where fp16 has skipped every update so far
         if isinstance(self._optimizer, torch.optim.Adam) and all("step" in s for s in states):
-            groups = [self._group_of[id(weight)] for weight in self._weights]
+            # asked for anew: an optimiser that loads its state puts other groups in their place
+            of_parameter = {id(p): g for g in self._optimizer.param_groups for p in g["params"]}
+            groups = [of_parameter[id(weight)] for weight in self._weights]
             steps = [_adam_step(s, g) for s, g in zip(states, groups, strict=True)]
             self._add_finite(self.adam_steps, steps)
 

@@ -22,6 +22,7 @@ from tritonbnn.files import utf_8_name
 
 # of what torch.save writes: a zip, and before torch 1.6 a pickle
 _BEGINNINGS = (b"PK", b"\x80")
+_LENGTH = 8  # bytes of a safetensors file before its header, which is JSON
 # Where trainers keep the weights, and what wrappers put before each name.
 _HOLDERS = ("state_dict", "model_state_dict", "model", "net", "network", "module")
 _WRAPPERS = ("module.", "_orig_mod.")  # DataParallel and DistributedDataParallel; torch.compile
@@ -50,7 +51,9 @@ def is_torch_file(path: Path) -> bool:
         OSError: it cannot be read.
     """
     with path.open("rb") as file:
-        return file.read(2).startswith(_BEGINNINGS)
+        beginning = file.read(_LENGTH + 1)
+    # the length of a safetensors header may begin with the same byte as a pickle
+    return beginning.startswith(_BEGINNINGS) and beginning[_LENGTH:] != b"{"
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

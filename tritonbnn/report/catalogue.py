@@ -41,7 +41,7 @@ CATALOGUE: list[tuple[str, str, str, Draw]] = [
     (
         "curves",
         "Learning curves",
-        "Validation (solid) should follow training (dashed) to the end of each step; the learning"
+        "Validation (solid) should follow training (dashed) to the end of each stage; the learning"
         " rate falls to zero in the last epoch, where no weight moves.",
         lambda runs, _: lines.curves(runs),
     ),
@@ -57,12 +57,12 @@ CATALOGUE: list[tuple[str, str, str, Draw]] = [
         "Flip-flop ratio by layer",
         f"{_LAYERS} A row that stays bright has weights too small for its steps, or too large a"
         " learning rate; one that is dark from the start does not learn its signs.",
-        _by_layer("flip_flop", "flips per weight and step", None),
+        _by_layer("flip_flop", "flips per weight and update", None),
     ),
     (
         "c2i",
         "Correlation to the start (C2I) by layer",
-        f"{_LAYERS} The share of signs that are as they were when the step began: bright rows keep"
+        f"{_LAYERS} The share of signs that are as they were when the stage began: bright rows keep"
         " what they started from, dark ones (0.5) are independent of it.",
         _by_layer("c2i_full", "share of unchanged signs", (0.5, 1)),
     ),
@@ -115,7 +115,7 @@ CATALOGUE: list[tuple[str, str, str, Draw]] = [
         "The loss around the best weights (+), along two random directions; 1 on an axis moves each"
         " filter by its own length. BatchNorm takes the statistics of the batch, a fixed one of"
         " training images. A wide dark basin is forgiving; every sign that flips makes a jump: of"
-        " activations in both steps, of weights in step 2.",
+        " activations in every stage, of weights where these are 1-bit too.",
         lambda runs, measured: maps.landscapes(runs, [m.landscapes for m in measured]),
     ),
     (

@@ -66,12 +66,12 @@ class Confused:
     """What a checkpoint took for what.
 
     Attributes:
-        step: of the checkpoint.
+        stage: of the checkpoint.
         classes: their names.
         counts: from :func:`confusion`.
     """
 
-    step: int
+    stage: str
     classes: list[str]
     counts: Counts
 

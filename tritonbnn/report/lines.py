@@ -10,22 +10,22 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from tritonbnn.report.read import EDGES, RunRecord, StepRecord
+from tritonbnn.report.read import EDGES, RunRecord, StageRecord
 from tritonbnn.report.style import (
     COLOURS,
     MAP,
-    WEIGHTS,
     WIDTH,
     Dash,
+    all_stages,
     beside,
-    both_steps,
     count_epochs,
     drawn,
     in_a_row,
     legend,
     look,
-    mark_steps,
+    mark_stages,
     name_of,
+    titles,
 )
 
 _RARE, _LEAST_SHARE = ("dead", "revived"), 0.01
@@ -42,7 +42,7 @@ class Row:
 
 
 def curves(runs: Sequence[RunRecord]) -> Figure:
-    """Loss, top-1 and learning rate of each step; training is dashed, validation solid."""
+    """Loss, top-1 and learning rate of each stage; training is dashed, validation solid."""
     rows = [
         Row("loss, nats per image", ("train_loss", "val_loss")),
         Row("top-1, % of images", ("train_top1", "val_top1")),
@@ -57,8 +57,8 @@ def curves(runs: Sequence[RunRecord]) -> Figure:
 def quantities(runs: Sequence[RunRecord]) -> Figure | None:
     """What is measured of the whole network, by epoch."""
     rows = [
-        Row("flip-flop ratio,\nflips per weight and step", ("flip_flop",), log=True),
-        Row("C2I: share of signs\nas at the step's start", ("c2i_full",)),
+        Row("flip-flop ratio,\nflips per weight and update", ("flip_flop",), log=True),
+        Row("C2I: share of signs\nas at the stage's start", ("c2i_full",)),
         Row("saturation: share of\nactivations, |x| > 1", ("saturation",)),
         Row("dead weights,\nshare of all", ("dead",)),
         Row("revived weights,\nshare of all", ("revived",)),
@@ -74,31 +74,31 @@ def quantities(runs: Sequence[RunRecord]) -> Figure | None:
     for row, axis in zip(rows, figure.axes[::columns], strict=True):
         if row.keys[0] in _RARE:  # else one weight in a million would fill the axis
             axis.set_ylim(0, max(_LEAST_SHARE, axis.get_ylim()[1]))
-    sampled = any(step.samples_flips for run in runs for step in run.steps.values())
+    sampled = any(stage.samples_flips for run in runs for stage in run.stages.values())
     legend(figure, runs, [(":", "flip-flop ratio of sampled updates")] if sampled else [])
     return figure
 
 
 def _has(runs: Sequence[RunRecord], keys: Sequence[str | None]) -> bool:
-    steps = [step for run in runs for step in run.steps.values()]
-    return any(np.isfinite(step.series(key)).any() for step in steps for key in keys if key)
+    stages = [stage for run in runs for stage in run.stages.values()]
+    return any(np.isfinite(stage.series(key)).any() for stage in stages for key in keys if key)
 
 
 def _lines(runs: Sequence[RunRecord], rows: Sequence[Row], styles: Sequence[Dash]) -> Figure:
-    """A row a quantity, a column a step, a colour a run; the axes of a row are the same."""
-    steps = sorted({number for run in runs for number in run.steps})
-    figure = Figure(figsize=(WIDTH if len(steps) > 1 else 0.6 * WIDTH, 0.6 + 1.9 * len(rows)))
-    grid = figure.subplots(len(rows), len(steps), squeeze=False, sharex="col", sharey="row")
-    for axes, number in zip(grid.T, steps, strict=True):
-        axes[0].set_title(f"step {number}: {WEIGHTS[number]} weights")
+    """A row a quantity, a column a stage, a colour a run; the axes of a row are the same."""
+    stages = titles(runs)
+    figure = Figure(figsize=(WIDTH if len(stages) > 1 else 0.6 * WIDTH, 0.6 + 1.9 * len(rows)))
+    grid = figure.subplots(len(rows), len(stages), squeeze=False, sharex="col", sharey="row")
+    for axes, (name, title) in zip(grid.T, stages.items(), strict=True):
+        axes[0].set_title(title)
         for axis, row in zip(axes, rows, strict=True):
             for index, run in enumerate(runs):
-                if number in run.steps:
+                if name in run.stages:
                     for key, line in zip(row.keys, styles, strict=True):
                         if key:
-                            step = run.steps[number]
-                            sampled = key == "flip_flop" and step.samples_flips
-                            _line(axis, step.series(key), index, ":" if sampled else line)
+                            stage = run.stages[name]
+                            sampled = key == "flip_flop" and stage.samples_flips
+                            _line(axis, stage.series(key), index, ":" if sampled else line)
         count_epochs(axes[-1])
     for axes, row in zip(grid, rows, strict=True):
         axes[0].set_ylabel(row.label)
@@ -123,14 +123,14 @@ def trajectories(runs: Sequence[RunRecord]) -> Figure | None:
         ("mean |Adam step|,\nper optimiser step", "adam_step"),
         ("mean |latent weight|", "weight"),
     ]
-    rows = [row for row in rows if any((both_steps(run, row[1])[1] > 0).any() for run in runs)]
+    rows = [row for row in rows if any((all_stages(run, row[1])[1] > 0).any() for run in runs)]
     if not rows:
         return None
     figure = Figure(figsize=(beside(runs), 1 + 2 * len(rows)))
     grid = figure.subplots(len(rows), len(runs), squeeze=False, sharex=True, sharey="row")
     for (row, column), axis in np.ndenumerate(grid):
         _layer_lines(axis, runs[column], rows[row][1])
-        mark_steps(axis, runs[column], "#555555", name=row == 0)
+        mark_stages(axis, runs[column], "#555555", name=row == 0)
     for axis, run in zip(grid[0], runs, strict=True):
         axis.set_title(name_of(run.label), pad=16)
     for axis in grid[-1]:
@@ -145,9 +145,9 @@ def trajectories(runs: Sequence[RunRecord]) -> Figure | None:
 
 def _layer_lines(axis: Axes, run: RunRecord, key: str) -> None:
     axis.set_yscale("log")
-    for before, step in in_a_row(run):
-        values = step.by_layer(key)
-        epochs = before + np.arange(1, step.epochs + 1)
+    for before, stage in in_a_row(run):
+        values = stage.by_layer(key)
+        epochs = before + np.arange(1, stage.epochs + 1)
         for depth, line in enumerate(values):
             shade = mpl.colormaps[MAP](depth / max(len(values) - 1, 1))
             drawn = np.where(line > 0, line, np.nan)
@@ -155,18 +155,18 @@ def _layer_lines(axis: Axes, run: RunRecord, key: str) -> None:
 
 
 def histograms(runs: Sequence[RunRecord]) -> Figure | None:
-    """Latent weights at a step's start, dashed where that is known, and at its end, solid."""
-    found = {(i, n): _densities(s) for i, r in enumerate(runs) for n, s in r.steps.items()}
+    """Latent weights at a stage's start, dashed where that is known, and at its end, solid."""
+    found = {(i, n): _densities(s) for i, r in enumerate(runs) for n, s in r.stages.items()}
     found = {key: panels for key, panels in found.items() if panels}
     if not found:
         return None
-    steps = sorted({number for _, number in found})
-    figure = Figure(figsize=(WIDTH, 0.8 + 2.1 * len(steps)))
-    grid = figure.subplots(len(steps), 4, squeeze=False, subplot_kw={"xlim": (-_NARROW, _NARROW)})
-    for (index, number), panels in found.items():
-        row = grid[steps.index(number)]
+    stages = [name for name in titles(runs) if any(name == seen for _, seen in found)]
+    figure = Figure(figsize=(WIDTH, 0.8 + 2.1 * len(stages)))
+    grid = figure.subplots(len(stages), 4, squeeze=False, subplot_kw={"xlim": (-_NARROW, _NARROW)})
+    for (index, name), panels in found.items():
+        row = grid[stages.index(name)]
         for axis, (title, edges, start, end) in zip(row, panels, strict=True):
-            axis.set_title(f"step {number}: {title}")
+            axis.set_title(f"{name}: {title}")
             for density, line in ((start, "--"), (end, "-")):
                 if not density.any():  # histograms were not turned on yet
                     continue
@@ -178,19 +178,19 @@ def histograms(runs: Sequence[RunRecord]) -> Figure | None:
         axis.set_xlabel("latent weight")
     for axis in grid[:, 0]:
         axis.set_ylabel("density")
-    legend(figure, runs, [("--", "at the step's start"), ("-", "at its end")])
+    legend(figure, runs, [("--", "at the stage's start"), ("-", "at its end")])
     return figure
 
 
 _Density = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
 
-def _densities(step: StepRecord) -> list[_Density]:
+def _densities(stage: StageRecord) -> list[_Density]:
     """Of all layers together and of three: title, bin edges, density at start and end.
 
     A density of zeros was not measured.
     """
-    layers, edges = step.of_layers("histogram"), step.tensors.get(EDGES)
+    layers, edges = stage.of_layers("histogram"), stage.tensors.get(EDGES)
     if edges is None or not layers:
         return []
     names = list(layers)

@@ -13,24 +13,24 @@ from tritonbnn.report.confusion import Confused
 from tritonbnn.report.read import RunRecord
 from tritonbnn.report.style import (
     PANEL,
-    WEIGHTS,
+    all_stages,
     beside,
-    both_steps,
     colour_bar,
     colours,
     count_epochs,
-    mark_steps,
+    mark_stages,
     name_of,
     short,
+    titles,
 )
 
-Landscapes = dict[int, Landscape]  # by step
+Landscapes = dict[str, Landscape]  # by stage
 
 
 def layer_map(
     runs: Sequence[RunRecord], key: str, label: str, *, bounds: tuple[float, float] | None = None
 ) -> Figure | None:
-    """One value of each layer by epoch, both steps in a row; the colours of all runs are the same.
+    """One value of each layer by epoch, all stages in a row; the colours of all runs are the same.
 
     Args:
         runs: beside each other.
@@ -38,7 +38,7 @@ def layer_map(
         label: of the colour bar.
         bounds: of the colours, widened where values lie outside; None for a logarithmic scale.
     """
-    maps = [both_steps(run, key) for run in runs]
+    maps = [all_stages(run, key) for run in runs]
     seen = np.concatenate([values[np.isfinite(values)] for _, values in maps])
     if not len(seen):
         return None
@@ -46,14 +46,14 @@ def layer_map(
     norm = LogNorm(low, high) if bounds is None else Normalize(low, high)
     figure, panels = _panels(runs, [names for names, _ in maps])
     for axis, run, (names, values) in zip(panels, runs, maps, strict=True):
-        if key == "flip_flop" and any(step.samples_flips for step in run.steps.values()):
+        if key == "flip_flop" and any(x.samples_flips for x in run.stages.values()):
             axis.set_title(f"{name_of(run.label)}\n(of sampled updates)", pad=16)
         if not names:
             _say_missing(axis)
             continue
         shown = np.where(values < low, low, values)
         image = axis.imshow(shown, norm=norm, cmap=colours(), aspect="auto", extent=_extent(values))
-        mark_steps(axis, run, "white")
+        mark_stages(axis, run, "white")
     widest = max(values.shape[1] for _, values in maps)
     for axis in panels:
         axis.set_xlim(0.5, widest + 0.5)
@@ -85,9 +85,9 @@ def channel_map(runs: Sequence[RunRecord]) -> Figure | None:
 
 
 def _last_channels(run: RunRecord) -> dict[str, np.ndarray]:
-    """Saturation by channel in the last epoch of the furthest step that has it."""
-    for number in sorted(run.steps, reverse=True):
-        layers = run.steps[number].of_layers("saturation")
+    """Saturation by channel in the last epoch of the furthest stage that has it."""
+    for stage in reversed(run.stages.values()):
+        layers = stage.of_layers("saturation")
         if layers:
             return {name: rows[-1] for name, rows in layers.items()}
     return {}
@@ -132,21 +132,22 @@ def _widened(seen: np.ndarray, bounds: tuple[float, float]) -> tuple[float, floa
 
 
 def landscapes(runs: Sequence[RunRecord], measured: Sequence[Landscapes]) -> Figure | None:
-    """The loss around each step's best weights, a row a run, all in the same colours."""
-    grids = [found.loss for steps in measured for found in steps.values()]
+    """The loss around each stage's best weights, a row a run, all in the same colours."""
+    grids = [found.loss for stages in measured for found in stages.values()]
     seen = np.concatenate([grid[np.isfinite(grid)] for grid in grids] or [np.empty(0)])
     if not len(seen):
         return None
-    steps = sorted({number for found in measured for number in found})
+    stages = {k: v for k, v in titles(runs).items() if any(k in found for found in measured)}
+    names = list(stages)
     low, high = _log_bounds(seen)
-    figure = Figure(figsize=(1.4 + PANEL * len(steps), 0.4 + PANEL * len(runs)))
-    grid = figure.subplots(len(runs), len(steps), squeeze=False)
+    figure = Figure(figsize=(1.4 + PANEL * len(names), 0.4 + PANEL * len(runs)))
+    grid = figure.subplots(len(runs), len(names), squeeze=False)
     for (row, column), axis in np.ndenumerate(grid):
-        number = steps[column]
-        axis.set_title(f"{name_of(runs[row].label)}: step {number}, {WEIGHTS[number]} weights")
+        name = names[column]
+        axis.set_title(f"{name_of(runs[row].label)}: {stages[name]}")
         axis.set_aspect("equal")
         axis.grid(visible=False)
-        if found := measured[row].get(number):
+        if found := measured[row].get(name):
             image = _landscape(axis, found, low, high)
         else:
             _say_missing(axis)
@@ -189,7 +190,7 @@ def confusions(runs: Sequence[RunRecord], matrices: Sequence[Confused | None]) -
     figure = Figure(figsize=((side + 0.2) * len(shown) + 0.9, side + 0.2))
     panels = figure.subplots(1, len(shown), squeeze=False)[0]
     for axis, (run, matrix) in zip(panels, shown, strict=True):
-        axis.set_title(f"{name_of(run.label)}, step {matrix.step}")
+        axis.set_title(f"{name_of(run.label)}, {matrix.stage}")
         axis.grid(visible=False)
         counts = matrix.counts.matrix().numpy()
         percent = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)

@@ -16,7 +16,7 @@ from tritonbnn.report.confusion import Confused, confusion
 from tritonbnn.report.read import RunRecord
 from tritonbnn.train.checkpoint import BEST
 from tritonbnn.train.log import Bar
-from tritonbnn.train.rundir import step_folder
+from tritonbnn.train.rundir import stage_folder
 from tritonbnn.train.weights import load_network, open_data
 
 _BATCH = 128
@@ -48,25 +48,25 @@ class Measured:
     """What was measured of a run.
 
     Attributes:
-        landscapes: by step.
-        confused: of the furthest step, or None.
+        landscapes: by stage.
+        confused: of the furthest stage, or None.
     """
 
-    landscapes: dict[int, Landscape] = field(default_factory=dict)
+    landscapes: dict[str, Landscape] = field(default_factory=dict)
     confused: Confused | None = None
 
 
 def measure(run: RunRecord, wanted: Wanted) -> Measured:
-    """Measure the best checkpoint of each step; what cannot be is a note in ``run.notes``."""
+    """Measure the best checkpoint of each stage; what cannot be is a note in ``run.notes``."""
     measured = Measured()
-    for step in run.steps if wanted.points else ():
+    for stage in run.stages if wanted.points else ():
         try:
-            measured.landscapes[step] = _landscape(run, step, wanted)
+            measured.landscapes[stage] = _landscape(run, stage, wanted)
         except UserError as error:
-            run.notes.append(f"no landscape of step {step} of {run.label}: {error}")
+            run.notes.append(f"no landscape of {stage} of {run.label}: {error}")
     if wanted.confusion:
         try:
-            measured.confused = _confused(run, max(run.steps), wanted)
+            measured.confused = _confused(run, list(run.stages)[-1], wanted)
         except UserError as error:
             run.notes.append(f"no confusion matrix of {run.label}: {error}")
     return measured
@@ -80,16 +80,16 @@ def fixed_batch(images: EvalSet, count: int) -> tuple[Tensor, Tensor]:
     return pixels, labels
 
 
-def _best(run: RunRecord, step: int) -> Path:
-    return step_folder(run.path, step) / BEST
+def _best(run: RunRecord, stage: str) -> Path:
+    return stage_folder(run.path, stage) / BEST
 
 
-def _landscape(run: RunRecord, step: int, wanted: Wanted) -> Landscape:
-    model, checkpoint = load_network(_best(run, step))
+def _landscape(run: RunRecord, stage: str, wanted: Wanted) -> Landscape:
+    model, checkpoint = load_network(_best(run, stage))
     source = open_data(checkpoint, wanted.data_dir)
     batch = fixed_batch(EvalSet(source.train.images, source.val.transform), wanted.images)
     wanted.compute.place(model)
-    bar = Bar(f"{run.label} step {step} landscape", wanted.points**2, 0, show=True)
+    bar = Bar(f"{run.label} {stage} landscape", wanted.points**2, 0, show=True)
     try:
         return landscape(
             model,
@@ -101,10 +101,10 @@ def _landscape(run: RunRecord, step: int, wanted: Wanted) -> Landscape:
         bar.close()
 
 
-def _confused(run: RunRecord, step: int, wanted: Wanted) -> Confused:
-    model, checkpoint = load_network(_best(run, step))
+def _confused(run: RunRecord, stage: str, wanted: Wanted) -> Confused:
+    model, checkpoint = load_network(_best(run, stage))
     source = open_data(checkpoint, wanted.data_dir)
     wanted.compute.place(model)
     batches = val_batches(source.val, batch_size=_BATCH, workers=wanted.workers)
     counts = confusion(model, batches, wanted.compute, len(source.classes))
-    return Confused(step, list(source.classes), counts)
+    return Confused(stage, list(source.classes), counts)

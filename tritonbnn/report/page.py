@@ -13,12 +13,12 @@ from tritonbnn.cli import printable
 from tritonbnn.report.catalogue import CATALOGUE, Picture
 from tritonbnn.report.confusion import Confused, most_confused
 from tritonbnn.report.measure import Measured
-from tritonbnn.report.read import RunRecord, StepRecord
-from tritonbnn.report.style import DPI, WEIGHTS
+from tritonbnn.report.read import RunRecord, StageRecord
+from tritonbnn.report.style import DPI
 
 _PAIRS = 10  # in a list of confusions
 _PIXELS = 100  # of the screen, for an inch of a picture
-_HEADS = ["run", "recipe", "model", "step", "weights", "width", "seed", "lr", "decay", "epochs"]
+_HEADS = ["run", "recipe", "model", "stage", "weights", "width", "seed", "lr", "decay", "epochs"]
 _HEADS += ["best top-1, %", "last top-1, %", "seconds"]
 _NUMBERS = 5  # columns from here on hold numbers
 
@@ -112,17 +112,17 @@ _PAGE = """<!DOCTYPE html>
 
 def _table(runs: Sequence[RunRecord]) -> str:
     head = _row(_HEADS, "th")
-    body = "\n".join(_row(_cells(run, step)) for run in runs for step in run.steps.values())
+    body = "\n".join(_row(_cells(run, stage)) for run in runs for stage in run.stages.values())
     return f'<div class="wide"><table>\n{head}\n{body}\n</table></div>'
 
 
-def _cells(run: RunRecord, step: StepRecord) -> list[str]:
-    """One row of the table: a step of a run."""
-    top1, seconds = step.series("val_top1"), step.series("seconds")
-    known = [run.setting(key, step.number) for key in ("recipe", "model")]
-    numbers = [run.setting(key, step.number) for key in ("width", "seed", "lr", "weight_decay")]
+def _cells(run: RunRecord, stage: StageRecord) -> list[str]:
+    """One row of the table: a stage of a run."""
+    top1, seconds = stage.series("val_top1"), stage.series("seconds")
+    known = [run.setting(key, stage.name) for key in ("recipe", "model")]
+    numbers = [run.setting(key, stage.name) for key in ("width", "seed", "lr", "weight_decay")]
     scores = [_two_digits(np.fmax.reduce(top1)), _two_digits(top1[-1]), f"{np.nansum(seconds):.0f}"]
-    row = [run.label, *known, step.number, WEIGHTS[step.number], *numbers, step.epochs, *scores]
+    row = [run.label, *known, stage.name, stage.weights, *numbers, stage.epochs, *scores]
     return [f"{value:g}" if isinstance(value, float) else str(value) for value in row]
 
 
@@ -150,7 +150,7 @@ def _figure(picture: Picture) -> str:
 
 def _pairs(run: RunRecord, confused: Confused) -> str:
     """What was confused most, in words."""
-    heading = f"<h2>Most confused: {escape(run.label)}, step {confused.step}</h2>"
+    heading = f"<h2>Most confused: {escape(run.label)}, {confused.stage}</h2>"
     pairs = most_confused(confused.counts, _PAIRS)
     if not pairs:
         return f"{heading}\n<p>Nothing: every image was recognised.</p>"

@@ -14,25 +14,28 @@ from safetensors.numpy import load_file
 
 from tritonbnn.cli import UserError
 from tritonbnn.files import utf_8_name
-from tritonbnn.train.config import STEPS
+from tritonbnn.train.checkpoint import with_stage
 from tritonbnn.train.log import ANALYSIS, LOG, Line
-from tritonbnn.train.rundir import CONFIG, step_folder
+from tritonbnn.train.recipe import stage_names
+from tritonbnn.train.rundir import CONFIG, stage_folder
 
 EDGES = "histogram.edges"
 _NAMED = 3  # epochs, of those with a bad number
 
 
 @dataclass(frozen=True, eq=False)
-class StepRecord:
-    """What one step of a run wrote down. What it did not is NaN, or empty.
+class StageRecord:
+    """What one stage of a run wrote down. What it did not is NaN, or empty.
 
     Attributes:
-        number: 1 or 2.
+        name: of the stage.
+        weights: in a word: real or 1-bit.
         lines: of the log, one an epoch, in their order.
         tensors: of ``analysis.safetensors``, by name.
     """
 
-    number: int
+    name: str
+    weights: str
     lines: list[Line]
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
 
@@ -53,7 +56,7 @@ class StepRecord:
 
     @property
     def lacks_start(self) -> bool:
-        """Whether histograms were turned on in the middle of the step."""
+        """Whether histograms were turned on in the middle of the stage."""
         return any(not counts[0].any() for counts in self.of_layers("histogram").values())
 
     def series(self, key: str) -> np.ndarray:
@@ -90,14 +93,14 @@ class RunRecord:
         path: its folder.
         label: a short name that no other run beside it has.
         config: its settings, as in ``config.toml``; empty where that is missing.
-        steps: those that have begun, by number.
+        stages: those that have begun, by name, in their order.
         notes: what could not be read, a sentence each.
     """
 
     path: Path
     label: str
     config: dict[str, Any]
-    steps: dict[int, StepRecord]
+    stages: dict[str, StageRecord]
     notes: list[str]
 
     @property
@@ -110,10 +113,10 @@ class RunRecord:
         """What makes its scores comparable with another run's."""
         return self._settings("dataset", "data_dir", "image_size")
 
-    def setting(self, key: str, step: int) -> Any:
-        """A setting as it holds in a step; empty where it is not known."""
-        own = self.config.get(f"step{step}")
-        return (own if isinstance(own, dict) and key in own else self.config).get(key, "")
+    def setting(self, key: str, stage: str) -> Any:
+        """A setting as it holds in a stage; empty where it is not known."""
+        own = _stage_table(self.config, stage)
+        return (own if key in own else self.config).get(key, "")
 
     def _settings(self, *keys: str) -> dict[str, Any]:
         return {key: self.config.get(key) for key in keys}
@@ -154,29 +157,44 @@ def _labels(folders: list[Path]) -> list[str]:
 
 def _read_run(folder: Path, label: str) -> RunRecord:
     notes: list[str] = []
-    lines = _read_log(folder, notes)
+    names = stage_names(folder)
+    lines = _read_log(folder, names, notes)
     config = _read_config(folder, notes)
-    steps = {}
-    for number in STEPS:
-        own = sorted((x for x in lines if x["step"] == number), key=lambda x: x["epoch"])
+    stages = {}
+    for name in names:
+        own = sorted((x for x in lines if x["stage"] == name), key=lambda x: x["epoch"])
         if own:
-            path = step_folder(folder, number) / ANALYSIS
-            steps[number] = StepRecord(number, own, _read_tensors(path, notes))
-    for step in steps.values():
-        if step.samples_flips:
+            tensors = _read_tensors(stage_folder(folder, name) / ANALYSIS, notes)
+            stages[name] = StageRecord(name, _weights(config, name), own, tensors)
+    for stage in stages.values():
+        if stage.samples_flips:
             notes.append(
-                f"the flip-flop ratios of step {step.number} of {label} are those of sampled"
+                f"the flip-flop ratios of {stage.name} of {label} are those of sampled"
                 " updates, in which an epoch's first weighs too much: train again to compare them"
             )
-        if step.lacks_start:
+        if stage.lacks_start:
             notes.append(
-                f"histograms of step {step.number} of {label} were turned on in its middle:"
-                " there is none of the step's start"
+                f"histograms of {stage.name} of {label} were turned on in its middle:"
+                " there is none of the stage's start"
             )
-    return RunRecord(folder, label, config, steps, notes)
+    return RunRecord(folder, label, config, stages, notes)
 
 
-def _read_log(folder: Path, notes: list[str]) -> list[Line]:
+def _stage_table(config: dict[str, Any], stage: str) -> dict[str, Any]:
+    """The settings of one stage; a run from before stages had names has a table ``[step1]``."""
+    tables = config.get("stage")
+    if isinstance(tables, list):
+        return next((x for x in tables if isinstance(x, dict) and x.get("name") == stage), {})
+    own = config.get(stage)
+    return own if isinstance(own, dict) else {}
+
+
+def _weights(config: dict[str, Any], stage: str) -> str:
+    binary = _stage_table(config, stage).get("binary_weights", stage != "step1")
+    return "1-bit" if binary else "real"
+
+
+def _read_log(folder: Path, names: list[str], notes: list[str]) -> list[Line]:
     path = folder / LOG
     if not folder.exists():
         raise UserError(f"{folder} does not exist: name a run's folder")
@@ -186,7 +204,7 @@ def _read_log(folder: Path, notes: list[str]) -> list[Line]:
         rows = path.read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    lines = list(_good_lines(path, rows, notes))
+    lines = list(_good_lines(path, rows, names, notes))
     if not lines:
         raise UserError(f"{path} tells of no epoch yet: wait for its first, or name another run")
     for key, epochs in _not_finite(lines).items():
@@ -196,16 +214,19 @@ def _read_log(folder: Path, notes: list[str]) -> list[Line]:
     return lines
 
 
-def _good_lines(path: Path, rows: list[bytes], notes: list[str]) -> Iterator[Line]:
+def _good_lines(
+    path: Path, rows: list[bytes], names: list[str], notes: list[str]
+) -> Iterator[Line]:
     """The lines of a log that tell of an epoch, and a note about each that does not."""
     for number, row in enumerate(rows, start=1):
         if not row.strip():
             continue
         try:
-            line = json.loads(row)
-        except (ValueError, RecursionError):  # of bad UTF-8 too, and of brackets without end
+            line = with_stage(json.loads(row))
+        # bad UTF-8 too, brackets without end, and what is no object
+        except (ValueError, TypeError, RecursionError):
             line = None
-        if _tells_of_an_epoch(line):
+        if line is not None and _tells_of_an_epoch(line, names):
             yield line
         elif number == len(rows):
             notes.append(f"{path} ends in the middle of line {number}: used up to there")
@@ -213,10 +234,10 @@ def _good_lines(path: Path, rows: list[bytes], notes: list[str]) -> Iterator[Lin
             notes.append(f"{path}: line {number} is not an epoch's: left out")
 
 
-def _tells_of_an_epoch(line: Any) -> bool:
+def _tells_of_an_epoch(line: Any, names: list[str]) -> bool:
     return (
         isinstance(line, dict)
-        and line.get("step") in STEPS
+        and line.get("stage") in names
         and isinstance(line.get("epoch"), int)
         and 0 < line["epoch"] < 10**6  # arrays are as long as that
     )
@@ -231,7 +252,7 @@ def _not_finite(lines: list[Line]) -> dict[str, list[str]]:
             values += [(f"a layer's {key}", value) for key, value in layer.items()]
         bad = [key for key, value in values if _is_number(value) and not math.isfinite(value)]
         for key in dict.fromkeys(bad):
-            found.setdefault(key, []).append(f"step {line['step']} epoch {line['epoch']}")
+            found.setdefault(key, []).append(f"{line['stage']} epoch {line['epoch']}")
     return found
 
 

@@ -19,14 +19,13 @@ from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator
 
-from tritonbnn.report.read import RunRecord, StepRecord
+from tritonbnn.report.read import RunRecord, StageRecord
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^Dv"
 MAP = "cividis"
 DPI = 160
 WIDTH, PANEL = 10.5, 3.0  # inches: of a picture, and of a panel beside others in it
-WEIGHTS = {1: "real", 2: "1-bit"}
 _LONGEST = 32  # characters of a run's name
 _LETTERS, _HANDLE = 13, 8  # of the legend: characters an inch, and the line's width in characters
 Dash = Literal["-", "--", ":"]
@@ -86,7 +85,7 @@ def legend(figure: Figure, runs: Sequence[RunRecord], styles: Sequence[tuple[Das
     """Name the runs' colours, and the line styles, above all panels."""
     handles = [Line2D([], [], **look(i, 1)) for i in range(len(runs))]
     labels = [name_of(run.label) for run in runs]
-    short = any(step.epochs == 1 for run in runs for step in run.steps.values())
+    short = any(stage.epochs == 1 for run in runs for stage in run.stages.values())
     mark: dict[str, Any] = {"marker": "o"} if short else {}
     handles += [Line2D([], [], color="#555555", **mark, **drawn(line)) for line, _ in styles]
     labels += [name for _, name in styles]
@@ -99,36 +98,47 @@ def short(layer: str) -> str:
     return layer.removesuffix(".weight").removeprefix("blocks.")
 
 
-def both_steps(run: RunRecord, key: str) -> tuple[list[str], np.ndarray]:
-    """Names of the layers, and (layers, epochs of all steps) with NaN where a step lacks one."""
-    steps = list(run.steps.values())
-    names = list(dict.fromkeys(name for step in steps for name in step.layers))
+def titles(runs: Sequence[RunRecord]) -> dict[str, str]:
+    """What to write above the panels of each stage, by its name; stages of all runs, in order."""
+    found: dict[str, str] = {}
+    place: dict[str, int] = {}  # how late a stage comes in any run
+    for run in runs:
+        for index, stage in enumerate(run.stages.values()):
+            found.setdefault(stage.name, f"{stage.name}: {stage.weights} weights")
+            place[stage.name] = max(index, place.get(stage.name, 0))
+    return {name: found[name] for name in sorted(found, key=lambda name: place[name])}
+
+
+def all_stages(run: RunRecord, key: str) -> tuple[list[str], np.ndarray]:
+    """Names of the layers, and (layers, epochs of all stages) with NaN where a stage lacks one."""
+    stages = list(run.stages.values())
+    names = list(dict.fromkeys(name for stage in stages for name in stage.layers))
     blocks = []
-    for step in steps:
-        block = np.full((len(names), step.epochs), np.nan)
-        for name, row in zip(step.layers, step.by_layer(key), strict=True):
+    for stage in stages:
+        block = np.full((len(names), stage.epochs), np.nan)
+        for name, row in zip(stage.layers, stage.by_layer(key), strict=True):
             block[names.index(name)] = row
         blocks.append(block)
     return names, np.concatenate(blocks, axis=1)
 
 
-def in_a_row(run: RunRecord) -> Iterator[tuple[int, StepRecord]]:
-    """The steps of a run, each with the number of epochs before it."""
+def in_a_row(run: RunRecord) -> Iterator[tuple[int, StageRecord]]:
+    """The stages of a run, each with the number of epochs before it."""
     before = 0
-    for step in run.steps.values():
-        yield before, step
-        before += step.epochs
+    for stage in run.stages.values():
+        yield before, stage
+        before += stage.epochs
 
 
-def mark_steps(axis: Axes, run: RunRecord, colour: str, *, name: bool = True) -> None:
-    """Draw a line between the steps, and name them above the panel."""
-    for before, step in in_a_row(run):
+def mark_stages(axis: Axes, run: RunRecord, colour: str, *, name: bool = True) -> None:
+    """Draw a line between the stages, and name them above the panel."""
+    for before, stage in in_a_row(run):
         if before:
             axis.axvline(before + 0.5, color=colour, linewidth=1.5)
         if name:
             axis.annotate(
-                f"step {step.number}",
-                (before + (step.epochs + 1) / 2, 1),
+                stage.name,
+                (before + (stage.epochs + 1) / 2, 1),
                 xycoords=("data", "axes fraction"),
                 xytext=(0, 3),
                 textcoords="offset points",

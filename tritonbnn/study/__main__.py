@@ -20,14 +20,16 @@ from tqdm import tqdm
 
 from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, at_least
+from tritonbnn.distributed import launched
 from tritonbnn.files import make_folder, update
-from tritonbnn.study.plan import STUDIES, VARIED, Variant
+from tritonbnn.study.plan import STAGES, STUDIES, VARIED, Variant
 from tritonbnn.study.summary import Results, markdown, measured, settings
 from tritonbnn.train.__main__ import main as train
-from tritonbnn.train.arguments import parse, read_recipe, resolve
+from tritonbnn.train.arguments import parse
+from tritonbnn.train.checkpoint import with_stage
 from tritonbnn.train.config import Config, differences
-from tritonbnn.train.distributed import launched
 from tritonbnn.train.log import LOG, Line
+from tritonbnn.train.recipe import read_recipe, resolve
 from tritonbnn.train.rundir import CONFIG
 
 logger = logging.getLogger("tritonbnn.study")
@@ -44,7 +46,8 @@ class Run:
 
     def log(self) -> list[Line]:
         """The lines of its log."""
-        return [json.loads(line) for line in (self.folder / LOG).read_text().splitlines()]
+        lines = (self.folder / LOG).read_text().splitlines()
+        return [with_stage(json.loads(line)) for line in lines]
 
 
 def main(argv: list[str]) -> int:
@@ -100,6 +103,8 @@ def _checked(given: Namespace, flags: list[str]) -> Config:
     if launched():
         raise UserError("a study trains one run at a time in one process: start without torchrun")
     config = parse([given.recipe, *flags]).config
+    if config.names != STAGES:
+        raise UserError(f"a study wants a recipe with the stages {' and '.join(STAGES)}")
     if config.analysis == "off":
         raise UserError("--analysis off leaves nothing to compare: leave it out")
     return config

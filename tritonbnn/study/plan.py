@@ -8,7 +8,11 @@ from dataclasses import dataclass
 
 from tritonbnn.train.config import SCRATCH, Config
 
+STAGES = ("step1", "step2")
+"""What the recipe's stages must be called: those of AdamBNN."""
+
 VARIED = (
+    *("--stage", "--method", "--schedule"),
     *("--seed", "--optimizer", "--step", "--init-from"),
     *("--weight-decay", "--step1.weight-decay", "--step2.weight-decay"),
 )
@@ -45,7 +49,7 @@ class Variant:
         flags = ["--optimizer", self.optimizer]
         if self.optimizer == "sgd":
             flags += ["--step1.lr", str(sgd_lr), "--step2.lr", str(sgd_lr)]
-        first, second = config.step1.epochs, config.step2.epochs
+        first, second = (config.stage(name).epochs for name in STAGES)
         if self.two_step:
             flags += ["--step", "0", "--step1.epochs", str(first), "--step2.epochs", str(second)]
             return [*flags, "--step1.weight-decay", str(self.decay), "--step2.weight-decay", "0"]

@@ -44,10 +44,10 @@ def settings(config: Config, seeds: int, sgd_lr: float) -> Settings:
         "model": config.model,
         "width": config.width,
         "batch_size": config.batch_size,
-        "step1_epochs": config.step1.epochs,
-        "step2_epochs": config.step2.epochs,
+        "step1_epochs": config.stage("step1").epochs,
+        "step2_epochs": config.stage("step2").epochs,
         "seeds": seeds,
-        "adam_lr": config.step2.lr,
+        "adam_lr": config.stage("step2").lr,
         "sgd_lr": sgd_lr,
     }
 
@@ -90,7 +90,7 @@ def measured(log: list[Line]) -> dict[str, float]:
     rate is not 0, and dead is of the last of these. In place of flip_flop there is
     flip_flop_sampled where a line does not say that all updates were counted.
     """
-    lines = [line for line in log if line["step"] == 2]
+    lines = [line for line in log if line["stage"] == "step2"]
     if not lines:
         return {}
     values = {"top1": lines[-1]["val_top1"], "best_top1": max(line["val_top1"] for line in lines)}

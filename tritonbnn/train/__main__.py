@@ -2,15 +2,14 @@
 
 import logging
 
-from tritonbnn import cli
+from tritonbnn import cli, distributed
 from tritonbnn.cli import printable
 from tritonbnn.compute import Compute, choose_device, keep_freed_memory
-from tritonbnn.train import distributed
 from tritonbnn.train.arguments import Arguments, parse
 from tritonbnn.train.checkpoint import BEST
 from tritonbnn.train.log import Line, is_published, table
-from tritonbnn.train.run import StepRun, open_images
-from tritonbnn.train.rundir import RunFolder, step_folder
+from tritonbnn.train.rundir import RunFolder, stage_folder
+from tritonbnn.train.stage import Run, open_images, train_stage
 from tritonbnn.train.stop import Stopped, StopSignals
 
 logger = logging.getLogger("tritonbnn.train")
@@ -47,8 +46,9 @@ def _run(arguments: Arguments, signals: StopSignals) -> int:
     try:
         with signals.obeyed_at_once():  # a large tree takes minutes
             source = open_images(config)
-        for step in config.steps:
-            history = StepRun(step, config, source, folder, compute, world, signals).train()
+        this = Run(config, source, folder, compute, world, signals)
+        for stage in config.chosen:
+            history = train_stage(stage, this)
     except Stopped as stopped:
         if world.leads:
             logger.info(
@@ -58,8 +58,9 @@ def _run(arguments: Arguments, signals: StopSignals) -> int:
             )
         return stopped.code
     if world.leads:
-        print(table(history, published=is_published(config, len(source.classes))))
-        print(f"best weights: {printable(step_folder(folder, config.steps[-1]) / BEST)}")
+        published = is_published(config, len(source.classes))
+        print(table(history, config.stages, published=published))
+        print(f"best weights: {printable(stage_folder(folder, config.chosen[-1].name) / BEST)}")
     distributed.leave()
     return 0
 

@@ -15,7 +15,6 @@ from tritonbnn.models.foreign import is_torch_file, read_tensors
 from tritonbnn.models.published import adambnn_network, is_adambnn
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.checkpoint import FACTS, Checkpoint
-from tritonbnn.train.config import STEPS
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ def add_told(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--step",
         type=int,
-        choices=STEPS,
+        choices=(1, 2),
         help="of weights from elsewhere: 1 takes them as they are, 2 binarises them",
     )
     parser.add_argument(

@@ -1,104 +1,109 @@
-"""The two loops: train for one epoch, and evaluate. No wait for the device inside."""
+"""The loop: train for one epoch. Nothing in it waits for the device."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-from tritonbnn.compute import Compute
 from tritonbnn.data.batches import MicroBatch
-from tritonbnn.train.distributed import World
-from tritonbnn.train.meters import Evaluation, FirstBad, evaluation_sums
-from tritonbnn.train.state import State
-
-Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
+from tritonbnn.train.checkpoint import State
 
 
-def label_objective(smoothing: float) -> Objective:
-    """Cross-entropy of each image with its label."""
+class FirstBad:
+    """The first optimiser step whose loss was not finite, noted without waiting for the device."""
 
-    def losses(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+    def __init__(self, device: torch.device) -> None:
+        self._index = torch.full((), -1, dtype=torch.int64, device=device)
 
-    return losses
+    def note(self, loss: Tensor, index: int) -> None:
+        """Look at the loss of optimiser step ``index``."""
+        fresh = (self._index < 0) & ~torch.isfinite(loss.detach())
+        self._index.masked_fill_(fresh, index)
 
-
-def teacher_objective(teacher: nn.Module, compute: Compute) -> Objective:
-    """Cross-entropy of each image with the teacher's answer: -sum softmax(t) log_softmax(s).
-
-    Temperature 1; labels have no part in it (2106.11309, the published code).
-    """
-
-    def losses(logits: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad(), compute.autocast():
-            target = teacher(images).float().softmax(dim=1)
-        return -(target * logits.log_softmax(dim=1)).sum(dim=1)
-
-    return losses
+    def read(self) -> int | None:
+        """Its index, or None. Waits for the device."""
+        index = int(self._index)
+        return None if index < 0 else index
 
 
 def train_one_epoch(
     state: State,
     network: nn.Module,
     batches: Iterable[MicroBatch],
-    objective: Objective,
-    compute: Compute,
     bad: FirstBad,
     *,
-    world_size: int,
-    after_step: Callable[[], None],
+    after_step: Callable[[], Any],
 ) -> None:
     """Train to the end of the epoch, from wherever in it ``state`` is.
-
-    The gradient is the mean over the images of all processes and parts: each micro-batch gives the
-    sum over its own images divided by the global count, and what DistributedDataParallel divides
-    by the number of processes is multiplied back.
 
     Args:
         state: moves on, batch by batch.
         network: ``state.model``, wrapped where there are several processes.
         batches: the rest of this epoch.
-        objective: losses (N,) from logits, images and labels.
-        compute: device and precision.
         bad: notes the first loss that is not finite, by the optimiser step within the epoch.
-        world_size: number of processes.
         after_step: called when an optimiser step is done; may raise to leave.
     """
     network.train()
-    for micro in batches:
-        images, labels = compute.to_device(micro.images, micro.labels)
-        with _gradient_exchange(network, micro.last):
-            with compute.autocast():
-                logits = network(images)
-            losses = objective(_at_least_float32(logits), images, labels)
-            loss = losses[: micro.count].sum() / micro.global_count
-            state.scaler.scale(loss * world_size).backward()
-        bad.note(loss, state.batch)
-        own = slice(micro.count)
-        state.meter.add(losses[own], logits[own], labels[own])
-        if micro.last:
-            _update(state)
-            state.batch += 1
-            after_step()
+    for parts in optimiser_steps(batches):
+        with state.method.passes(state.model, state.optimizer):
+            for part in parts:
+                _forward_and_backward(state, network, part, bad)
+        _update(state)
+        state.batch += 1
+        after_step()
+
+
+def optimiser_steps(batches: Iterable[MicroBatch]) -> Iterator[Iterator[MicroBatch]]:
+    """The parts of each optimiser step, read as they are needed."""
+    iterator = iter(batches)
+
+    def rest(part: MicroBatch) -> Iterator[MicroBatch]:
+        while not part.last:
+            part = next(iterator)
+            yield part
+
+    for first in iterator:
+        yield chain([first], rest(first))
+
+
+def _forward_and_backward(
+    state: State, network: nn.Module, part: MicroBatch, bad: FirstBad
+) -> None:
+    task = state.method.task
+    images, labels = task.compute.to_device(part.images, part.labels)
+    with _gradient_exchange(network, part.last):
+        found = state.method.losses(network, replace(part, images=images, labels=labels))
+        # The gradient is the mean over the images of all parts and processes. Each part gives its
+        # share of that mean; one borrowed to fill a part up is left out.
+        loss = found.each[: part.count].sum() / part.global_count
+        # DistributedDataParallel divides by the number of processes, so that is multiplied back
+        total = loss * task.world.size
+        if part.last:  # a penalty counts once in a step, and in each process alike
+            total = total + found.extra
+        state.scaler.scale(total).backward()
+    bad.note(total, state.batch)
+    own = slice(part.count)
+    logits = None if found.logits is None else found.logits[own]
+    state.meter.add(found.each[own], logits, labels[own])
 
 
 def _update(state: State) -> None:
     """Take an optimiser step. Its flips are counted, and its gradients looked at if it is time."""
+    state.scaler.unscale_(state.optimizer)
     looking = state.analysis.due(state.batch)
-    if looking:
-        state.scaler.unscale_(state.optimizer)
+    if looking:  # before the method changes them: the gradients of the loss are meant
         state.analysis.before_update()
+    state.method.before_update(state.model)
     state.scaler.step(state.optimizer)
+    state.method.after_update(state.model)
     state.analysis.after_update(looked=looking)
     state.scaler.update()
     state.optimizer.zero_grad()
-
-
-def _at_least_float32(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _gradient_exchange(network: nn.Module, last: bool) -> AbstractContextManager:
@@ -106,29 +111,3 @@ def _gradient_exchange(network: nn.Module, last: bool) -> AbstractContextManager
     if last or not isinstance(network, DistributedDataParallel):
         return nullcontext()
     return network.no_sync()
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    compute: Compute,
-    world: World,
-) -> Evaluation:
-    """Score the model on batches that, over all processes, hold every image once."""
-    model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=compute.device)
-    for images, labels in batches:
-        images, labels = compute.to_device(images, labels)
-        with compute.autocast():
-            logits = model(images)
-        sums += evaluation_sums(logits, labels)
-    loss, first, five, images_seen = world.total(sums.cpu()).tolist()
-    if not images_seen:
-        raise ValueError("there are no images to evaluate on")
-    return Evaluation(
-        loss=loss / images_seen,
-        top1=100 * first / images_seen,
-        top5=100 * five / images_seen,
-        images=int(images_seen),
-    )

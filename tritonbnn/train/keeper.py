@@ -1,4 +1,4 @@
-"""When a step's state is saved, and how it is found again."""
+"""When a stage's state is saved, and how it is found again."""
 
 import logging
 import time
@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 import torch
 
 from tritonbnn.cli import UserError
+from tritonbnn.distributed import World
 from tritonbnn.files import make_folder, write_atomically
-from tritonbnn.train.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, encode, read
-from tritonbnn.train.distributed import World
-from tritonbnn.train.meters import FirstBad
-from tritonbnn.train.state import State
+from tritonbnn.optim import optimizer_state
+from tritonbnn.train.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, State, encode, read
+from tritonbnn.train.engine import FirstBad
 from tritonbnn.train.stop import Stopped, StopSignals
 from tritonbnn.train.weights import check_same_network
 
@@ -23,10 +23,10 @@ T = TypeVar("T")
 
 
 def read_latest(folder: Path) -> Checkpoint | None:
-    """The last checkpoint of a step, or the one before where the last is damaged or missing.
+    """The last checkpoint of a stage, or the one before where the last is damaged or missing.
 
     Returns:
-        None where the step has not been saved yet.
+        None where the stage has not been saved yet.
 
     Raises:
         UserError: all that there is, is damaged.
@@ -46,12 +46,12 @@ def read_latest(folder: Path) -> Checkpoint | None:
 
 
 class Keeper:
-    """Saves a step's state in its folder: at intervals, on a signal, at the end of an epoch.
+    """Saves a stage's state in its folder: at intervals, on a signal, at the end of an epoch.
 
     All processes must call its methods together; the leading one writes.
 
     Args:
-        folder: of the step.
+        folder: of the stage.
         state: what to save.
         identity: facts that tell what the network and its data are; they go into every file.
         bad: where the first bad loss is noted. A bad state is never saved.
@@ -74,16 +74,17 @@ class Keeper:
         log_interval: int,
     ) -> None:
         self.folder, self.state, self.identity = folder, state, identity
-        self._bad, self._world, self._signals = bad, world, signals
+        self.bad, self._world, self._signals = bad, world, signals
         self._save_seconds, self._log_interval = 60 * save_minutes, log_interval
         self._saved_at = time.monotonic()
+        self._optimizer_is_checked = False
         world.lead(lambda: make_folder(folder))
 
-    def resume(self) -> bool:
+    def resume(self) -> Checkpoint | None:
         """Take up the state that was saved, if one was."""
         checkpoint = read_latest(self.folder)
         if checkpoint is None:
-            return False
+            return None
         check_same_network(checkpoint, self.identity["network"])
         try:
             self.state.restore(checkpoint, self._world)
@@ -100,10 +101,13 @@ class Keeper:
                 self._world.size,
                 before,
             )
-        return True
+        return checkpoint
 
     def after_step(self) -> None:
         """Look at the loss, save, or stop, as the time has come."""
+        if not self._optimizer_is_checked:  # the first save may be hours away
+            optimizer_state(self.state.model, self.state.optimizer)
+            self._optimizer_is_checked = True
         due = self._world.leads and time.monotonic() - self._saved_at >= self._save_seconds
         number, save = self._world.agree(self._signals.number, int(due))
         if number:
@@ -146,12 +150,12 @@ class Keeper:
         """Write the weights alone as the best ones."""
         self._check_state()
         tensors = {f"model.{name}": t for name, t in self.state.model.state_dict().items()}
-        facts = {**self.identity, "step": self.state.step, "best": self.state.best}
+        facts = {**self.identity, "stage": self.state.stage, "best": self.state.best}
         self._world.lead(lambda: write_atomically(self.folder / BEST, encode(tensors, facts)))
 
     def check_loss(self) -> None:
         """Stop the run if a loss was not finite."""
-        index = self._bad.read()
+        index = self.bad.read()
         [worst] = self._world.agree(-1 if index is None else index)
         if worst >= 0:
             self._give_up(f"the loss is not finite at optimiser step {worst + 1}")
@@ -173,5 +177,5 @@ class Keeper:
             remedy += f"; the last good checkpoint is {last}"
         lr = state.optimizer.param_groups[0]["lr"]
         raise UserError(
-            f"step {state.step}: {what} of epoch {state.epoch + 1}, learning rate {lr:g}: {remedy}"
+            f"{state.stage}: {what} of epoch {state.epoch + 1}, learning rate {lr:g}: {remedy}"
         )

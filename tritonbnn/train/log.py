@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import logging
+import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,16 +14,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tritonbnn.files import cannot_write, update
-from tritonbnn.train.arguments import read_recipe, resolve
+from tritonbnn.methods import Stage
 from tritonbnn.train.config import MAY_CHANGE_ON_RESUME, Config
+from tritonbnn.train.recipe import read_recipe, resolve
 
 LOG, ANALYSIS = "log.jsonl", "analysis.safetensors"
 Line = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
-# AdamBNN on ImageNet (2106.11309): step 1 from its authors' issue 2, step 2 from the paper
-PUBLISHED_TOP1 = {1: 71.4, 2: 70.5}
 _PUBLISHED_RECIPE, _PUBLISHED_CLASSES = "imagenet", 1000
 # How a run may differ from that recipe, and still be compared with its numbers.
 _IMMATERIAL = (
@@ -41,14 +42,14 @@ def write_log(folder: Path, history: list[Line]) -> None:
 
 
 def write_analysis(folder: Path, rows: dict[str, Tensor]) -> None:
-    """Make a step's ``analysis.safetensors`` say what its recorder says, if that is anything."""
+    """Make a stage's ``analysis.safetensors`` say what its recorder says, if that is anything."""
     if rows:
         update(folder / ANALYSIS, save(rows))
 
 
 def scalars(line: Line) -> dict[str, float]:
     """The numbers of a log line by TensorBoard's tag: analysis/KEY, and analysis/KEY/LAYER."""
-    skipped = ("step", "epoch", "analysis")
+    skipped = ("stage", "epoch", "analysis")
     named = {k: v for k, v in line.items() if k not in skipped and v is not None}
     record = line.get("analysis", {"layers": {}})
     named |= {f"analysis/{key}": value for key, value in record.items() if key != "layers"}
@@ -72,16 +73,16 @@ def _summary_writer() -> Any:
 
 
 class Board:
-    """TensorBoard's view of one step.
+    """TensorBoard's view of one stage.
 
     Args:
         folder: of the run.
-        step: 1 or 2; each has a folder of its own, to be drawn over the other.
+        stage: its name; each has a folder of its own, to be drawn over the others.
         epoch: the first epoch that is to come; events of an earlier attempt at it are hidden.
     """
 
-    def __init__(self, folder: Path, step: int, epoch: int) -> None:
-        self._folder = folder / "tensorboard" / f"step{step}"
+    def __init__(self, folder: Path, stage: str, epoch: int) -> None:
+        self._folder = folder / "tensorboard" / stage
         self._writer: Any = None
         writer_class = _summary_writer()
         if writer_class is None:
@@ -140,10 +141,9 @@ class Bar:
         self._bar.update()
 
     def tell(self, loss: float, top1: float, images_per_second: float) -> None:
-        """Put the numbers beside it."""
-        self._bar.set_postfix_str(
-            f"loss {loss:.3f}, top-1 {top1:.1f} %, {images_per_second:.0f} img/s"
-        )
+        """Put the numbers beside it; top-1 is NaN where nothing is classified."""
+        right = "" if math.isnan(top1) else f" top-1 {top1:.1f} %,"
+        self._bar.set_postfix_str(f"loss {loss:.3f},{right} {images_per_second:.0f} img/s")
 
     def close(self) -> None:
         """Take it away."""
@@ -153,10 +153,15 @@ class Bar:
 def describe(line: Line, epochs: int) -> str:
     """One epoch in one line of text."""
     flips = "" if line["flips"] is None else f" {line['flips']:.2%} of signs flipped;"
+    trained = f"loss {line['train_loss']:.4f}"
+    if line["train_top1"] is not None:
+        trained += f", top-1 {line['train_top1']:.2f} %"
+    if line["val_top1"] is None:
+        scored = f"loss {line['val_loss']:.4f}"
+    else:
+        scored = f"top-1 {line['val_top1']:.2f} %, top-5 {line['val_top5']:.2f} %"
     return (
-        f"step {line['step']} epoch {line['epoch']}/{epochs}: loss {line['train_loss']:.4f},"
-        f" top-1 {line['train_top1']:.2f} %; validation top-1 {line['val_top1']:.2f} %,"
-        f" top-5 {line['val_top5']:.2f} %;{flips}"
+        f"{line['stage']} epoch {line['epoch']}/{epochs}: {trained}; validation {scored};{flips}"
         f" {line['images_per_second']:.0f} img/s"
     )
 
@@ -169,21 +174,32 @@ def is_published(config: Config, classes: int) -> bool:
     return same and classes == _PUBLISHED_CLASSES
 
 
-def table(history: list[Line], *, published: bool) -> str:
-    """Both steps beside each other, and beside the published numbers if wanted."""
-    heads = ["step", "weights", "epochs", "best top-1", "last top-1", "last top-5", "seconds"]
+def table(history: list[Line], stages: Sequence[Stage], *, published: bool) -> str:
+    """The stages below each other, with what a paper reports beside them if wanted.
+
+    Args:
+        history: lines of the log.
+        stages: of the run; one that has no line has no row.
+        published: whether to show what the recipe says that its paper reports.
+    """
+    heads = ["stage", "weights", "epochs", "best top-1", "last top-1", "last top-5", "seconds"]
     rows = [heads + ["published"] * published]
-    for step, weights in ((1, "real"), (2, "1-bit")):
-        lines = [line for line in history if line["step"] == step]
+    for stage in stages:
+        lines = [line for line in history if line["stage"] == stage.name]
         if not lines:
             continue
-        last, best = lines[-1], max(line["val_top1"] for line in lines)
-        row = [str(step), weights, str(len(lines)), f"{best:.2f} %"]
-        row += [f"{last['val_top1']:.2f} %", f"{last['val_top5']:.2f} %"]
+        best = max((x["val_top1"] for x in lines if x["val_top1"] is not None), default=None)
+        scores = (best, lines[-1]["val_top1"], lines[-1]["val_top5"])
+        weights = "1-bit" if stage.binary_weights else "real"
+        row = [stage.name, weights, str(len(lines)), *map(_percent, scores)]
         row += [f"{sum(line['seconds'] for line in lines):.0f}"]
-        rows.append(row + [f"{PUBLISHED_TOP1[step]:.1f} %"] * published)
+        rows.append(row + [_percent(stage.published_top1 or None, 1)] * published)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     )
+
+
+def _percent(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:.{digits}f} %"

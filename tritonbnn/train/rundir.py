@@ -12,10 +12,10 @@ import torchvision
 import tritonbnn
 from tritonbnn.cli import UserError
 from tritonbnn.files import FolderLock, make_folder, remove_leftovers, update
-from tritonbnn.train.arguments import read_recipe, resolve
+from tritonbnn.meeting import attempt
 from tritonbnn.train.checkpoint import has_begun
-from tritonbnn.train.config import STEPS, Config, differences, to_toml
-from tritonbnn.train.meeting import attempt
+from tritonbnn.train.config import Config, differences, to_toml
+from tritonbnn.train.recipe import read_recipe, resolve, stage_names
 
 CONFIG = "config.toml"
 ENVIRONMENT = "environment.json"
@@ -49,7 +49,8 @@ class RunFolder:
 
     def _check_begun(self, config: Config) -> None:
         """A run that has a checkpoint goes on with its own settings; before, nothing is lost."""
-        if not any(has_begun(step_folder(self.path, step)) for step in STEPS):
+        names = {*config.names, *stage_names(self.path)}
+        if not any(has_begun(stage_folder(self.path, name)) for name in names):
             return
         path = self.path / CONFIG
         if not path.exists():
@@ -63,9 +64,9 @@ class RunFolder:
         self._lock.release()
 
 
-def step_folder(run: Path, step: int) -> Path:
-    """Where a step's checkpoints are."""
-    return run / f"step{step}"
+def stage_folder(run: Path, name: str) -> Path:
+    """Where a stage's checkpoints are."""
+    return run / name
 
 
 def _numbered(out: Path) -> Path:
@@ -82,11 +83,15 @@ def _numbered(out: Path) -> Path:
 
 def _check(before: Config, config: Config, path: Path) -> None:
     changed = differences(before, config)
-    if before.step1.epochs != config.step1.epochs and has_begun(step_folder(path, 2)):
-        changed.append(
-            f"step1.epochs was {before.step1.epochs} and is {config.step1.epochs},"
-            " but step 2 has begun"
-        )
+    if not changed:
+        changed = [
+            f"{old.name}.epochs was {old.epochs} and is {new.epochs}, but {later.name} has begun"
+            for old, new in zip(before.stages, config.stages, strict=True)
+            for later in config.stages
+            if old.epochs != new.epochs
+            and later.start == new.name
+            and has_begun(stage_folder(path, later.name))
+        ]
     if changed:
         raise UserError(
             f"{path} is a run with other settings: {'; '.join(changed)};"

@@ -8,10 +8,11 @@ from torch import nn
 
 from tritonbnn.cli import UserError
 from tritonbnn.data.sources import Source, open_source
-from tritonbnn.models import build_model
-from tritonbnn.models.blocks import BinaryNetwork
+from tritonbnn.methods import METHODS, Method
+from tritonbnn.settings import filled
 from tritonbnn.train.checkpoint import BEST, Checkpoint, read
 from tritonbnn.train.elsewhere import NOTHING, Told, is_foreign, read_foreign
+from tritonbnn.train.recipe import stage_names
 
 logger = logging.getLogger(__name__)
 
@@ -19,7 +20,7 @@ _HEAD = "fc."
 
 
 def find_checkpoint(place: Path) -> Path:
-    """The file meant by a file, a run's folder (its furthest step's best), or a step's folder.
+    """The file meant by a file, a run's folder (its furthest stage's best), or a stage's folder.
 
     Raises:
         UserError: there is none.
@@ -28,7 +29,7 @@ def find_checkpoint(place: Path) -> Path:
         raise UserError(f"{place} does not exist: name a checkpoint file or a run's folder")
     if not place.is_dir():
         return place
-    candidates = [place / folder / BEST for folder in ("step2", "step1", "")]
+    candidates = [place / folder / BEST for folder in (*reversed(stage_names(place)), "")]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise UserError(f"{place} holds no checkpoint yet: name a checkpoint file or another run")
@@ -43,19 +44,26 @@ def network_of(checkpoint: Checkpoint) -> dict[str, Any]:
         raise UserError(f"{checkpoint.path} does not say what network it is of") from error
 
 
-def build(network: dict[str, Any]) -> BinaryNetwork:
-    """``build_model``, with a wrong argument as the user's mistake.
+def build(
+    network: dict[str, Any], method: type[Method] = Method, settings: Any = None
+) -> nn.Module:
+    """The network that a method trains, with a wrong argument as the user's mistake.
+
+    Args:
+        network: the arguments of ``build_model``.
+        method: that builds it; most methods use ``build_model`` itself.
+        settings: of the method.
 
     Raises:
         UserError: the arguments make no network.
     """
     try:
-        return build_model(**network)
+        return method.build(settings, network)
     except (ValueError, TypeError) as error:
         raise UserError(str(error)) from error
 
 
-def load_network(place: Path, told: Told = NOTHING) -> tuple[BinaryNetwork, Checkpoint]:
+def load_network(place: Path, told: Told = NOTHING) -> tuple[nn.Module, Checkpoint]:
     """The network of a checkpoint, with its weights; see :func:`read_any`.
 
     Raises:
@@ -65,13 +73,19 @@ def load_network(place: Path, told: Told = NOTHING) -> tuple[BinaryNetwork, Chec
     return network_with_weights(checkpoint), checkpoint
 
 
-def network_with_weights(checkpoint: Checkpoint) -> BinaryNetwork:
+def network_with_weights(checkpoint: Checkpoint) -> nn.Module:
     """The network of a checkpoint that has been read.
+
+    A method of the user's own is not imported, as that would run code that a checkpoint names. Its
+    network is taken to be ``build_model``'s.
 
     Raises:
         UserError: the checkpoint is not what it says.
     """
-    model = build(network_of(checkpoint))
+    table = dict(checkpoint.facts.get("method", {}))
+    method = METHODS.get(table.pop("name", ""), Method)
+    settings = filled(method.Settings, table, "method.") if method is not Method else None
+    model = build(network_of(checkpoint), method, settings)
     load_strictly(model, checkpoint)
     return model
 
