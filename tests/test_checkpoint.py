@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tritonbnn.train.elsewhere import is_foreign
 
 from tests.hand import plain
 from tritonbnn.cli import UserError
@@ -23,6 +22,7 @@ from tritonbnn.models import build_model
 from tritonbnn.nn import binary_weights
 from tritonbnn.optim import build_optimizer
 from tritonbnn.train.checkpoint import State, encode, read
+from tritonbnn.train.elsewhere import is_foreign
 
 CPU = torch.device("cpu")
 
