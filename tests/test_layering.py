@@ -10,7 +10,7 @@ from tests.helpers import assert_runs_silently
 
 ROOT = Path(tritonbnn.__file__).parent
 BASE = {"bits", "layout", "checks", "cli", "contract", "files", "settings", "window"}
-JOB = {"compute", "distributed"}
+JOB = {"compute", "distributed", "meeting"}
 ALLOWED = {
     "bits": set(),
     "contract": set(),
@@ -31,7 +31,7 @@ ALLOWED = {
     "optim": {"nn", "ops", "eager", "packed", *BASE},
     "models": {"nn", *BASE},
     "analysis": {"models", "nn", "ops", "packed", *BASE},
-    "caches": {"cli", "native"},
+    "caches": {"cli", "compiled"},
     "compute": {"cli", "caches"},
     "data": {"cli", "files"},
     "meeting": {"cli"},

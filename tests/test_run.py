@@ -222,7 +222,8 @@ def test_table_of_imagenet_shows_the_published_numbers():
     line = {"val_top5": 90.0, "seconds": 60.0}
     scores = ((1, 70.0), (1, 69.0), (2, 68.5))
     history = [{"stage": f"step{s}", "val_top1": t, **line} for s, t in scores]
-    plain, published = (table(history, parse([r]).config.stages) for r in ("digits", "imagenet"))
+    stages = parse(["imagenet"]).config.stages
+    plain, published = (table(history, stages, published=p) for p in (False, True))
     assert "71.4" not in plain
     rows = [" ".join(row.split()) for row in published.splitlines()]
     assert rows[1] == "step1 real 2 70.00 % 69.00 % 90.00 % 120 71.4 %"

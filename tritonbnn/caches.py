@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from tritonbnn.cli import UserError
-from tritonbnn.native.build import temporary_folder
+from tritonbnn.compiled.build import temporary_folder
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonbnn.models import reactnet, resnet
-from tritonbnn.models.binarynet import binarynet
+from tritonbnn.models.binarynet import CHANNELS, HIDDEN, binarynet
 from tritonbnn.models.blocks import WIDTH_MULTIPLE, BinaryNetwork
 from tritonbnn.models.reactnet import reactnet_a
 from tritonbnn.models.resnet import resnet_18
@@ -90,6 +90,8 @@ def network_of_weights(state: dict[str, Tensor], *, small_images: bool) -> dict[
         raise ValueError(f"not the weights of a network of tritonbnn or AdamBNN, but of {names}")
     if "blocks.0.0.weight" in state:
         name, narrow, wide = "reactnet_a", reactnet.STEM_CHANNELS, reactnet.BLOCKS[-1][0]
+    elif "blocks.0.bn.weight" not in state:
+        name, narrow, wide, small_images = "binarynet", CHANNELS, HIDDEN, True
     else:
         name = "reactnet_18" if "blocks.0.slope" in state else "birealnet_18"
         narrow, wide, small_images = resnet.STAGES[0], resnet.STAGES[-1], first.shape[2] == 3
