@@ -3,6 +3,7 @@
 Tests copy this file into the folder of a run, where commands find it as ``own``.
 """
 
+import copy
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ class Clip(Plain):
 
 
 class Averaged(Plain):
-    """Scored and remembered by a running mean of its weights; trained at drawn ones near them."""
+    """Scored by a running mean of its weights, and trained at drawn ones near them."""
 
     def begin(self, model: nn.Module) -> None:
         self.mean = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -46,6 +47,14 @@ class Averaged(Plain):
     def after_update(self, model: nn.Module) -> None:
         for name, p in model.named_parameters():
             self.mean[name].lerp_(p.detach(), 0.1)
+
+    def weights(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return {**model.state_dict(), **self.mean}
+
+    def evaluate(self, model: nn.Module, batches) -> Evaluation:
+        averaged = copy.deepcopy(model)
+        averaged.load_state_dict(self.weights(model))
+        return super().evaluate(averaged, batches)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.mean

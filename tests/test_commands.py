@@ -111,7 +111,7 @@ def test_the_command_line_itself(tmp_path: Path):
     assert where == "best weights: runs/digits/step2/best.safetensors"
     # no progress bar where nobody looks
     assert "\r" not in result.stderr
-    assert len(re.findall(r"^step [12] epoch 1/1: ", result.stderr, re.MULTILINE)) == 2
+    assert len(re.findall(r"^step[12] epoch 1/1: ", result.stderr, re.MULTILINE)) == 2
 
 
 def bar_on(terminal: bool) -> str:

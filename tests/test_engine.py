@@ -16,10 +16,10 @@ from tritonbnn.methods import evaluate
 from tritonbnn.methods.scores import evaluation_sums
 from tritonbnn.nn import BinaryConv2d, RPReLU, RSign
 from tritonbnn.optim import build_optimizer
+from tritonbnn.stop import StopSignals
 from tritonbnn.train.checkpoint import State
 from tritonbnn.train.engine import FirstBad, train_one_epoch
 from tritonbnn.train.keeper import Keeper
-from tritonbnn.train.stop import StopSignals
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ from tests.helpers import assert_runs_silently
 
 ROOT = Path(tritonbnn.__file__).parent
 BASE = {"bits", "layout", "checks", "cli", "contract", "files", "settings", "window"}
-JOB = {"compute", "distributed", "meeting"}
+JOB = {"compute", "distributed", "meeting", "stop"}
 ALLOWED = {
     "bits": set(),
     "contract": set(),
@@ -34,6 +34,7 @@ ALLOWED = {
     "caches": {"cli", "compiled"},
     "compute": {"cli", "caches"},
     "data": {"cli", "files"},
+    "stop": set(),
     "meeting": {"cli"},
     "distributed": {"cli", "meeting"},
     "methods": {"optim", "models", "nn", "data", *JOB, *BASE},

@@ -17,7 +17,7 @@ from tritonbnn import data
 from tritonbnn.cli import UserError
 from tritonbnn.data.folder import FolderImages
 from tritonbnn.data.sources import SampleKey, eval_reader
-from tritonbnn.train.stop import Stopped, StopSignals
+from tritonbnn.stop import Stopped, StopSignals
 
 
 @pytest.fixture

@@ -184,6 +184,18 @@ def test_what_a_method_remembers_goes_on(place: Path, tmp_path: Path):
     assert_same(tmp_path / "cut", tmp_path / "whole", ("only",))
 
 
+def test_the_best_checkpoint_holds_what_was_scored(place: Path, tmp_path: Path):
+    out = tmp_path / "run"
+    assert train(place, "one", out, "--method", "own.Averaged", "--epochs", 1).code == 0
+    [line] = lines_of(out)
+    scored = run(EVALUATE, out, cwd=place)
+    assert f"top-1 {line['val_top1']:.2f} %" in scored.output
+    assert f"loss {line['val_loss']:.4f}" in scored.output
+    best, last = (read(out / "only" / f"{kind}.safetensors") for kind in ("best", "last"))
+    assert torch.equal(best.tensors["model.fc.bias"], last.tensors["method.fc.bias"])
+    assert not same_weights(best, last)
+
+
 def test_a_method_without_classes(place: Path, tmp_path: Path):
     """Its best checkpoint is that of the least loss, and no line shows a top-1."""
     result = train(place, "one", tmp_path / "run", "--method", "own.Reconstruct", "--epochs", 3)

@@ -14,8 +14,8 @@ import pytest
 
 from tests.commands import ROOT, TRAIN, free_port, run, write_tiny
 from tests.test_resume import assert_same_run
+from tritonbnn.stop import EXIT_CODES, Stopped, StopSignals
 from tritonbnn.train.checkpoint import read
-from tritonbnn.train.stop import EXIT_CODES, Stopped, StopSignals
 
 PATIENCE = 300  # seconds
 CODES = {"SIGTERM": 75, "SIGINT": 130, "SIGUSR1": 75, "SIGHUP": 75}

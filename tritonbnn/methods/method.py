@@ -110,12 +110,16 @@ class Method:
         """Score the model on batches that, over all processes, hold every image once."""
         return evaluate(model, batches, self.task.compute, self.task.world)
 
+    def weights(self, model: nn.Module) -> dict[str, Tensor]:
+        """The state dict that the best checkpoint holds: of the network that was scored."""
+        return model.state_dict()
+
     def state_dict(self) -> dict[str, Tensor]:
         """What the method remembers from one optimiser step to the next."""
         return {}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
-        """Take up what :meth:`state_dict` gave; the model has its weights by then."""
+        """Take up what :meth:`state_dict` gave, now on the device; the model has its weights."""
 
     def logits(self, network: nn.Module, images: Tensor) -> Tensor:
         """The network's answers in the run's precision, as float32 at least."""

@@ -1,6 +1,8 @@
 """Optimisers by name, their parameter groups, and the schedules of the learning rate.
 
-To add an optimiser, write a dataclass of its settings in a file of its own, and name it here.
+The classes are torch optimisers, and are used as these are. What the trainer knows by name is in
+``OPTIMIZERS`` and ``SCHEDULES``. To add an optimiser, write a dataclass of its settings in a file
+of its own, and name it here.
 """
 
 import inspect

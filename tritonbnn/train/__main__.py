@@ -5,12 +5,12 @@ import logging
 from tritonbnn import cli, distributed
 from tritonbnn.cli import printable
 from tritonbnn.compute import Compute, choose_device, keep_freed_memory
+from tritonbnn.stop import Stopped, StopSignals
 from tritonbnn.train.arguments import Arguments, parse
 from tritonbnn.train.checkpoint import BEST
 from tritonbnn.train.log import Line, is_published, table
 from tritonbnn.train.rundir import RunFolder, stage_folder
 from tritonbnn.train.stage import Run, open_images, train_stage
-from tritonbnn.train.stop import Stopped, StopSignals
 
 logger = logging.getLogger("tritonbnn.train")
 

@@ -215,7 +215,9 @@ class State:
         self.model.load_state_dict(checkpoint.group("model"))
         saved = checkpoint.group("optimizer")
         restore_optimizer(self.model, self.optimizer, saved, facts.get("optimizer", {}))
-        self.method.load_state_dict(checkpoint.group("method"))
+        device = self.method.task.compute.device
+        remembered = checkpoint.group("method")
+        self.method.load_state_dict({name: t.to(device) for name, t in remembered.items()})
         self.analysis.restore(checkpoint.group("analysis"))
         self._restore_process(checkpoint.group("process"), world)
         self.scaler.load_state_dict(facts["scaler"])

@@ -12,9 +12,9 @@ from tritonbnn.cli import UserError
 from tritonbnn.distributed import World
 from tritonbnn.files import make_folder, write_atomically
 from tritonbnn.optim import optimizer_state
+from tritonbnn.stop import Stopped, StopSignals
 from tritonbnn.train.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, State, encode, read
 from tritonbnn.train.engine import FirstBad
-from tritonbnn.train.stop import Stopped, StopSignals
 from tritonbnn.train.weights import check_same_network
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,8 @@ class Keeper:
     def save_best(self) -> None:
         """Write the weights alone as the best ones."""
         self._check_state()
-        tensors = {f"model.{name}": t for name, t in self.state.model.state_dict().items()}
+        weights = self.state.method.weights(self.state.model)
+        tensors = {f"model.{name}": tensor for name, tensor in weights.items()}
         facts = {**self.identity, "stage": self.state.stage, "best": self.state.best}
         self._world.lead(lambda: write_atomically(self.folder / BEST, encode(tensors, facts)))
 

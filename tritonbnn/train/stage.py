@@ -19,13 +19,13 @@ from tritonbnn.data.sources import Source, open_source
 from tritonbnn.distributed import World, exchanging_gradients
 from tritonbnn.methods import Method, Stage, Task, make_method
 from tritonbnn.optim import describe_groups, set_learning_rate
+from tritonbnn.stop import StopSignals
 from tritonbnn.train.checkpoint import BEST, State, has_begun, history, read
 from tritonbnn.train.config import SCRATCH, Config, to_toml
 from tritonbnn.train.engine import FirstBad, train_one_epoch
 from tritonbnn.train.keeper import Keeper, read_latest
 from tritonbnn.train.log import Bar, Board, Line, describe, write_analysis, write_log
 from tritonbnn.train.rundir import stage_folder
-from tritonbnn.train.stop import StopSignals
 from tritonbnn.train.weights import build, check_same_network, initialise_from, load_strictly
 
 logger = logging.getLogger(__name__)

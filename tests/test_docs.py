@@ -1,0 +1,50 @@
+"""The code of the docs does what they say."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.commands import EVALUATE, ROOT, TRAIN, run, write_tiny
+from tritonbnn.train.arguments import parse
+
+EXTENDING = (ROOT / "docs" / "extending.md").read_text()
+FILES = dict(re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)```", EXTENDING, re.DOTALL))
+TRAINING = (ROOT / "docs" / "training.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("docs")
+    write_tiny(folder)
+    for name, text in FILES.items():
+        (folder / name).write_text(text)
+    return folder
+
+
+def commands() -> list[str]:
+    return re.findall(r"^python -m tritonbnn.train digits (.*)$", EXTENDING, re.MULTILINE)
+
+
+def test_the_docs_have_what_is_tried_here():
+    assert set(FILES) == {"clip.py", "averaged.py", "mine.py"}
+    assert len(commands()) == 3
+    assert len(FILES["clip.py"].splitlines()) <= 20
+
+
+@pytest.mark.parametrize("flags", [*commands(), "--method averaged.Averaged"])
+def test_a_class_of_the_docs_trains(place: Path, tmp_path: Path, flags: str):
+    argv = ("tiny.toml", "--out", tmp_path / "run", *flags.split(), "--weight-decay", 0)
+    stopped = run(TRAIN, *argv, cwd=place, mishap="SIGTERM", at_step=3)
+    assert stopped.code == 75, stopped.output
+    result = run(TRAIN, *argv, cwd=place)
+    assert result.code == 0, result.output
+    assert run(EVALUATE, tmp_path / "run", cwd=place).code == 0
+
+
+@pytest.mark.parametrize("text", re.findall(r"```toml\n(.*?)```", TRAINING, re.DOTALL))
+def test_a_recipe_of_the_docs_is_read(tmp_path: Path, text: str):
+    if "[[stage]]" not in text:
+        text += '\n[[stage]]\nname = "all"\n'
+    (tmp_path / "mine.toml").write_text(text)
+    assert parse([str(tmp_path / "mine.toml")]).config.stages
