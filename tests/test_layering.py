@@ -31,6 +31,7 @@ ALLOWED = {
     "compute": {"cli"},
     "data": {"cli", "files"},
     "train": {"analysis", "models", "nn", "data", "compute", *BASE},
+    "sort_val": {"data", "cli"},
     "evaluate": {"train", "models", "nn", "data", "compute", *BASE},
     "study": {"train", "data", "compute", *BASE},
     "predict": {"train", "models", "nn", "data", "compute", *BASE},

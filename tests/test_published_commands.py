@@ -65,7 +65,7 @@ def test_a_published_file_scores_as_the_published_network(place):
         result = run(EVALUATE, FILE, "--step", step, "--data-dir", "images", cwd=place)
         assert result.code == 0, result.output
         line = result.output.splitlines()[-1]
-        assert line.startswith(f"{FILE}: {weights} weights, 6 images of folder")
+        assert line.startswith(f"{FILE}: {weights} weights, 6 images of the data set images")
         score = [float(re.search(rf"{name} (\d+\.\d+)", line)[1]) for name in ("top-1", "loss")]
         assert score == pytest.approx(published_score(place, step), abs=5e-3)
         losses.append(score[1])

@@ -27,12 +27,7 @@ def main(argv: list[str]) -> int:
     device = choose_device(given.device)
     model = model.to(device).eval()
     data = checkpoint.facts["data"]
-    read = eval_reader(
-        data["name"],
-        image_size=data["image_size"],
-        augment=data["augment"],
-        channels=data["channels"],
-    )
+    read = eval_reader(data)
     code = 0
     for place in given.images:
         for found in _images(place):

@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from tritonbnn.cli import Parser, UserError
-from tritonbnn.train.config import SCRATCH, SHARED_FIELDS, STEP_FIELDS, STEPS, Config, StepConfig
+from tritonbnn.data.sources import canonical, make_opener
+from tritonbnn.train.config import (
+    SCRATCH,
+    SHARED_FIELDS,
+    STEP_FIELDS,
+    STEPS,
+    Config,
+    StepConfig,
+    data_settings,
+)
 
 
 @dataclass(frozen=True)
@@ -165,13 +174,15 @@ def _with_data_folder(config: Config) -> Config:
         for key in ("data_dir", "init_from")
         if (value := getattr(config, key)) not in ("", SCRATCH)
     }
-    if config.data_dir and config.dataset == "digits":
-        paths["dataset"] = "folder"
-    return dataclasses.replace(config, **paths)
+    config = dataclasses.replace(config, **paths)
+    make_opener(config.dataset, data_settings(config))  # what does not fit is refused here
+    return config
 
 
 def _checked(key: str, value: Any, spec: dataclasses.Field) -> Any:
     """``value`` as the field's type: from TOML it has one, from the command line it is text."""
+    if key == "dataset":
+        value = canonical(value)
     limits = spec.metadata
     flag = f"--{key.replace('_', '-')}"
     kind: Any = spec.type

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from tritonbnn.analysis import LEVELS
+from tritonbnn.data.classes import CLASS_ORDERS
+from tritonbnn.data.sources import SETTINGS, SOURCES
+from tritonbnn.data.views import AUGMENTATIONS, LIGHTING
 
 STEPS = (1, 2)
 # More is a slip of the finger, which would end in a machine out of memory or out of processes.
@@ -45,14 +48,17 @@ class Config:
     """All that decides a run, but for the machine and the number of processes."""
 
     recipe: str = setting("", "name of the recipe that this came from")
-    dataset: str = setting("digits", "data set", choices=("digits", "fashion", "folder"))
-    data_dir: str = setting("", "folder with train/ and val/, or with Fashion-MNIST's files")
+    dataset: str = setting("digits", "data set", choices=tuple(SOURCES))
+    data_dir: str = setting("", "folder with train/ and val/, or with the data set's own files")
     skip_bad_images: bool = setting(False, "count and list unreadable images, do not stop")
-    image_size: int = setting(32, "height and width of the network's input", least=1)
-    augment: str = setting(
-        "none", "training views", choices=("imagenet", "crop-flip", "crop", "none")
+    class_order: str = setting("name", "of a tree's classes", choices=tuple(CLASS_ORDERS))
+    white_level: int = setting(
+        0, "level of 16-bit grey that is white; 0 guesses it from the files", least=0
     )
-    lighting: str = setting("none", "colour noise", choices=("published", "pca", "none"))
+    background: str = setting("white", "colour behind what is transparent in an image file")
+    image_size: int = setting(32, "height and width of the network's input", least=1)
+    augment: str = setting("none", "training views", choices=tuple(AUGMENTATIONS))
+    lighting: str = setting("none", "colour noise", choices=tuple(LIGHTING))
     model: str = setting(
         "reactnet_a", "network", choices=("reactnet_a", "reactnet_18", "birealnet_18")
     )
@@ -104,6 +110,11 @@ class Config:
 
 STEP_FIELDS = {f.name: f for f in fields(StepConfig)}
 SHARED_FIELDS = {f.name: f for f in fields(Config) if f.name not in ("step1", "step2")}
+
+
+def data_settings(config: Config) -> dict[str, Any]:
+    """What the data set is opened with."""
+    return {key: getattr(config, key) for key in SETTINGS}
 
 
 def to_toml(config: Config) -> str:

@@ -44,7 +44,7 @@ def read_published(path: Path, step: int | None) -> Checkpoint:
             " are, or --step 2 to binarise them"
         )
     data = {
-        "name": "folder",
+        "name": "images",
         "dir": "",
         "classes": None,
         "channels": network["in_channels"],

@@ -12,10 +12,17 @@ from torch.nn.parallel import DistributedDataParallel
 from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
 from tritonbnn.cli import UserError
 from tritonbnn.compute import Compute
-from tritonbnn.data.batches import check_fits_memory, train_batches, train_steps, val_batches
+from tritonbnn.data.batches import (
+    check_fits_memory,
+    check_shared_memory,
+    train_batches,
+    train_steps,
+    val_batches,
+)
+from tritonbnn.data.classes import warn_of_numbers
 from tritonbnn.data.sources import Source, open_source
 from tritonbnn.train.checkpoint import BEST, has_begun, read
-from tritonbnn.train.config import SCRATCH, Config, to_toml
+from tritonbnn.train.config import SCRATCH, Config, data_settings, to_toml
 from tritonbnn.train.distributed import World
 from tritonbnn.train.engine import (
     Objective,
@@ -153,7 +160,8 @@ class StepRun:
         elif self.config.init_from == SCRATCH:
             pass  # where the network was built, its weights were drawn
         elif self.config.init_from:
-            initialise_from(state.model, self.network, Path(self.config.init_from))
+            place = Path(self.config.init_from)
+            initialise_from(state.model, self.network, place, self.source.classes)
         elif self.step == 2:
             raise UserError(
                 "step 2 starts from step 1's weights: run --step 1 first, or give --init-from"
@@ -308,14 +316,7 @@ class StepRun:
         source, config = self.source, self.config
         return {
             "network": self.network,
-            "data": {
-                "name": source.name,
-                "dir": config.data_dir,
-                "classes": list(source.classes),
-                "channels": source.channels,
-                "image_size": config.image_size,
-                "augment": config.augment,
-            },
+            "data": source.facts,
             "config": to_toml(config),
         }
 
@@ -324,15 +325,18 @@ def open_images(config: Config) -> Source:
     """The run's data set; both steps use it."""
     source = open_source(
         config.dataset,
-        data_dir=Path(config.data_dir) if config.data_dir else None,
         image_size=config.image_size,
         augment=config.augment,
         lighting=config.lighting,
         seed=config.seed,
         step=config.steps[0],
-        skip_bad_images=config.skip_bad_images,
+        **data_settings(config),
     )
     check_fits_memory(source, config.batch_size // config.accumulation)
+    check_shared_memory(source, config.batch_size, config.workers)
+    if config.init_from not in ("", SCRATCH) or config.teacher != "none":
+        warn_of_numbers(source.classes)
+    source.load()
     return source
 
 
