@@ -15,6 +15,7 @@ from tests.test_bad_input import assert_one_line
 from tests.test_published import Malicious
 from tritonbnn.models import build_model, load_adambnn
 from tritonbnn.train.checkpoint import encode, read
+from tritonbnn.train.published import is_published
 
 CLASSES = "abc"
 NORMALISE = tv.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -91,6 +92,21 @@ def test_training_starts_from_a_published_file(place):
     load_adambnn(theirs, place / FILE)
     for name, value in theirs.named_parameters():  # an only epoch is at learning rate 0
         assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize("start", [b"\x80\x02", b"PK"])
+def test_a_file_of_ours_is_never_taken_for_a_published_one(tmp_path, start):
+    """Its first bytes are a length, which may be those of a pickle or a zip."""
+    path = tmp_path / "best.safetensors"
+    size = int.from_bytes(start, "little")
+    tensors = {"model.x": torch.arange(3.0)}
+    plain = encode(tensors, {})
+    end = 8 + int.from_bytes(plain[:8], "little")
+    content = size.to_bytes(8, "little") + plain[8:end].ljust(size) + plain[end:]
+    path.write_bytes(content)
+    assert content[:2] == start
+    assert not is_published(path)
+    assert torch.equal(read(path).tensors["model.x"], tensors["model.x"])
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,38 @@ def test_crop_and_flip_are_torchvisions_when_equally_seeded(flips):
         assert torch.equal(train_view(augment, "none", 32, image, seed), expected)
 
 
+@pytest.mark.parametrize("lighting", ["published", "pca"])
+@pytest.mark.parametrize("tensor", [False, True])
+def test_the_noise_is_drawn_between_crop_and_flip(lighting, tensor):
+    """Written out by hand; the numbers of the noise are Krizhevsky's, in their published order."""
+    image = photo(60, 50)
+    values = torch.tensor([0.2175, 0.0188, 0.0045], dtype=torch.float64)
+    vectors = torch.tensor(
+        [[-0.5675, 0.7192, 0.4009], [-0.5808, -0.0045, -0.8140], [-0.5836, -0.6948, 0.4203]],
+        dtype=torch.float64,
+    )
+    flips = set()
+    for seed in range(20):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            levels = tv.functional.pil_to_tensor(tv.RandomResizedCrop(32)(image)).double()
+            shift = vectors @ (torch.randn(3, dtype=torch.float64) * 0.1 * values)
+            flip = torch.rand(1).item() < 0.5
+        flips.add(flip)
+        if lighting == "published":
+            levels = (levels + shift.view(3, 1, 1)).clamp(0, 255).floor()
+            expected = levels / 255
+        else:
+            expected = levels / 255 + shift.view(3, 1, 1)
+        expected = expected.flip(-1) if flip else expected
+        given = tv.functional.pil_to_tensor(image) if tensor else image
+        with seeded(seed):
+            seen = TrainView("imagenet", lighting, 32)(given)
+        seen = seen.double() / 255 if lighting == "published" else seen.double()
+        torch.testing.assert_close(seen, expected, atol=1e-6, rtol=0)
+    assert flips == {False, True}
+
+
 @pytest.mark.parametrize("size", [(300, 200), (200, 300), (40, 500), (224, 224), (1, 1)])
 def test_imagenet_eval_view_is_resize_256_crop_224(size):
     image = photo(*size)

@@ -14,9 +14,11 @@ def is_published(path: Path) -> bool:
     """Whether torch.save wrote the file, as AdamBNN's authors did, and not this package."""
     try:
         with path.open("rb") as file:
-            return file.read(2).startswith(_BEGINNINGS)
+            start = file.read(9)
     except OSError:
         return False  # who reads it says why it cannot be read
+    # safetensors begins with a length of 8 bytes, which may be like any, and then JSON
+    return start.startswith(_BEGINNINGS) and start[8:] != b"{"
 
 
 def read_published(path: Path, step: int | None) -> Checkpoint:
