@@ -253,8 +253,8 @@ def test_loading_names_a_bad_image(tmp_path):
 def test_workers_that_find_no_room_are_refused(tmp_path):
     write(tmp_path)
     free = shutil.disk_usage("/dev/shm").free
-    for workers, processes, batches in ((1, 1, 3), (3, 1, 7), (2, 2, 10)):
-        options = {"batch_size": 64, "workers": workers, "processes": processes}
+    for workers, batches in ((1, 3), (3, 7)):
+        options = {"batch_size": 64, "workers": workers}
         # the side at which so many batches of four images of three float32 fill the memory
         side = (free / batches / (4 * 3 * 4)) ** 0.5
         check_shared_memory(source("images", tmp_path, image_size=int(side / 1.5)), **options)

@@ -101,9 +101,7 @@ def check_fits_memory(source: Source, batch_size: int) -> None:
         )
 
 
-def check_shared_memory(
-    source: Source, batch_size: int, workers: int, *, processes: int = 1
-) -> None:
+def check_shared_memory(source: Source, batch_size: int, workers: int) -> None:
     """Refuse workers whose batches do not fit into shared memory, before any of them starts.
 
     Workers hand their batches over in ``/dev/shm``, and die of a bus error where it is full. Each
@@ -111,9 +109,8 @@ def check_shared_memory(
 
     Args:
         source: of the images.
-        batch_size: the most images that a worker reads at once.
+        batch_size: images of a batch over all processes: a worker reads its process's share.
         workers: of each process.
-        processes: of the job, on this machine.
 
     Raises:
         UserError: they do not fit.
@@ -122,13 +119,13 @@ def check_shared_memory(
         return
     images = max(1, min(batch_size, max(len(source.train), len(source.val))))
     batch = images * source.channels * source.val.transform.size**2 * torch.float32.itemsize
-    needed = (_FETCHED_AHEAD * workers + 1) * batch * processes
+    needed = (_FETCHED_AHEAD * workers + 1) * batch
     free = shutil.disk_usage(_SHARED_MEMORY).free
     if needed > free:
         raise UserError(
-            f"the batches of {workers * processes} workers take {needed / 1e6:.0f} MB of shared"
-            f" memory, and {_SHARED_MEMORY} has {free / 1e6:.0f} MB: use fewer --workers or a"
-            " smaller --batch-size, or make it larger (docker run --shm-size)"
+            f"the batches of {workers} workers take {needed / 1e6:.0f} MB of shared memory, and"
+            f" {_SHARED_MEMORY} has {free / 1e6:.0f} MB: use fewer --workers or a smaller"
+            " --batch-size, or make it larger (docker run --shm-size)"
         )
 
 
