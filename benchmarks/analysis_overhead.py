@@ -23,6 +23,7 @@ from tritonbnn import cli
 from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
 from tritonbnn.compute import Compute
 from tritonbnn.data.batches import MicroBatch, train_steps
+from tritonbnn.data.sources import SOURCES
 from tritonbnn.files import writable, write_json
 from tritonbnn.kernels.provenance import header, own_device
 from tritonbnn.methods import lone_task
@@ -44,7 +45,7 @@ class Rig:
     def __init__(self, config: Config, device: torch.device, folder: Path) -> None:
         torch.manual_seed(0)
         self.compute = Compute(device, config.precision, config.channels_last)
-        channels = 1 if config.dataset in ("digits", "fashion") else 3
+        channels = SOURCES[config.dataset].channels
         model = build_model(
             config.model,
             num_classes=CLASSES,

@@ -53,7 +53,7 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     compute = Compute(device, precision, channels_last=True)
     source = open_source(
-        "folder",
+        "images",
         data_dir=args.data,
         image_size=args.size[0],
         augment="imagenet",

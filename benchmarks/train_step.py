@@ -33,6 +33,7 @@ from benchmarks.rivals import DEFAULTS, NETWORKS, OPTIONS, OWN, Rival, chosen
 from benchmarks.steps import CLASSES, as_trainers_run
 from tritonbnn import cli
 from tritonbnn.compute import choose_device
+from tritonbnn.data.sources import SOURCES
 from tritonbnn.files import writable, write_json
 from tritonbnn.kernels.commands import positive
 from tritonbnn.kernels.provenance import header
@@ -56,8 +57,8 @@ SHAPE = {
 }
 """What is measured where neither a flag nor a recipe says otherwise."""
 
-GRAY, GRAY_CLASSES = ("digits", "fashion"), 10
-"""The data sets of images with one channel, and how many classes each has."""
+KNOWN_CLASSES = {"digits": 10, "fashion": 10, "cifar10": 10, "cifar100": 100}
+"""How many classes a data set has, where its name says it."""
 
 
 def sizes(text: str) -> list[int]:
@@ -131,8 +132,8 @@ def fill_shape(args: argparse.Namespace) -> None:
         config = parse([args.recipe]).config
         shape |= {name: getattr(config, name) for name in ("model", "width", "small_images")}
         shape |= {"batch": [config.batch_size], "size": [config.image_size]}
-        if config.dataset in GRAY:
-            shape |= {"in_channels": 1, "classes": GRAY_CLASSES}
+        shape["in_channels"] = SOURCES[config.dataset].channels
+        shape["classes"] = KNOWN_CLASSES.get(config.dataset, CLASSES)
     for name, value in shape.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

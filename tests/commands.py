@@ -22,7 +22,7 @@ PRELOADED = (TRAIN, EVALUATE, PREDICT, STUDY, "torch.utils.tensorboard")
 
 # trains both steps in about half a second, and saves after every optimiser step
 TINY = """
-dataset = "folder"
+dataset = "images"
 model = "birealnet_18"
 width = 0.125
 small_images = true

@@ -1,13 +1,13 @@
 """One epoch in float64, alone or in two processes; leaves what it saw in a file for each rank."""
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import Dataset
 
 from tests.hand import plain
 from tritonbnn import cli, distributed
@@ -23,15 +23,16 @@ from tritonbnn.train.engine import FirstBad, train_one_epoch
 CPU = torch.device("cpu")
 
 
-class Images(Dataset):
+class Images:
     """Eleven: batches of 5 are shared 3 to 2, and the last one, of 1, is shared 1 to 0."""
 
     def __len__(self) -> int:
         return 11
 
-    def __getitem__(self, key: SampleKey) -> tuple[Tensor, int]:
-        generator = torch.Generator().manual_seed(key.index)
-        return torch.randn(3, 8, 8, generator=generator, dtype=torch.float64), key.index % 3
+    def batch(self, keys: Sequence[SampleKey]) -> tuple[Tensor, Tensor]:
+        generators = [torch.Generator().manual_seed(key.index) for key in keys]
+        images = [torch.randn(3, 8, 8, generator=g, dtype=torch.float64) for g in generators]
+        return torch.stack(images), torch.tensor([key.index % 3 for key in keys])
 
 
 def network() -> nn.Module:

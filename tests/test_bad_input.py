@@ -62,7 +62,8 @@ def train(place: Path, *argv: object, **options) -> Result:
         (["--init-from", "nowhere"], "nowhere does not exist"),
         (["--teacher", "nowhere.pth"], "use --teacher none"),
         (["--lighting", "pca"], "lighting 'pca' needs colour images"),
-        (["--data-dir", "nowhere"], "nowhere"),
+        (["--data-dir", "nowhere"], "use the recipe images"),
+        (["images", "--data-dir", "nowhere"], "nowhere does not exist"),
     ],
 )
 def test_bad_arguments(tmp_path: Path, argv: list[str], words: str):

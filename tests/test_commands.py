@@ -37,8 +37,9 @@ def test_evaluate_gives_the_logged_score(place: Path, step: int):
     best = max((x for x in lines if x["stage"] == f"step{step}"), key=lambda x: x["val_top1"])
     weights = "real" if step == 1 else "1-bit"
     assert result.output == (
-        f"{path}: {weights} weights, 14 images of folder: top-1 {best['val_top1']:.2f} %,"
-        f" top-5 {best['val_top5']:.2f} %, loss {best['val_loss']:.4f}\n"
+        f"{path}: {weights} weights, 14 images of the data set images:"
+        f" top-1 {best['val_top1']:.2f} %, top-5 {best['val_top5']:.2f} %,"
+        f" loss {best['val_loss']:.4f}\n"
     )
 
 
@@ -51,7 +52,7 @@ def test_evaluate_on_data_elsewhere(place: Path, tmp_path: Path):
     write_tree(tmp_path / "other", train=1, val=5, classes=SEVEN)
     result = run(EVALUATE, place / "run", "--data-dir", "other", cwd=tmp_path)
     assert result.code == 0, result.output
-    assert "35 images of folder" in result.output
+    assert "35 images of the data set images" in result.output
 
 
 def test_predict_names_the_network_s_own_guesses(place: Path):
@@ -61,7 +62,7 @@ def test_predict_names_the_network_s_own_guesses(place: Path):
     names = [line.split(": ")[0] for line in lines]
     assert names == ["seven/val/c/0.png", "seven/val/c/1.png", "seven/val/a/0.png"]
     source = open_source(
-        "folder",
+        "images",
         data_dir=place / "seven",
         image_size=16,
         augment="none",

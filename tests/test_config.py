@@ -36,9 +36,12 @@ def test_shipped_recipes():
     assert shipped_recipes() == [
         "bop-digits",
         "bop2-digits",
+        "cifar10",
+        "cifar100",
         "digits",
         "fashion",
         "imagenet",
+        "images",
         "ivon-digits",
         "wp-digits",
     ]
@@ -124,7 +127,7 @@ def test_a_class_of_the_users_own_takes_what_it_is_given():
 
 def test_every_flag_of_the_contract_exists(tmp_path: Path):
     line = (
-        "--out o --data-dir d --device cpu --epochs 3 --batch-size 8 --lr 1e-3 --width 0.5"
+        "images --out o --data-dir d --device cpu --epochs 3 --batch-size 8 --lr 1e-3 --width 0.5"
         " --precision bf16 --step 1 --teacher none --seed 3 --workers 2 --fresh --init-from f"
     )
     arguments = parse(line.split())
@@ -138,9 +141,29 @@ def test_scratch_is_no_path():
     assert parse(["--init-from", "run"]).config.init_from == str(Path.cwd() / "run")
 
 
-@pytest.mark.parametrize(("recipe", "dataset"), [("digits", "folder"), ("fashion", "fashion")])
-def test_a_data_folder_is_an_image_tree_but_for_fashion(recipe: str, dataset: str):
-    assert parse([recipe, "--data-dir", "images"]).config.dataset == dataset
+def test_digits_take_no_folder():
+    with pytest.raises(UserError, match="--data-dir is not for the embedded digits") as caught:
+        parse(["digits", "--data-dir", "photos"])
+    assert "recipe images" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "flag", "value"),
+    [
+        *(("fashion", *pair) for pair in (("--class-order", "numeric"), ("--background", "red"))),
+        *(("digits", *pair) for pair in (("--white-level", "4095"), ("--background", "red"))),
+    ],
+)
+def test_a_setting_that_the_data_set_does_not_have_is_refused(recipe: str, flag: str, value: str):
+    with pytest.raises(UserError, match=f"{flag} is not for .*recipe images"):
+        parse([recipe, flag, value])
+
+
+def test_a_data_set_keeps_its_older_name(tmp_path: Path):
+    (tmp_path / "old.toml").write_text('dataset = "folder"\ndata_dir = "photos"\n')
+    config = parse([str(tmp_path / "old.toml")]).config
+    assert (config.dataset, config.data_dir) == ("images", str(Path.cwd() / "photos"))
 
 
 def test_a_resolved_configuration_is_a_recipe(tmp_path: Path):
@@ -272,6 +295,11 @@ def test_help_names_choices_and_what_the_recipe_sets(capsys: pytest.CaptureFixtu
         ("--label-smoothing 1", "--label-smoothing must be less than 1"),
         ("--precision fp8", "--precision fp8: choose from fp32, bf16, fp16"),
         ("--model reactnet_b", "(did you mean reactnet_a?)"),
+        ("cifar10 --dataset cifar", "(did you mean cifar10?)"),
+        ("images --class-order size", "--class-order size: choose from name, numeric"),
+        ("images --background whitish", "--background 'whitish' is no colour"),
+        ("images --white-level 65536", "--white-level must be 1 to 65535"),
+        ("images --augment mixup", "--augment mixup: choose from imagenet, crop-flip, crop, none"),
         ("--step 3", "--step 3: choose from 0, 1, 2"),
         ("--seed -1", "--seed must be at least 0"),
     ],

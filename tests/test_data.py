@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
 
 from tritonbnn.cli import UserError
 from tritonbnn.data.batches import epoch_order, train_batches, train_steps, val_batches
 from tritonbnn.data.sources import SampleKey, open_source
 
 
-class Numbers(Dataset):
+class Numbers:
     """Image i is the number i, and so is its label; the keys that were read are noted."""
 
     def __init__(self, size: int) -> None:
@@ -28,9 +27,10 @@ class Numbers(Dataset):
     def __len__(self) -> int:
         return self.size
 
-    def __getitem__(self, key: SampleKey) -> tuple[torch.Tensor, int]:
-        self.read.append(key)
-        return torch.full((1, 1, 1), float(key.index)), key.index
+    def batch(self, keys: list[SampleKey]) -> tuple[torch.Tensor, torch.Tensor]:
+        self.read += keys
+        numbers = torch.tensor([key.index for key in keys])
+        return numbers.float().view(-1, 1, 1, 1), numbers
 
 
 def batches(size: int, **options) -> list:
@@ -155,7 +155,7 @@ def test_a_bad_image_is_one_line_even_from_a_worker(tmp_path, workers):
     bad = tmp_path / "train" / "bee" / "0.png"
     bad.write_bytes(b"")
     source = open_source(
-        "folder", data_dir=tmp_path, image_size=8, augment="none", lighting="none", seed=0, step=1
+        "images", data_dir=tmp_path, image_size=8, augment="none", lighting="none", seed=0, step=1
     )
     with pytest.raises(UserError) as error:
         list(train_batches(source.train, seed=0, step=1, epoch=0, batch_size=2, workers=workers))

@@ -100,7 +100,7 @@ def test_a_fashion_image_saved_as_a_file_is_the_same_input(tmp_path):
     write_fashion(tmp_path)
     pixels = fashion_arrays(3, seed=1)[0][2].astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "x.png")
-    read = eval_reader("fashion", image_size=32, augment="crop-flip", channels=1)
+    read = eval_reader(source("fashion", tmp_path).facts)
     assert torch.equal(
         read(tmp_path / "x.png"), source("fashion", tmp_path).val[SampleKey(0, 2)][0]
     )

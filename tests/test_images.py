@@ -10,7 +10,7 @@ from PIL import Image
 
 from tests.pictures import one_line, random_image, spoil_image
 from tritonbnn.cli import UserError
-from tritonbnn.data.images import BadImageError, load_image
+from tritonbnn.data.images import BadImageError, Decoding, load_image
 
 BAD = ["empty", "text", "truncated"]
 
@@ -50,21 +50,72 @@ def test_cmyk_images_load(tmp_path):
 
 
 @pytest.mark.filterwarnings("error")
-def test_palette_images_with_transparency_load(tmp_path):
+def test_transparent_palettes_are_laid_over_the_background(tmp_path):
     path = tmp_path / "x.png"
-    image = Image.new("P", (2, 1))
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    image.putdata([0, 1])
-    image.save(path, transparency=bytes([0, 128]))
-    assert np.asarray(load_image(path, 3)).tolist() == [[[10, 20, 30], [40, 50, 60]]]
+    image = Image.new("P", (3, 1))
+    image.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
+    image.putdata([0, 1, 2])
+    image.save(path, transparency=bytes([0, 51]))
+    pixels = np.asarray(load_image(path, 3, Decoding(background="#6478ff"))).tolist()
+    # 0 of 255, 51 of 255 (a fifth) and all of the colour
+    assert pixels == [[[100, 120, 255], [88, 106, 216], [70, 80, 90]]]
 
 
-def test_alpha_is_dropped(tmp_path):
-    path = tmp_path / "x.png"
-    Image.new("RGBA", (1, 1), (9, 8, 7, 0)).save(path)
-    assert np.asarray(load_image(path, 3)).tolist() == [[[9, 8, 7]]]
-    Image.new("LA", (1, 1), (9, 0)).save(path)
-    assert np.asarray(load_image(path, 1)).tolist() == [[9]]
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_colours_under_full_transparency_are_not_seen(tmp_path, mode):
+    """Editors leave any colours there, which are no part of the image."""
+    seen = []
+    for hidden in (0, 200):
+        grey_levels = np.full((2, 2), hidden, np.uint8)
+        grey_levels[0, 0] = 9
+        alpha = np.zeros((2, 2), np.uint8)
+        alpha[0, 0] = 255
+        bands = [grey_levels] * (3 if mode == "RGBA" else 1)
+        Image.fromarray(np.dstack([*bands, alpha]), mode).save(tmp_path / "x.png")
+        for channels in (1, 3):
+            for background, level in (("white", 255), ("black", 0)):
+                image = load_image(tmp_path / "x.png", channels, Decoding(background=background))
+                pixels = np.asarray(image).reshape(4, -1)
+                assert (pixels[0] == 9).all()
+                assert (pixels[1:] == level).all()
+        seen.append(np.asarray(load_image(tmp_path / "x.png", 3)).tolist())
+    assert seen[0] == seen[1]
+
+
+def test_one_transparent_colour_is_transparent(tmp_path):
+    Image.fromarray(np.uint8([[7, 8]])).save(tmp_path / "x.png", transparency=7)
+    assert np.asarray(load_image(tmp_path / "x.png", 1)).tolist() == [[255, 8]]
+    image = Image.fromarray(np.uint8([[[1, 2, 3], [3, 2, 1]]]))
+    image.save(tmp_path / "x.png", transparency=(3, 2, 1))
+    assert np.asarray(load_image(tmp_path / "x.png", 3)).tolist() == [[[1, 2, 3], [255] * 3]]
+
+
+@pytest.mark.parametrize("white", [255, 1023, 4095, 16383, 65535, 3000])
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_16_bit_grey_is_scaled_by_its_white_level(tmp_path, suffix, white):
+    levels = np.append(np.random.default_rng(0).integers(0, white + 1, 500), [0, white])
+    Image.fromarray(levels[None].astype(np.uint16)).save(tmp_path / f"x.{suffix}")
+    found = np.asarray(load_image(tmp_path / f"x.{suffix}", 1, Decoding(white_level=white)))[0]
+    exact = levels * 255 / white
+    assert np.abs(found - exact).max() <= 0.5
+    assert (found[-2], found[-1]) == (0, 255)
+
+
+def test_a_level_beyond_white_is_no_level(tmp_path):
+    Image.fromarray(np.uint16([[5000]])).save(tmp_path / "x.png")
+    with pytest.raises(BadImageError, match=r"5000 where 4095 is white.*--white-level") as error:
+        load_image(tmp_path / "x.png", 3, Decoding(white_level=4095))
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"white_level": 0}, {"white_level": 65536}, {"background": "whitish"}]
+)
+def test_impossible_decodings_are_refused(setting):
+    (name, value), *_ = setting.items()
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')}.*{value}") as error:
+        Decoding(**setting)
+    one_line(error)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif", "pgm"])

@@ -34,6 +34,7 @@ ALLOWED = {
     "caches": {"cli", "compiled"},
     "compute": {"cli", "caches"},
     "data": {"cli", "files"},
+    "sort_val": {"data", "cli"},
     "stop": set(),
     "meeting": {"cli"},
     "distributed": {"cli", "meeting"},

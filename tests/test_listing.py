@@ -60,7 +60,7 @@ OWN = {"ant": ["ant/0.png", "ant/1.png"], "bee": ["bee/0.png", "bee/1.png"]}
 def test_a_link_back_brings_no_image_again(tree, warnings, links):
     for link, target in links.items():
         (tree / "train" / link).symlink_to(target)
-    opened = source("folder", tree)
+    opened = source("images", tree)
     names = [
         str(path.relative_to(tree / "train")) for path in map(opened.train.images.path, range(4))
     ]
@@ -139,7 +139,7 @@ def test_what_is_passed_over_is_one_line_a_split(tree, warnings):
         (tree / "train" / "ant" / name).write_text("x")
     (tree / "train" / "ant" / ".hidden.txt").write_text("x")
     (tree / "val" / "bee" / "e.eps").write_text("x")
-    source("folder", tree)
+    source("images", tree)
     assert warnings() == [
         f"{tree / 'train'}: 4 images; other files passed over: 4"
         " (.heic 2, .txt 1, no suffix 1); convert those that are images",

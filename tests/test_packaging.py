@@ -20,9 +20,10 @@ NEEDED = {
     "tritonbnn/deploy/csrc/engine.h",
     "tritonbnn/native/csrc/cpu.c",
     "tritonbnn/native/csrc/vector.h",
-    "tritonbnn/train/recipes/digits.toml",
-    "tritonbnn/train/recipes/fashion.toml",
-    "tritonbnn/train/recipes/imagenet.toml",
+    *(
+        f"tritonbnn/train/recipes/{name}.toml"
+        for name in ("cifar10", "cifar100", "digits", "fashion", "images", "imagenet")
+    ),
 }
 LIBRARIES = {
     f"tritonbnn/native/lib/{isa}/native.{kind}"

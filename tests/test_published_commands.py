@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 from torchvision import transforms as tv
 from torchvision.datasets import ImageFolder
+from tritonbnn.train.published import is_published
 
 from benchmarks.baseline import ObviousReActNetA
 from tests.commands import EVALUATE, TRAIN, run, write_tree
@@ -65,7 +66,7 @@ def test_a_published_file_scores_as_the_published_network(place):
         result = run(EVALUATE, FILE, "--step", step, "--data-dir", "images", cwd=place)
         assert result.code == 0, result.output
         line = result.output.splitlines()[-1]
-        assert line.startswith(f"{FILE}: {weights} weights, 6 images of folder")
+        assert line.startswith(f"{FILE}: {weights} weights, 6 images of the data set images")
         score = [float(re.search(rf"{name} (\d+\.\d+)", line)[1]) for name in ("top-1", "loss")]
         assert score == pytest.approx(published_score(place, step), abs=5e-3)
         losses.append(score[1])
@@ -91,6 +92,21 @@ def test_training_starts_from_a_published_file(place):
     load_adambnn(theirs, place / FILE)
     for name, value in theirs.named_parameters():  # an only epoch is at learning rate 0
         assert torch.equal(ours[name], value), name
+
+
+@pytest.mark.parametrize("start", [b"\x80\x02", b"PK"])
+def test_a_file_of_ours_is_never_taken_for_a_published_one(tmp_path, start):
+    """Its first bytes are a length, which may be those of a pickle or a zip."""
+    path = tmp_path / "best.safetensors"
+    size = int.from_bytes(start, "little")
+    tensors = {"model.x": torch.arange(3.0)}
+    plain = encode(tensors, {})
+    end = 8 + int.from_bytes(plain[:8], "little")
+    content = size.to_bytes(8, "little") + plain[8:end].ljust(size) + plain[end:]
+    path.write_bytes(content)
+    assert content[:2] == start
+    assert not is_published(path)
+    assert torch.equal(read(path).tensors["model.x"], tensors["model.x"])
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ def flags(tmp_path):
             for i in range(4):
                 random_image(10 * label + i, side=16).save(folder / f"{i}.png")
     return [
-        *("digits", "--data-dir", str(tmp_path / "images"), "--out", str(tmp_path / "run")),
-        *("--image-size", "16", "--batch-size", "3"),
+        *("images", "--data-dir", str(tmp_path / "images"), "--out", str(tmp_path / "run")),
+        *("--image-size", "16", "--small-images", "--augment", "none", "--batch-size", "3"),
     ]
 
 

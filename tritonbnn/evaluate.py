@@ -11,7 +11,8 @@ from pathlib import Path
 from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, at_least, printable
 from tritonbnn.compute import PRECISIONS, Compute, choose_device
-from tritonbnn.data.batches import check_fits_memory, val_batches
+from tritonbnn.data.batches import check_fits_memory, check_shared_memory, val_batches
+from tritonbnn.data.classes import CLASS_ORDERS
 from tritonbnn.distributed import World
 from tritonbnn.methods import evaluate
 from tritonbnn.networks import add_engine, open_network
@@ -26,8 +27,9 @@ def main(argv: list[str]) -> int:
     compute = Compute(choose_device(given.device), given.precision)
     told = Told(given.step, given.recipe)
     model, checkpoint = open_network(given.checkpoint, compute, engine=given.engine, told=told)
-    source = open_data(checkpoint, given.data_dir)
+    source = open_data(checkpoint, given.data_dir, given.class_order)
     check_fits_memory(source, given.batch_size)
+    check_shared_memory(source, given.batch_size, given.workers)
     batches = val_batches(source.val, batch_size=given.batch_size, workers=given.workers)
     score = evaluate(model, batches, compute, World())
     if not math.isfinite(score.loss):
@@ -37,8 +39,9 @@ def main(argv: list[str]) -> int:
         )
     weights = "1-bit" if checkpoint.facts["network"]["binary_weights"] else "real"
     print(
-        f"{printable(checkpoint.path)}: {weights} weights, {score.images} images of {source.name}:"
-        f" top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %, loss {score.loss:.4f}"
+        f"{printable(checkpoint.path)}: {weights} weights, {score.images} images of the"
+        f" data set {source.name}: top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %,"
+        f" loss {score.loss:.4f}"
     )
     return 0
 
@@ -50,6 +53,11 @@ def _parser() -> Parser:
     )
     add_told(parser)
     parser.add_argument("--data-dir", type=Path, help="where the data are now")
+    parser.add_argument(
+        "--class-order",
+        choices=list(CLASS_ORDERS),
+        help="of the class folders, for weights that do not name their classes (default: name)",
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--batch-size", type=at_least(1, MOST_IMAGES), default=128, help="images at a time"

@@ -8,7 +8,7 @@ from typing import Any
 
 from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, printable
-from tritonbnn.data.views import normalisation
+from tritonbnn.data.sources import SOURCES, canonical
 from tritonbnn.deploy import file
 from tritonbnn.deploy.fold import FoldError, fold
 from tritonbnn.deploy.packed import Packed
@@ -40,8 +40,8 @@ def pack(checkpoint: Checkpoint, *, half_ends: bool = False) -> Packed:
     """
     model = network_with_weights(checkpoint).eval()
     data: dict[str, Any] = dict(checkpoint.facts["data"])
-    mean, std = normalisation(checkpoint.facts["network"]["in_channels"])
-    transform = {**data, "mean": list(mean), "std": list(std)}
+    taken = SOURCES[canonical(data["name"])].normalisation
+    transform = {**data, "mean": list(taken.mean), "std": list(taken.std)}
     classes = transform.pop("classes", None)
     try:
         return fold(model, classes=classes, transform=transform, half_ends=half_ends)

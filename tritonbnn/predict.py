@@ -18,7 +18,7 @@ from tritonbnn.cli import Parser, UserError, at_least, printable
 from tritonbnn.compute import Compute, choose_device
 from tritonbnn.data.batches import read_batches
 from tritonbnn.data.listing import list_images
-from tritonbnn.data.sources import eval_reader
+from tritonbnn.data.sources import canonical, eval_reader
 from tritonbnn.methods.scores import TOP
 from tritonbnn.networks import add_engine, open_network
 from tritonbnn.train.checkpoint import Checkpoint
@@ -39,12 +39,7 @@ def main(argv: list[str]) -> int:
     model, checkpoint = open_network(given.checkpoint, compute, engine=given.engine, told=told)
     model.eval()
     data = checkpoint.facts["data"]
-    read = eval_reader(
-        data["name"],
-        image_size=data["image_size"],
-        augment=data["augment"],
-        channels=data["channels"],
-    )
+    read = eval_reader(data)
     classes = _classes(checkpoint, given.data_dir)
     code = 0
     for place in given.images:
@@ -113,7 +108,7 @@ def _classes(checkpoint: Checkpoint, data_dir: Path | None) -> list[str]:
     """The names of the classes; of weights from elsewhere without data, their numbers."""
     known = checkpoint.facts["data"]["classes"]
     data = checkpoint.facts["data"]
-    if known is None and (data_dir or data["name"] != "folder" or data["dir"]):
+    if known is None and (data_dir or canonical(data["name"]) != "images" or data["dir"]):
         return list(open_data(checkpoint, data_dir).classes)
     if data_dir is not None:
         raise UserError(f"{checkpoint.path} knows its classes: leave --data-dir out")

@@ -11,23 +11,36 @@ can enter an epoch at any optimiser step.
 """
 
 import os
+import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from tritonbnn.cli import UserError
 from tritonbnn.data.sources import SampleKey, Source
 
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SHARED_MEMORY = Path("/dev/shm")  # on Linux
+_FETCHED_AHEAD = 2  # batches a worker, torch's default
 _SHIELDED = hasattr(signal, "sigwaitinfo")  # not on macOS and Windows
+
+
+class Batched(Protocol):
+    """Images that are read in batches."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, keys: Sequence[SampleKey]) -> tuple[Tensor, Tensor]:
+        """Images (N, C, H, W) float32 and their labels (N,) int64."""
 
 
 @dataclass(eq=False)
@@ -79,7 +92,7 @@ def check_fits_memory(source: Source, batch_size: int) -> None:
         return
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     images = max(1, min(batch_size, max(len(source.train), len(source.val))))
-    side = source.val.transform.image_size
+    side = source.val.transform.size
     needed = images * source.channels * side * side * torch.float32.itemsize
     if needed > memory:
         raise UserError(
@@ -88,8 +101,36 @@ def check_fits_memory(source: Source, batch_size: int) -> None:
         )
 
 
+def check_shared_memory(source: Source, batch_size: int, workers: int) -> None:
+    """Refuse workers whose batches do not fit into shared memory, before any of them starts.
+
+    Workers hand their batches over in ``/dev/shm``, and die of a bus error where it is full. Each
+    may hold as many as the loader fetches ahead, and one more is on its way.
+
+    Args:
+        source: of the images.
+        batch_size: images of a batch over all processes: a worker reads its process's share.
+        workers: of each process.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    if not workers or not _SHARED_MEMORY.is_dir():
+        return
+    images = max(1, min(batch_size, max(len(source.train), len(source.val))))
+    batch = images * source.channels * source.val.transform.size**2 * torch.float32.itemsize
+    needed = (_FETCHED_AHEAD * workers + 1) * batch
+    free = shutil.disk_usage(_SHARED_MEMORY).free
+    if needed > free:
+        raise UserError(
+            f"the batches of {workers} workers take {needed / 1e6:.0f} MB of shared memory, and"
+            f" {_SHARED_MEMORY} has {free / 1e6:.0f} MB: use fewer --workers or a smaller"
+            " --batch-size, or make it larger (docker run --shm-size)"
+        )
+
+
 def train_batches(
-    dataset: Dataset,
+    dataset: Batched,
     *,
     seed: int,
     step: int,
@@ -111,7 +152,7 @@ def train_batches(
     never gets one.
 
     Args:
-        dataset: indexed with :class:`SampleKey`, giving (image, label).
+        dataset: of the images.
         seed: the run's seed; with ``step`` and ``epoch`` it fixes the order.
         step: the training step, 1 or 2.
         epoch: counted from 0.
@@ -126,7 +167,7 @@ def train_batches(
     Raises:
         UserError: An image is bad, or there are fewer images than processes.
     """
-    size = _size(dataset)
+    size = len(dataset)
     _check_sizes(size, batch_size, world_size)
     order = epoch_order(seed, step, epoch, size)
     parts: list[_Part] = []
@@ -138,7 +179,7 @@ def train_batches(
 
 
 def val_batches(
-    dataset: Dataset,
+    dataset: Batched,
     *,
     batch_size: int,
     rank: int = 0,
@@ -151,14 +192,10 @@ def val_batches(
     ``batch_size`` counts the images of all processes. They may get different numbers of batches, or
     none: no collective may be called between them.
     """
-    indices = np.arange(_size(dataset))
+    indices = np.arange(len(dataset))
     blocks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     shares = [np.array_split(block, world_size)[rank] for block in blocks]
     yield from _load(dataset, 0, [s for s in shares if len(s)], workers, pin_memory)
-
-
-def _size(dataset: Dataset) -> int:
-    return len(dataset)  # type: ignore[arg-type]  # torch leaves __len__ out of Dataset
 
 
 def _check_sizes(size: int, batch_size: int, world_size: int) -> None:
@@ -183,7 +220,7 @@ def _cut(batch: np.ndarray, accumulation: int, rank: int, world_size: int) -> li
 
 
 def _load(
-    dataset: Dataset, epoch: int, batches: list[np.ndarray], workers: int, pin_memory: bool
+    dataset: Batched, epoch: int, batches: list[np.ndarray], workers: int, pin_memory: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
     for batch in read_batches(_Batches(dataset, epoch), batches, workers, pin_memory):
         if isinstance(batch, UserError):
@@ -208,6 +245,7 @@ def read_batches(
         batch_size=None,
         collate_fn=_unchanged,
         num_workers=workers,
+        prefetch_factor=_FETCHED_AHEAD if workers else None,
         worker_init_fn=_obey_parent_alone if _SHIELDED else None,
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the loader draws a seed from the global one
@@ -227,16 +265,14 @@ class _Batches(Dataset):
     Raised in a worker, it would arrive wrapped in the worker's traceback.
     """
 
-    dataset: Dataset
+    dataset: Batched
     epoch: int
 
     def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, Tensor] | UserError:
         try:
-            samples = [self.dataset[SampleKey(self.epoch, int(index))] for index in indices]
+            return self.dataset.batch([SampleKey(self.epoch, int(index)) for index in indices])
         except UserError as error:
             return error
-        images, labels = default_collate(samples)
-        return images, labels
 
 
 def _unchanged(batch: object) -> object:

@@ -1,13 +1,18 @@
 """Fashion-MNIST from its four IDX files, packed (.gz) or unpacked."""
 
 import gzip
-import struct
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
+from typing import ClassVar
 
 import numpy as np
+from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
 
 from tritonbnn.cli import UserError
+from tritonbnn.data.folder import is_tree
+from tritonbnn.data.splits import GREY, ArrayImages, InFolder, Normalisation, Splits
 
 CLASSES = (
     *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
@@ -16,6 +21,8 @@ CLASSES = (
 SIDE = 28
 DEBIAN_DIR = Path("/usr/share/datasets/fashion-mnist")
 
+_BORDER = 2  # 28 + 2 * 2 = 32, the nearest legal network input
+_BYTES = b"\x08"  # of an IDX file's types
 _PARTS = {"train": "train", "val": "t10k"}
 _FILES = tuple(
     f"{p}-{f}" for p in _PARTS.values() for f in ("images-idx3-ubyte", "labels-idx1-ubyte")
@@ -26,6 +33,27 @@ _REMEDY = (
 )
 
 Arrays = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Fashion(InFolder):
+    """Opens Fashion-MNIST: 60,000 and 10,000 grey images, with a black border around them."""
+
+    title: ClassVar[str] = "Fashion-MNIST"
+    channels: ClassVar[int] = 1
+    normalisation: ClassVar[Normalisation] = GREY
+    side: ClassVar[int] = SIDE
+    border: ClassVar[int] = _BORDER
+
+    def open(self) -> Splits:
+        """Read the four files."""
+        train, val = load(self.data_dir)
+        return Splits(CLASSES, _bordered(*train), _bordered(*val))
+
+
+def _bordered(pixels: np.ndarray, labels: np.ndarray) -> ArrayImages:
+    sides = (_BORDER, _BORDER)
+    return ArrayImages(np.pad(pixels, ((0, 0), sides, sides))[:, None], labels)
 
 
 def find(data_dir: Path | None) -> Path | None:
@@ -44,6 +72,11 @@ def find(data_dir: Path | None) -> Path | None:
 def load(data_dir: Path | None) -> tuple[Arrays, Arrays]:
     """The training and the test part, each (N, 28, 28) uint8 images and (N,) labels."""
     folder = find(data_dir)
+    if folder is None and data_dir is not None and is_tree(data_dir):
+        raise UserError(
+            f"{data_dir} is a tree of images, and Fashion-MNIST is four files: use the recipe"
+            " images"
+        )
     if folder is None:
         where = DEBIAN_DIR if data_dir is None else data_dir
         raise UserError(f"no Fashion-MNIST files in {where}: {_REMEDY}")
@@ -51,7 +84,7 @@ def load(data_dir: Path | None) -> tuple[Arrays, Arrays]:
 
 
 def read_idx(path: Path) -> np.ndarray:
-    """Read an IDX file of unsigned bytes.
+    """Read an IDX file of unsigned bytes, packed (.gz) or not.
 
     Raises:
         UserError: The file is no complete IDX file; the message names it.
@@ -62,17 +95,21 @@ def read_idx(path: Path) -> np.ndarray:
             content = gzip.decompress(content)
     except (OSError, EOFError, zlib.error) as error:
         raise _corrupt(path, getattr(error, "strerror", None) or str(error)) from error
-    zeros, kind, rank = struct.unpack(">HBB", content[:4]) if len(content) >= 4 else (0, 0, 0)
-    if (zeros, kind) != (0, 0x08) or not 1 <= rank <= 3:
+    if content[2:3] != _BYTES:
         raise _corrupt(path, "it does not begin like an IDX file of bytes")
-    start = 4 + 4 * rank
-    if len(content) < start:
-        raise _corrupt(path, "its header is cut short")
-    shape = struct.unpack(f">{rank}I", content[4:start])
-    expected = int(np.prod(shape, dtype=object))
-    if len(content) - start != expected:
-        raise _corrupt(path, f"{len(content) - start} bytes of data instead of {expected}")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    try:
+        # torchvision's reader takes the name of an unpacked file
+        with TemporaryDirectory() as folder:
+            (Path(folder) / "idx").write_bytes(content)
+            return read_sn3_pascalvincent_tensor(str(Path(folder) / "idx")).numpy()
+    except OSError as error:
+        raise UserError(
+            f"cannot unpack {path} into {gettempdir()} ({error.strerror}): make room there, or set"
+            " TMPDIR to another folder"
+        ) from error
+    # on damaged bytes its reader raises almost anything, and AssertionError without a word
+    except Exception as error:
+        raise _corrupt(path, "its size is not what its header says") from error
 
 
 def _load_part(folder: Path, part: str) -> Arrays:

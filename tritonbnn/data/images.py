@@ -1,11 +1,12 @@
 """Reading image files of any kind that a data set may hold."""
 
 import warnings
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageColor, UnidentifiedImageError
 
 from tritonbnn.cli import UserError
 
@@ -15,6 +16,37 @@ MOST_PIXELS = 100_000_000
 # What Pillow knows and cannot decode to pixels by itself: EPS would run Ghostscript.
 _NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
 _USUAL = ("JPEG", "PNG")  # tried first: some of the others take any bytes for theirs at first
+
+
+WHITE_16_BITS = 65535
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """What the pixels of image files mean where a file alone does not say it.
+
+    Args:
+        white_level: the level of 16-bit grey that is white. Cameras and scanners often use only 10
+            or 12 of the 16 bits.
+        background: the colour behind what is transparent, as ``white`` or ``#ff8000``.
+    """
+
+    white_level: int = WHITE_16_BITS
+    background: str = "white"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.white_level <= WHITE_16_BITS:
+            raise UserError(f"--white-level must be 1 to {WHITE_16_BITS}, not {self.white_level}")
+        try:
+            ImageColor.getrgb(self.background)
+        except ValueError as error:
+            raise UserError(
+                f"--background {self.background!r} is no colour: use a name like white, or #ff8000"
+            ) from error
+
+
+PLAIN = Decoding()
+"""What most files mean."""
 
 
 class BadImageError(UserError):
@@ -36,24 +68,44 @@ class BadImageError(UserError):
         )
 
 
-def load_image(path: Path | str, channels: int) -> Image.Image:
+def load_image(path: Path | str, channels: int, decoding: Decoding = PLAIN) -> Image.Image:
     """Read an image file as 8-bit RGB (3 channels) or grey (1 channel); of an animation, its start.
 
-    Transparency is dropped, 16-bit grey levels are scaled to 8 bits, and EXIF orientation is
-    ignored: all as torchvision's loader does, except that it saturates 16-bit grey levels.
+    What is transparent is laid over the background, 16-bit grey levels are scaled to 8 bits, and
+    EXIF orientation is ignored.
 
     Raises:
         BadImageError: The file is missing, empty, truncated, no image, has more than
             ``MOST_PIXELS``, or pixels without an 8-bit meaning (floating point, or integers beyond
-            16 bits).
+            the white level).
     """
     try:
         with Image.open(path, formats=_formats()) as image:
             _check_size(image)
-            return _to_8_bits(image).convert("RGB" if channels == 3 else "L")
+            opaque = _without_transparency(image, decoding.background)
+            return _to_8_bits(opaque, decoding.white_level).convert("RGB" if channels == 3 else "L")
     # Pillow's decoders raise almost anything on damaged bytes: SyntaxError, struct.error, EOFError
     except Exception as error:
         raise BadImageError(path, _reason(Path(path), error)) from error
+
+
+def brightest(path: Path) -> int | None:
+    """The highest level of a file of 16-bit grey; None where it is none, or cannot be read."""
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            _check_size(image)
+            return int(np.asarray(image).max()) if image.mode.startswith("I") else None
+    except Exception:  # whoever reads the image for its pixels says why it cannot be read
+        return None
+
+
+def pixels_of(path: Path) -> int:
+    """How many pixels a file says that it has; 0 where it cannot be read."""
+    try:
+        with Image.open(path, formats=_formats()) as image:
+            return image.width * image.height
+    except Exception:  # whoever reads the image for its pixels says why it cannot be read
+        return 0
 
 
 def is_image(path: str) -> bool:
@@ -96,22 +148,32 @@ def _check_size(image: Image.Image) -> None:
         raise ValueError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS:,}")
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
+def _without_transparency(image: Image.Image, background: str) -> Image.Image:
+    if not image.has_transparency_data or image.mode.startswith(("I", "F")):
+        return image
+    below = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")
+
+
+def _to_8_bits(image: Image.Image, white_level: int) -> Image.Image:
     if image.mode == "F":
         raise ValueError("floating-point pixels")
     if image.mode.startswith("I"):
-        return Image.fromarray(_scale_16_bits(np.asarray(image)))
-    # straight to RGB, Pillow warns about a palette with transparency; the pixels are the same
-    return image.convert("RGBA") if image.mode == "P" else image
+        return Image.fromarray(_scale(np.asarray(image), white_level))
+    return image
 
 
-def _scale_16_bits(levels: np.ndarray) -> np.ndarray:
-    if levels.min() < 0 or levels.max() > 65535:
+def _scale(levels: np.ndarray, white_level: int) -> np.ndarray:
+    if levels.min() < 0 or levels.max() > WHITE_16_BITS:
         raise ValueError("pixels beyond 16 bits")
+    if levels.max() > white_level:
+        raise ValueError(
+            f"a level of {levels.max()} where {white_level} is white: set a higher --white-level"
+        )
     scaled = levels.astype(np.uint32)  # in place from here: an image may have MOST_PIXELS
     scaled *= 255
-    scaled += 32767
-    scaled //= 65535
+    scaled += white_level // 2
+    scaled //= white_level
     return scaled.astype(np.uint8)
 
 

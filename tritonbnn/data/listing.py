@@ -13,6 +13,11 @@ logger = logging.getLogger(__name__)
 
 _Identity = tuple[int, int]  # of a folder, whatever name or link leads to it
 _KINDS_TOLD = 5
+# Made by Synology's photo index, by macOS in archives, by Windows, and by a file system's repair.
+_NOT_OF_THE_USER = (
+    *("@eadir", "#recycle", "__macosx", "$recycle.bin"),
+    *("system volume information", "lost+found"),
+)
 
 
 @dataclass
@@ -22,24 +27,25 @@ class Listing:
     Attributes:
         paths: for each folder by name, its images: encoded paths below the root, sorted.
         passed_over: how many files are no images, by suffix.
+        left_out: how many folders a system made for itself were left out, by name.
         skipped_links: paths of the links to folders that were entered already.
     """
 
     paths: dict[str, list[bytes]] = field(default_factory=dict)
     passed_over: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)
     skipped_links: list[Path] = field(default_factory=list)
 
     def tell(self, root: Path) -> None:
         """Warn of what was left out, if anything was: a line for files, and one for links."""
-        if self.passed_over:
-            images = sum(map(len, self.paths.values()))
-            others = sum(self.passed_over.values())
-            kinds = [f"{k} {n}" for k, n in self.passed_over.most_common(_KINDS_TOLD)]
-            more = ", ..." if len(self.passed_over) > _KINDS_TOLD else ""
-            logger.warning(
-                "%s: %d images; other files passed over: %d (%s%s); convert those that are images",
-                *(root, images, others, ", ".join(kinds), more),
-            )
+        if self.passed_over or self.left_out:
+            told = [f"{root}: {sum(map(len, self.paths.values()))} images"]
+            if self.left_out:
+                told.append(f"folders of the system left out: {_counted(self.left_out)}")
+            if self.passed_over:
+                told.append(f"other files passed over: {_counted(self.passed_over)}")
+                told.append("convert those that are images")
+            logger.warning("%s", "; ".join(told))
         if self.skipped_links:
             logger.warning(
                 "%s: links not followed: %d (the first: %s), because they lead to folders that are"
@@ -48,8 +54,18 @@ class Listing:
             )
 
 
+def is_left_out(folder: str) -> bool:
+    """Whether a folder is hidden, or one that a system made for itself, by its name."""
+    return folder.startswith(".") or folder.lower() in _NOT_OF_THE_USER
+
+
+def _counted(kinds: Counter[str]) -> str:
+    told = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common(_KINDS_TOLD))
+    return f"{kinds.total()} ({told}{', ...' if len(kinds) > _KINDS_TOLD else ''})"
+
+
 def list_images(root: Path, names: Iterable[str] = ("",)) -> Listing:
-    """List the image files below folders of ``root``; hidden files and folders are left out.
+    """List the image files below folders of ``root``, without hidden ones and a system's own.
 
     A folder is entered once, however many links lead to it. Where it really lies below one of
     ``names``, it belongs to that one. A link to a folder around them is not followed: what is in
@@ -96,7 +112,9 @@ class _Walk:
                     if entry.name.startswith("."):
                         continue
                     below = f"{folder}{os.sep}{entry.name}" if folder else entry.name
-                    if entry.is_dir(follow_symlinks=False):
+                    if entry.is_dir(follow_symlinks=False) and is_left_out(entry.name):
+                        self.listing.left_out[entry.name] += 1
+                    elif entry.is_dir(follow_symlinks=False):
                         folders.append(below)
                     elif entry.is_symlink() and Path(entry.path).is_dir():
                         links.append(below)

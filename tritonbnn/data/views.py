@@ -1,35 +1,28 @@
-"""Image transforms whose every random choice is drawn from a generator that is passed in.
+"""What a network sees of an image: a fixed view to evaluate on, and random views to train on.
 
-A training sample is a function of ``(seed, step, epoch, index)``: :func:`sample_generator` makes
-its generator, and nothing here touches a global one. So the number of workers, a resume and the
-number of processes change no sample.
+The random transforms are torchvision's (``torchvision.transforms.v2``). They draw from torch's
+default generator. :func:`seeded` seeds it for one sample, and puts its state back afterwards. So a
+training sample is a function of ``(seed, step, epoch, index)``, and the number of workers, a resume
+and the number of processes change none.
 
-The crop and the flip draw what torchvision's own transforms draw, in the same order: equally
-seeded, ``TrainTransform("imagenet", "none", 224)`` equals ``RandomResizedCrop(224)`` followed by
-``RandomHorizontalFlip()``.
+Views are 8-bit as long as they can be. A batch of them becomes float32 and is normalised at once.
 """
 
-import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as F
+from torchvision.transforms import InterpolationMode, v2
+from torchvision.transforms.v2 import functional as F
 
-AUGMENTATIONS = ("imagenet", "crop-flip", "crop", "none")
-_FLIPPED = ("imagenet", "crop-flip")
-LIGHTINGS = ("published", "pca", "none")
+from tritonbnn.data.splits import Picture
 
-_NORMALISATION = {
-    1: ((0.5,), (0.5,)),
-    3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
-_CROP_SCALE = (0.08, 1.0)
-_CROP_RATIO = (3 / 4, 4 / 3)
-_CROP_ATTEMPTS = 10
 _THIN = 16  # times as long as wide; no photograph is
 
 # Principal components of ImageNet's colours, for pixels in [0, 1] (Krizhevsky et al., 2012).
@@ -44,27 +37,118 @@ _PCA_VECTORS = torch.tensor(
 )
 _PCA_STD = 0.1
 
-Box = tuple[int, int, int, int]
+Step = Callable[[Any], Any]  # from image to image, from an image to its pixels, or on these
 
 
-def sample_generator(seed: int, step: int, epoch: int, index: int) -> torch.Generator:
-    """The generator that draws everything random about one training sample."""
+def sample_seed(seed: int, step: int, epoch: int, index: int) -> int:
+    """What seeds everything random about one training sample: a number of 64 bits."""
     entropy = np.random.SeedSequence((seed, step, epoch, index))
-    return torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
+    return int(entropy.generate_state(1, np.uint64)[0])
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's default generator on the CPU, and put its state back afterwards."""
+    generator = torch.default_generator  # torch.manual_seed would seed all GPUs too
+    before = generator.get_state()
+    generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        generator.set_state(before)
 
 
 @dataclass(frozen=True)
-class TrainTransform:
-    """A random view of a PIL image as a normalised float32 (C, H, W) tensor.
+class Fit:
+    """The central square as uint8 (C, ``size``, ``size``).
 
     Args:
-        augment: ``"imagenet"`` (random-resized crop and flip), ``"crop-flip"`` (the image fitted to
-            ``image_size``, shifted by up to an eighth of it over a black border, and flipped),
-            ``"crop"`` (the same without the flip, which would change a digit) or ``"none"``.
-        lighting: colour noise along ImageNet's principal components, std 0.1. ``"pca"`` adds it to
-            pixels in [0, 1], as it was meant. ``"published"`` adds the same numbers to 8-bit
-            pixels and truncates, as AdamBNN's code did: in effect each channel drops by one grey
-            level with probability 0.5. ``"none"`` leaves the colours alone.
+        size: height and width of the result.
+        margin: the shorter side is resized to this times ``size`` before the crop.
+    """
+
+    size: int
+    margin: float = 1
+
+    def __call__(self, image: Picture) -> Tensor:
+        shorter = round(self.size * self.margin)
+        if isinstance(image, Tensor) and image.shape[1:] == (shorter, shorter) == (self.size,) * 2:
+            return image
+        image = as_pillow(image)
+        if max(image.size) > _THIN * min(image.size):
+            return F.pil_to_tensor(_fit_thin(image, self.size, shorter))
+        image = F.resize(image, [shorter], InterpolationMode.BILINEAR)
+        return F.pil_to_tensor(F.center_crop(image, [self.size, self.size]))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Views of one kind.
+
+    Attributes:
+        random: makes the random steps from the views' size.
+        margin: of the fixed view, see :class:`Fit`.
+    """
+
+    random: Callable[[int], list[Step]]
+    margin: float = 1
+
+
+def as_pillow(image: Picture) -> Image.Image:
+    """The image as Pillow has it, whose way of resizing is the one that counts."""
+    return F.to_pil_image(image) if isinstance(image, Tensor) else image
+
+
+def _resized_crop_and_flip(size: int) -> list[Step]:
+    crop = v2.RandomResizedCrop(size, interpolation=InterpolationMode.BILINEAR)
+    return [as_pillow, crop, F.pil_to_tensor, v2.RandomHorizontalFlip()]
+
+
+def _padded_crop(size: int) -> list[Step]:
+    return [Fit(size), v2.RandomCrop(size, padding=size // 8)]
+
+
+AUGMENTATIONS: dict[str, Augmentation] = {
+    # 8 to 100 % of the area, aspect ratio 3/4 to 4/3, and flipped half the time
+    "imagenet": Augmentation(_resized_crop_and_flip, margin=256 / 224),
+    # shifted by up to an eighth over a black border, and flipped half the time
+    "crop-flip": Augmentation(lambda size: [*_padded_crop(size), v2.RandomHorizontalFlip()]),
+    # without the flip, which would change a digit
+    "crop": Augmentation(_padded_crop),
+    # the fixed view
+    "none": Augmentation(lambda size: [Fit(size)]),
+}
+
+
+def _shift_8_bit(pixels: Tensor) -> Tensor:
+    """Add the colour noise to 8-bit levels and truncate, as AdamBNN's published code did.
+
+    In effect each channel drops by one grey level with probability 0.5.
+    """
+    shift = _colour_shift().floor().to(torch.int16)
+    return (pixels + shift.view(3, 1, 1)).clamp_(0, 255).to(torch.uint8)
+
+
+def _shift(pixels: Tensor) -> Tensor:
+    """Add the colour noise to pixels in [0, 1], as it was meant."""
+    return pixels.float().div_(255).add_(_colour_shift().float().view(3, 1, 1))
+
+
+LIGHTING: dict[str, Callable[[Tensor], Tensor] | None] = {
+    "published": _shift_8_bit,
+    "pca": _shift,
+    "none": None,
+}
+
+
+@dataclass(frozen=True)
+class TrainView:
+    """A random view of an image, drawn from torch's default generator.
+
+    Args:
+        augment: of :data:`AUGMENTATIONS`.
+        lighting: of :data:`LIGHTING`: colour noise along ImageNet's principal components, with
+            standard deviation 0.1. Needs colour images.
         image_size: height and width of the result.
     """
 
@@ -72,78 +156,29 @@ class TrainTransform:
     lighting: str
     image_size: int
 
-    def __call__(self, image: Image.Image, generator: torch.Generator) -> Tensor:
-        image = self._crop(image, generator)
-        shift = None if self.lighting == "none" else _colour_shift(generator)
-        if self.augment in _FLIPPED and torch.rand(1, generator=generator).item() < 0.5:
-            image = F.hflip(image)
-        if shift is None:
-            return _normalise(F.to_tensor(image))
-        if self.lighting == "published":
-            return _normalise(F.to_tensor(_shift_8_bit(image, shift)))
-        return _normalise(F.to_tensor(image) + shift.float().view(3, 1, 1))
+    def __call__(self, image: Picture) -> Tensor:
+        """Draw a view of an image: uint8 (C, H, W), or float32 in [0, 1] after "pca"."""
+        result: Any = image
+        for step in self._steps:
+            result = step(result)
+        return result
 
-    def _crop(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
-        size = self.image_size
-        if self.augment == "imagenet":
-            box = random_resized_box(image.width, image.height, generator)
-            return F.resized_crop(image, *box, [size, size], InterpolationMode.BILINEAR)
-        image = _fit(image, size)
-        if self.augment in ("crop-flip", "crop"):
-            border = size // 8
-            top = int(torch.randint(0, 2 * border + 1, (1,), generator=generator))
-            left = int(torch.randint(0, 2 * border + 1, (1,), generator=generator))
-            image = F.crop(F.pad(image, [border]), top, left, size, size)
-        return image
+    @cached_property
+    def _steps(self) -> list[Step]:
+        steps = AUGMENTATIONS[self.augment].random(self.image_size)
+        if noise := LIGHTING[self.lighting]:
+            # the noise is drawn before the flip: so drew the published code
+            steps.insert(len(steps) - isinstance(steps[-1], v2.RandomHorizontalFlip), noise)
+        return steps
 
 
-@dataclass(frozen=True)
-class EvalTransform:
-    """The fixed view of a PIL image as a normalised float32 (C, H, W) tensor.
+def eval_view(augment: str, image_size: int) -> Fit:
+    """The fixed view of an image.
 
-    With ``augment="imagenet"`` the shorter side is resized to 256/224 of ``image_size`` before the
-    centre crop; otherwise to ``image_size`` itself, so that small images keep their borders.
+    With "imagenet" the shorter side is resized to 256/224 of ``image_size`` before the centre crop.
+    Otherwise it is resized to ``image_size`` itself, so that small images keep their borders.
     """
-
-    augment: str
-    image_size: int
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        margin = 256 / 224 if self.augment == "imagenet" else 1
-        return _normalise(F.to_tensor(_fit(image, self.image_size, margin)))
-
-
-def random_resized_box(width: int, height: int, generator: torch.Generator) -> Box:
-    """A crop (top, left, height, width): 8 to 100 % of the area, aspect ratio 3/4 to 4/3."""
-    log_ratio = torch.tensor(_CROP_RATIO).log().tolist()
-    for _ in range(_CROP_ATTEMPTS):
-        area = width * height * torch.empty(1).uniform_(*_CROP_SCALE, generator=generator).item()
-        ratio = torch.empty(1).uniform_(*log_ratio, generator=generator).exp().item()
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            top = int(torch.randint(0, height - h + 1, (1,), generator=generator))
-            left = int(torch.randint(0, width - w + 1, (1,), generator=generator))
-            return top, left, h, w
-    return _central_box(width, height)
-
-
-def _central_box(width: int, height: int) -> Box:
-    narrowest, widest = _CROP_RATIO
-    w, h = width, height
-    if width / height < narrowest:
-        h = round(width / narrowest)
-    elif width / height > widest:
-        w = round(height * widest)
-    return (height - h) // 2, (width - w) // 2, h, w
-
-
-def _fit(image: Image.Image, size: int, margin: float = 1) -> Image.Image:
-    """The central square, the image's shorter side resized to ``margin`` times ``size``."""
-    shorter = round(size * margin)
-    if max(image.size) > _THIN * min(image.size):
-        return _fit_thin(image, size, shorter)
-    image = F.resize(image, [shorter], InterpolationMode.BILINEAR)
-    return F.center_crop(image, [size, size])
+    return Fit(image_size, AUGMENTATIONS[augment].margin)
 
 
 def _fit_thin(image: Image.Image, size: int, shorter: int) -> Image.Image:
@@ -160,21 +195,7 @@ def _fit_thin(image: Image.Image, size: int, shorter: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BILINEAR, (left, top, right, bottom))
 
 
-def _colour_shift(generator: torch.Generator) -> Tensor:
-    strength = torch.randn(3, generator=generator, dtype=torch.float64) * _PCA_STD
+def _colour_shift() -> Tensor:
+    """What is added to red, green and blue, (3,) float64."""
+    strength = torch.randn(3, dtype=torch.float64) * _PCA_STD
     return _PCA_VECTORS @ (_PCA_VALUES * strength)
-
-
-def _shift_8_bit(image: Image.Image, shift: Tensor) -> Image.Image:
-    levels = np.arange(256.0) + shift.numpy()[:, None]
-    return image.point(np.clip(levels, 0, 255).astype(np.uint8).ravel().tolist())
-
-
-def normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and deviation by which pixels in [0, 1] of so many channels are normalised."""
-    return _NORMALISATION[channels]
-
-
-def _normalise(pixels: Tensor) -> Tensor:
-    mean, std = normalisation(len(pixels))
-    return F.normalize(pixels, list(mean), list(std), inplace=True)

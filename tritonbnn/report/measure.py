@@ -1,11 +1,10 @@
 """What only the network itself can tell: its loss landscape, and what it confuses."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from torch.utils.data import default_collate
 
 from tritonbnn.analysis.landscape import Landscape, landscape
 from tritonbnn.cli import UserError
@@ -75,9 +74,7 @@ def measure(run: RunRecord, wanted: Wanted) -> Measured:
 def fixed_batch(images: EvalSet, count: int) -> tuple[Tensor, Tensor]:
     """Always the same random images, so that every class is among them, in their fixed view."""
     chosen = np.random.default_rng(0).permutation(len(images))[:count]
-    samples = [images[SampleKey(0, int(index))] for index in np.sort(chosen)]
-    pixels, labels = default_collate(samples)
-    return pixels, labels
+    return images.batch([SampleKey(0, int(index)) for index in np.sort(chosen)])
 
 
 def _best(run: RunRecord, stage: str) -> Path:
@@ -87,7 +84,7 @@ def _best(run: RunRecord, stage: str) -> Path:
 def _landscape(run: RunRecord, stage: str, wanted: Wanted) -> Landscape:
     model, checkpoint = load_network(_best(run, stage))
     source = open_data(checkpoint, wanted.data_dir)
-    batch = fixed_batch(EvalSet(source.train.images, source.val.transform), wanted.images)
+    batch = fixed_batch(replace(source.val, images=source.train.images), wanted.images)
     wanted.compute.place(model)
     bar = Bar(f"{run.label} {stage} landscape", wanted.points**2, 0, show=True)
     try:

@@ -8,8 +8,9 @@ from typing import Any
 
 from tritonbnn.analysis import LEVELS
 from tritonbnn.compute import PRECISIONS
-from tritonbnn.data.sources import NAMES
-from tritonbnn.data.views import AUGMENTATIONS, LIGHTINGS
+from tritonbnn.data.classes import CLASS_ORDERS
+from tritonbnn.data.sources import SETTINGS, SOURCES
+from tritonbnn.data.views import AUGMENTATIONS, LIGHTING
 from tritonbnn.methods import METHODS, Stage
 from tritonbnn.models import MODELS
 from tritonbnn.ops.unit import PLANS
@@ -45,12 +46,17 @@ class Config:
     """All that decides a run, but for the machine and the number of processes."""
 
     recipe: str = setting("", "name of the recipe that this came from")
-    dataset: str = setting("digits", "data set", choices=NAMES)
-    data_dir: str = setting("", "folder with train/ and val/, or with Fashion-MNIST's files")
+    dataset: str = setting("digits", "data set", choices=tuple(SOURCES))
+    data_dir: str = setting("", "folder with train/ and val/, or with the data set's own files")
     skip_bad_images: bool = setting(False, "count and list unreadable images, do not stop")
+    class_order: str = setting("name", "of a tree's classes", choices=tuple(CLASS_ORDERS))
+    white_level: int = setting(
+        0, "level of 16-bit grey that is white; 0 guesses it from the files", least=0
+    )
+    background: str = setting("white", "colour behind what is transparent in an image file")
     image_size: int = setting(32, "height and width of the network's input", least=1)
-    augment: str = setting("none", "training views", choices=AUGMENTATIONS)
-    lighting: str = setting("none", "colour noise", choices=LIGHTINGS)
+    augment: str = setting("none", "training views", choices=tuple(AUGMENTATIONS))
+    lighting: str = setting("none", "colour noise", choices=tuple(LIGHTING))
     model: str = setting("reactnet_a", "network", choices=tuple(MODELS))
     width: float = setting(1.0, "multiplies all channels", above=0)
     small_images: bool = setting(False, "a stem of stride 1, for images of about 32x32")
@@ -103,6 +109,11 @@ class Config:
 
 SHARED_FIELDS = {k: f for k, f in fields_of(Config).items() if k != "stages"}
 STAGE_FIELDS = {k: f for k, f in fields_of(Stage).items() if k not in ("name", *CHOICES)}
+
+
+def data_settings(config: Config) -> dict[str, Any]:
+    """What the data set is opened with."""
+    return {key: getattr(config, key) for key in SETTINGS}
 
 
 def to_toml(config: Config) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from tritonbnn.cli import UserError
+from tritonbnn.data.sources import canonical, make_opener
 from tritonbnn.methods import Stage
 from tritonbnn.settings import (
     Choice,
@@ -31,6 +32,7 @@ from tritonbnn.train.config import (
     SHARED_FIELDS,
     STAGE_FIELDS,
     Config,
+    data_settings,
 )
 
 Layer = dict[str, Any]
@@ -144,6 +146,8 @@ class _Draft:
                 raise UserError(f"unknown argument {flag(key)}{near}")
             tables.append((name, table))
         for key, value in layer.items():
+            if key == "dataset":
+                value = canonical(value)
             if key in SHARED_FIELDS:
                 self.shared[key] = checked(key, value, SHARED_FIELDS[key])
             elif key in STAGE_FIELDS:
@@ -218,15 +222,15 @@ class _Draft:
             # a run may go on from another folder
             if shared.get(key, "") not in ("", SCRATCH):
                 shared[key] = str(Path(shared[key]).absolute())
-        if shared.get("data_dir") and shared.get("dataset", "digits") == "digits":
-            shared["dataset"] = "folder"
         stages: list[Stage] = []
         for name, fields in self.stages.items():
             choices = {key: _choice(key, fields[key]) for key in CHOICES}
             before = [stage.name for stage in stages]
             start = self._start(name, fields.get("start", ""), before)
             stages.append(Stage(name=name, **{**fields, **choices, "start": start}))
-        return Config(**shared, stages=tuple(stages))
+        config = Config(**shared, stages=tuple(stages))
+        make_opener(config.dataset, data_settings(config))  # what does not fit is refused here
+        return config
 
     def _start(self, name: str, start: str, before: list[str]) -> str:
         """What a stage starts from: a stage before it, or a path, made absolute."""

@@ -14,14 +14,21 @@ from torch import nn
 from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
 from tritonbnn.cli import UserError
 from tritonbnn.compute import Compute
-from tritonbnn.data.batches import check_fits_memory, train_batches, train_steps, val_batches
+from tritonbnn.data.batches import (
+    check_fits_memory,
+    check_shared_memory,
+    train_batches,
+    train_steps,
+    val_batches,
+)
+from tritonbnn.data.classes import warn_of_numbers
 from tritonbnn.data.sources import Source, open_source
 from tritonbnn.distributed import World, exchanging_gradients
 from tritonbnn.methods import Method, Stage, Task, make_method
 from tritonbnn.optim import describe_groups, set_learning_rate
 from tritonbnn.stop import StopSignals
 from tritonbnn.train.checkpoint import BEST, State, has_begun, history, read
-from tritonbnn.train.config import SCRATCH, Config, to_toml
+from tritonbnn.train.config import SCRATCH, Config, data_settings, to_toml
 from tritonbnn.train.engine import FirstBad, train_one_epoch
 from tritonbnn.train.keeper import Keeper, read_latest
 from tritonbnn.train.log import Bar, Board, Line, describe, write_analysis, write_log
@@ -119,16 +126,26 @@ def open_images(config: Config) -> Source:
     """The run's data set; all stages use it."""
     source = open_source(
         config.dataset,
-        data_dir=Path(config.data_dir) if config.data_dir else None,
         image_size=config.image_size,
         augment=config.augment,
         lighting=config.lighting,
         seed=config.seed,
         step=config.number(config.chosen[0]),
-        skip_bad_images=config.skip_bad_images,
+        **data_settings(config),
     )
     check_fits_memory(source, config.batch_size // config.accumulation)
+    check_shared_memory(source, config.batch_size, config.workers)
+    if _takes_weights(config):
+        warn_of_numbers(source.classes)
+    source.load()
     return source
+
+
+def _takes_weights(config: Config) -> bool:
+    """Whether weights from elsewhere bring an order of classes with them."""
+    starts = [stage.start for stage in config.chosen if stage.start not in config.names]
+    teachers = [getattr(stage.method.settings, "teacher", "none") for stage in config.chosen]
+    return config.init_from not in ("", SCRATCH) or any(starts) or set(teachers) != {"none"}
 
 
 def _network(config: Config, source: Source, stage: Stage) -> dict[str, Any]:
@@ -147,14 +164,7 @@ def _identity(task: Task, source: Source, config: Config) -> dict[str, Any]:
     return {
         "network": dict(task.network),
         "method": task.stage.method.table(),
-        "data": {
-            "name": source.name,
-            "dir": config.data_dir,
-            "classes": list(source.classes),
-            "channels": source.channels,
-            "image_size": config.image_size,
-            "augment": config.augment,
-        },
+        "data": source.facts,
         "config": to_toml(config),
     }
 
@@ -209,14 +219,14 @@ def _begin(state: State, task: Task, run: Run) -> None:
     elif other == SCRATCH:
         pass  # where the network was built, its weights were drawn
     elif other:
-        initialise_from(state.model, dict(task.network), Path(other))
+        initialise_from(state.model, dict(task.network), Path(other), run.source.classes)
     elif stage.start in earlier:
         raise UserError(
             f"{stage.name} starts from the weights of {stage.start}:"
             f" run --stage {stage.start} first, or give --init-from"
         )
     elif stage.start:
-        initialise_from(state.model, dict(task.network), Path(stage.start))
+        initialise_from(state.model, dict(task.network), Path(stage.start), run.source.classes)
     state.method.begin(state.model)
     state.analysis.begin_step()
     if run.world.leads:

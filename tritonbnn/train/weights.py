@@ -1,13 +1,15 @@
 """From a checkpoint to a network: to use it, to go on with it, or to start another run."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from tritonbnn.cli import UserError
-from tritonbnn.data.sources import Source, open_source
+from tritonbnn.data.classes import odd_class, other_order, warn_of_numbers
+from tritonbnn.data.sources import Source, open_again
 from tritonbnn.methods import METHODS, Method
 from tritonbnn.settings import filled
 from tritonbnn.train.checkpoint import BEST, Checkpoint, read
@@ -112,26 +114,21 @@ def read_any(place: Path, told: Told = NOTHING) -> Checkpoint:
     return checkpoint
 
 
-def open_data(checkpoint: Checkpoint, data_dir: Path | None) -> Source:
+def open_data(
+    checkpoint: Checkpoint, data_dir: Path | None, class_order: str | None = None
+) -> Source:
     """The data that a checkpoint was trained on.
 
     Args:
         checkpoint: of a run.
         data_dir: where they are now; None for where they were.
+        class_order: of their folders, where the checkpoint does not name its classes.
 
     Raises:
         UserError: they are not there, or have other classes or channels.
     """
     data: dict[str, Any] = checkpoint.facts["data"]
-    source = open_source(
-        data["name"],
-        data_dir=data_dir or (Path(data["dir"]) if data["dir"] else None),
-        image_size=data["image_size"],
-        augment=data["augment"],
-        lighting="none",
-        seed=0,
-        step=1,
-    )
+    source = open_again(data, data_dir, class_order)
     network = network_of(checkpoint)
     if source.channels != network["in_channels"]:
         raise UserError(
@@ -139,11 +136,18 @@ def open_data(checkpoint: Checkpoint, data_dir: Path | None) -> Source:
             f" {network['in_channels']}: choose another --data-dir"
         )
     count = network["num_classes"]
-    names = list(source.classes) if data["classes"] is None else data["classes"]
-    if list(source.classes) != names or len(names) != count:
+    names = data["classes"]
+    if len(source.classes) != count:
         raise UserError(
             f"the data have other classes than {checkpoint.path}"
             f" ({len(source.classes)} and {count}): choose another --data-dir"
+        )
+    if names is None:
+        warn_of_numbers(source.classes)
+    elif odd := odd_class(source.classes, names, "the data", "the checkpoint"):
+        raise UserError(
+            f"the data have other classes than {checkpoint.path}: they differ in {odd}:"
+            " choose another --data-dir"
         )
     return source
 
@@ -185,16 +189,20 @@ def check_same_network(checkpoint: Checkpoint, network: dict[str, Any]) -> None:
         )
 
 
-def initialise_from(model: nn.Module, network: dict[str, Any], place: Path) -> None:
+def initialise_from(
+    model: nn.Module, network: dict[str, Any], place: Path, classes: Sequence[str]
+) -> None:
     """Start from weights at hand; where they are of other classes, the head stays as it is.
 
     Args:
         model: freshly built.
         network: what it was built from.
         place: a run, a checkpoint file, or weights from elsewhere.
+        classes: of the data.
 
     Raises:
-        UserError: the checkpoint is of another architecture or width.
+        UserError: the checkpoint is of another architecture or width, or has the same classes in
+            another order.
     """
     path = find_checkpoint(place)
     if is_foreign(path):
@@ -205,12 +213,33 @@ def initialise_from(model: nn.Module, network: dict[str, Any], place: Path) -> N
         checkpoint = read(path)
     before, after = network_of(checkpoint)["num_classes"], network["num_classes"]
     check_same_network(checkpoint, {**network, "num_classes": before})
-    if before == after:
+    odd = _other_classes(checkpoint, classes) if before == after else None
+    if before == after and odd is None:
         load_strictly(model, checkpoint)
     else:
         own = model.state_dict()
         for name in [n for n in own if n.startswith(_HEAD)]:
             checkpoint.tensors[f"model.{name}"] = own[name].clone()
         load_strictly(model, checkpoint)
-        logger.info("%d classes after %d: the head starts anew", after, before)
+        what = f"other classes, {odd}" if odd else f"{after} classes after {before}"
+        logger.info("%s: the head starts anew", what)
     logger.info("starting from the weights in %s", checkpoint.path)
+
+
+def _other_classes(checkpoint: Checkpoint, classes: Sequence[str]) -> str | None:
+    """How the classes of a checkpoint that names them differ from others; None where they do not.
+
+    Raises:
+        UserError: they are the same in another order.
+    """
+    names = checkpoint.facts["data"]["classes"]
+    if names is None:
+        return None
+    if odd := odd_class(classes, names, "the data", "the checkpoint"):
+        return odd
+    if order := other_order(classes, names):
+        raise UserError(
+            f"{checkpoint.path} has the classes in another order ({order}): use the --class-order"
+            " that its run had"
+        )
+    return None
