@@ -161,7 +161,9 @@ def test_a_setting_that_the_data_set_does_not_have_is_refused(recipe: str, flag:
 
 
 def test_a_data_set_keeps_its_older_name(tmp_path: Path):
-    (tmp_path / "old.toml").write_text('dataset = "folder"\ndata_dir = "photos"\n')
+    (tmp_path / "old.toml").write_text(
+        'dataset = "folder"\ndata_dir = "photos"\n[[stage]]\nname = "only"\n'
+    )
     config = parse([str(tmp_path / "old.toml")]).config
     assert (config.dataset, config.data_dir) == ("images", str(Path.cwd() / "photos"))
 
@@ -249,7 +251,7 @@ def test_help_names_choices_and_what_the_recipe_sets(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("digit", "unknown recipe 'digit': choose from bop-digits, bop2-digits, digits,"),
+        ("digit", "unknown recipe 'digit': choose from bop-digits, bop2-digits, cifar10,"),
         ("missing.toml", "cannot read recipe missing.toml"),
         ("--epoch 3", "unknown argument --epoch (did you mean --epochs?)"),
         ("--step3.epochs 3", "unknown argument --step3.epochs (did you mean step2?)"),

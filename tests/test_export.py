@@ -82,10 +82,13 @@ def test_step_1_is_refused_with_the_reason(place: Path):
     [
         ((EVALUATE, "net.tbnn", "--engine", "torch"), "torch does not run: leave --engine out"),
         ((EVALUATE, "net.tbnn", "--precision", "bf16"), "runs on a CPU in float32"),
-        ((EVALUATE, "net.tbnn", "--step", "2"), "--step is for published files"),
+        (
+            (EVALUATE, "net.tbnn", "--step", "2"),
+            "--step and --recipe are for weights from elsewhere",
+        ),
         ((EVALUATE, "run/step1", "--engine", "packed"), "real weights"),
         ((PREDICT, "none.tbnn", "images"), "none.tbnn does not exist"),
-        ((EXPORT, "net.tbnn", "--out", "b.tbnn"), "net.tbnn is damaged, or not a checkpoint"),
+        ((EXPORT, "net.tbnn", "--out", "b.tbnn"), "net.tbnn is a packed file already"),
         ((EXPORT, "run"), "required: --out"),
     ],
 )

@@ -25,6 +25,8 @@ def main(argv: list[str]) -> int:
     given = _parser().parse_args(argv)
     out = given.out if given.out.suffix else given.out.with_suffix(file.SUFFIX)
     writable(out)
+    if given.checkpoint.is_file() and file.is_packed(given.checkpoint):
+        raise UserError(f"{given.checkpoint} is a packed file already: name a run or a checkpoint")
     checkpoint = read_any(given.checkpoint, Told(given.step, given.recipe))
     packed = pack(checkpoint, half_ends=given.half_ends)
     size = file.write(packed, out)
