@@ -67,5 +67,5 @@ class FloatReActNetA(BinaryNetwork):
             16 if small_images else 32,
         )
 
-    def _body(self, stream: Tensor) -> Tensor:
-        return self.blocks(stream)
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x))  # in the layout that torch chooses

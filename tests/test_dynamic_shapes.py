@@ -14,7 +14,7 @@ from tests.helpers import gradient
 from tests.test_compiled_gradients import Program, parts, parts_in_torch
 from tritonbnn.models.blocks import BinaryNetwork, conv_bn
 from tritonbnn.models.resnet import DownsamplingUnit
-from tritonbnn.nn import BinaryUnit
+from tritonbnn.nn import BinaryUnit, Chain
 
 SHAPES = ((8, 8, 8, 4), (8, 8, 8, 4), (5, 8, 8, 4), (3, 8, 4, 12))
 
@@ -81,7 +81,7 @@ class Units(nn.Module):
         tied, grouped = BinaryUnit(8, 8, 3, 2), BinaryUnit(8, 16, 1, norm=partial(nn.GroupNorm, 4))
         tied.shift_out = tied.bn.bias = tied.shift_mid
         last = BinaryUnit(24, 24, 3)
-        blocks = nn.Sequential(tied, grouped, DownsamplingUnit(16, 24), last)
+        blocks = Chain(tied, grouped, DownsamplingUnit(16, 24), last)
         size = {"in_channels": 8, "features": 24, "num_classes": 3, "size_multiple": 4}
         self.network = BinaryNetwork(conv_bn(8, 8, 3, 1), blocks, **size)
 

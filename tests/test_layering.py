@@ -101,6 +101,7 @@ def test_importing_is_inert():
         "import sys, torch, tritonbnn, tritonbnn.ops, tritonbnn.nn, tritonbnn.models\n"
         "assert not torch.cuda.is_initialized()\n"
         "assert 'tritonbnn.kernels' not in sys.modules\n"
+        "assert 'triton' not in sys.modules\n"
         "assert 'native.so' not in open('/proc/self/maps').read()\n"
         "import tritonbnn.train.__main__\n"
         "assert 'matplotlib' not in sys.modules\n"

@@ -4,11 +4,15 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.twin import FloatReActNetA
 from tritonbnn import eager, ops
 from tritonbnn.models import build_model
+from tritonbnn.nn import BinaryUnit
 from tritonbnn.ops import library
 
 NAMES = set(eager.__all__) - {"unit_plan"}  # which is asked for a setting, and computes nothing
@@ -80,7 +84,11 @@ def test_a_whole_network_compiles_without_a_graph_break():
     twin.load_state_dict(model.state_dict())
     x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     expected = twin(x)
-    actual = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    with profile() as seen:
+        actual = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
+    names = {event.key for event in seen.key_averages()}
+    assert "tritonbnn::unit_forward" in names
+    assert "tritonbnn::binary_unit" not in names  # of exported programs, whose backward costs more
     upstream = torch.randn_like(expected)
     expected.backward(upstream)
     actual.backward(upstream)
@@ -107,11 +115,47 @@ class Seen(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_launchers_are_seen_as_operators_only_where_that_is_asked_for():
+def test_modes_see_launchers_as_operators():
+    x = torch.randn(2, 33, 5, 7)
+    with Seen() as seen:
+        library.pack_signs(x)
+    assert "tritonbnn::pack_signs" in seen.names
+
+
+def test_profilers_see_launchers_as_operators_only_where_that_is_asked_for():
     x = torch.randn(2, 33, 5, 7)
     with pytest.raises(KeyError), library.through_dispatcher():
         raise KeyError
     for asked in (False, True, False):
-        with library.through_dispatcher() if asked else nullcontext(), Seen() as seen:
+        with library.through_dispatcher() if asked else nullcontext(), profile() as seen:
             library.pack_signs(x)
-        assert ("tritonbnn::pack_signs" in seen.names) == asked
+        assert ("tritonbnn::pack_signs" in {e.key for e in seen.key_averages()}) == asked
+
+
+def test_a_profiler_sees_each_function_by_its_operators_name():
+    x = torch.randn(2, 8, 4, 4)
+    with profile() as seen:
+        BinaryUnit(8, 8, 3)(x)
+        ops.binarize(x)
+    names = {event.key for event in seen.key_averages()}
+    assert names >= {"tritonbnn::binary_unit", "tritonbnn::binarize"}
+
+
+def test_operations_are_counted_as_those_of_the_float_twin():
+    options = {"width": 0.25, "num_classes": 3, "small_images": True}
+    counted = []
+    for model in (
+        build_model("reactnet_a", **options),
+        build_model("reactnet_a", binary_weights=False, **options),
+        build_model("reactnet_a", plan="recompute", **options),
+        FloatReActNetA(**options),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            y = model(torch.randn(2, 3, 16, 16))
+            forward = counter.get_total_flops()
+            y.sum().backward()
+        counted.append((forward, counter.get_total_flops()))
+    of_ours, of_step_1, recomputed, of_twin = counted
+    assert of_ours == of_step_1 == of_twin
+    assert recomputed[0] == of_twin[0]
+    assert recomputed[1] > of_twin[1]  # it convolves once more

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.baseline import ObviousReActNetA
-from tritonbnn.models import build_model
+from tritonbnn.models import MODELS, build_model
 from tritonbnn.nn import BinaryUnit, binary_weights, check_gradients, decayed_parameters
 
 
@@ -134,3 +134,68 @@ def test_a_unit_names_what_does_not_fit():
         unit(torch.randn(1, 8, 4, 4), torch.randn(1, 8, 4, 4))
     with pytest.raises(ValueError, match="more than 1 value per channel"):
         BinaryUnit(8, 8, 3)(torch.randn(1, 8, 1, 1))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_network_has_the_manners_of_timms(name):
+    torch.manual_seed(0)
+    model = build_model(name, width=0.25, num_classes=5, small_images=True).double().eval()
+    x = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    features, logits = model.forward_features(x), model(x)
+    assert features.shape[1] == model.num_features == model.head_hidden_size
+    assert torch.equal(model.forward_head(features), logits)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert torch.equal(pooled, features.mean((2, 3)))
+    assert model.get_classifier() is model.get_submodule(model.get_classifier(name_only=True))
+    model.reset_classifier(7)
+    assert (model(x).shape, model.num_classes) == ((2, 7), 7)
+    model.reset_classifier(0)
+    assert torch.equal(model(x), pooled)
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x), features)
+    with pytest.raises(ValueError, match=r'global_pool must be "avg"'):
+        model.reset_classifier(3)
+    model.reset_classifier(3, "avg")
+    assert (model(x).shape, model.fc.training) == ((2, 3), False)
+
+
+OF_UNITS = ("reactnet_a", "reactnet_18", "birealnet_18")
+
+
+@pytest.mark.parametrize("name", OF_UNITS)
+@pytest.mark.parametrize("small", [True, False])
+def test_feature_facts_are_those_of_the_streams(name, small):
+    model = build_model(name, width=0.25, num_classes=5, small_images=small).eval()
+    seen = {}
+    for info in model.feature_info:
+        model.get_submodule(info["module"]).register_forward_hook(
+            lambda m, args, y, key=info["module"]: seen.update({key: y})
+        )
+    facts = model.default_cfg
+    channels, height, width = facts["min_input_size"]
+    model(torch.randn(1, channels, height, 2 * width))
+    for info in model.feature_info:
+        shape = (1, info["num_chs"], height // info["reduction"], 2 * width // info["reduction"])
+        assert seen[info["module"]].shape == shape
+    reductions = [info["reduction"] for info in model.feature_info]
+    assert reductions == sorted(set(reductions))
+    assert reductions[-1] == model.size_multiple
+    assert facts["input_size"][1] == facts["pool_size"][0] * model.size_multiple
+
+
+def test_a_network_that_computes_its_blocks_again_has_the_same_gradients():
+    models = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        model = build_model("reactnet_a", width=0.25, num_classes=5, small_images=True).double()
+        model.set_grad_checkpointing(enable)
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t) or t, lambda t: t
+        ):
+            y = model(torch.randn(2, 3, 16, 16, dtype=torch.float64))
+        y.square().sum().backward()
+        models.append((len(saved), y.detach(), [p.grad for p in model.parameters()]))
+    (many, *plain), (few, *again) = models
+    assert few < many / 3
+    torch.testing.assert_close(again, plain, rtol=1e-9, atol=1e-9)

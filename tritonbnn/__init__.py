@@ -1,6 +1,13 @@
 """Triton kernels and a compact trainer for 1-bit convolutional networks."""
 
-from importlib.metadata import version
+import sys
+from importlib.metadata import PackageNotFoundError, version
 
-__version__ = version("tritonbnn")
+try:
+    __version__ = version("tritonbnn")
+except PackageNotFoundError:  # a checkout that was not installed, as torch.hub uses it
+    __version__ = "0"
 __all__ = ["__version__"]
+
+if "torch" in sys.modules:  # so that a saved program finds its operators; torch is not brought in
+    import tritonbnn.ops  # noqa: F401

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tritonbnn.deploy.packed import Array, Packed, Unit, check
 from tritonbnn.models.blocks import BinaryNetwork
 from tritonbnn.models.resnet import DownsamplingUnit
-from tritonbnn.nn import BinaryUnit
+from tritonbnn.nn import BinaryUnit, Chain
 from tritonbnn.nn.ends import OrderedBatchNorm2d, OrderedConv2d, OrderedLinear
 
 _CONVOLUTIONS = (nn.Conv2d, OrderedConv2d)
@@ -52,7 +52,7 @@ def fold(
     units = tuple(_unit(f"blocks.{name}", unit) for name, unit in _units(model.blocks))
     if not units:
         raise FoldError("the network has no binary unit")
-    head = model.fc
+    head: Any = model.fc
     if type(head) not in _LINEARS:
         raise FoldError(f"fc is a {type(head).__name__}: only a linear layer can be packed")
     bias = torch.zeros(len(head.weight)) if head.bias is None else head.bias
@@ -96,7 +96,7 @@ def _units(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, BinaryUni
         place = f"{prefix}{name}"
         if type(child) in (BinaryUnit, DownsamplingUnit):
             yield place, child  # type: ignore[misc]
-        elif type(child) is nn.Sequential:
+        elif type(child) in (nn.Sequential, Chain):
             yield from _units(child, f"{place}.")
         else:
             raise FoldError(f"blocks.{place} is a {type(child).__name__}, which cannot be packed")

@@ -1,7 +1,5 @@
 """BinaryNet (1602.02830): VGG's layout for images of 32 x 32, without shortcuts."""
 
-from typing import Any
-
 from torch import nn
 
 from tritonbnn.models.blocks import BinaryNetwork, conv_bn, scaled
@@ -11,13 +9,6 @@ from tritonbnn.nn.ends import OrderedBatchNorm2d
 CHANNELS = 128
 HIDDEN = 1024
 _MAP = 4  # pixels a side that reach the dense layers
-
-
-class _Sequence(BinaryNetwork):
-    """A network whose blocks are called one after the other, whatever they are."""
-
-    def _body(self, stream: Any) -> Any:
-        return self.blocks(stream)
 
 
 def binarynet(
@@ -78,7 +69,7 @@ def binarynet(
     layers += [nn.Flatten(), nn.Unflatten(1, (channels, 1, 1))]
     add(scaled(HIDDEN, width), 1)
     add(channels, 1)
-    return _Sequence(
+    return BinaryNetwork(
         stem,
         nn.Sequential(*layers),
         in_channels=in_channels,

@@ -2,10 +2,8 @@
 
 from functools import partial
 
-from torch import nn
-
 from tritonbnn.models.blocks import BinaryNetwork, check_widening, conv_bn, scaled
-from tritonbnn.nn import BinaryUnit
+from tritonbnn.nn import BinaryUnit, Chain
 
 STEM_CHANNELS = 32
 # Output channels and stride of each block; the first widens at stride 1.
@@ -51,7 +49,7 @@ def reactnet_a(
         out_channels = scaled(out, width)
         check_widening(channels, out_channels, width)
         blocks.append(
-            nn.Sequential(
+            Chain(
                 unit(channels, channels, 3, stride),
                 unit(channels, out_channels, 1),
             )
@@ -59,7 +57,7 @@ def reactnet_a(
         channels = out_channels
     return BinaryNetwork(
         stem,
-        nn.Sequential(*blocks),
+        Chain(*blocks),
         in_channels=in_channels,
         features=channels,
         num_classes=num_classes,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tritonbnn.models.blocks import BinaryNetwork, conv_bn, scaled
-from tritonbnn.nn import BinaryUnit
+from tritonbnn.nn import BinaryUnit, Chain
 
 STAGES = (64, 128, 256, 512)
 UNITS_PER_STAGE = 4
@@ -24,10 +24,8 @@ class DownsamplingUnit(BinaryUnit):
             nn.AvgPool2d(2), *conv_bn(in_channels, out_channels, 1, stride=1)
         )
 
-    def forward(
-        self, x: Tensor, shortcut: Tensor | None = None, **chain: Any
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
-        return super().forward(x, self.downsample(x) if shortcut is None else shortcut, **chain)
+    def projected(self, x: Tensor) -> Tensor:
+        return self.downsample(x)
 
 
 def resnet_18(
@@ -73,7 +71,7 @@ def resnet_18(
         channels = out_channels
     return BinaryNetwork(
         stem,
-        nn.Sequential(*units),
+        Chain(*units),
         in_channels=in_channels,
         features=channels,
         num_classes=num_classes,

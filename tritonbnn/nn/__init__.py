@@ -1,6 +1,7 @@
 """Modules over the binary operators, with torch.nn's signatures."""
 
 from tritonbnn.nn.activations import RPReLU, RSign
+from tritonbnn.nn.chain import Chain
 from tritonbnn.nn.gradients import check_gradients
 from tritonbnn.nn.layers import BinaryConv1d, BinaryConv2d, BinaryLinear
 from tritonbnn.nn.packing import pack_weights_
@@ -12,6 +13,7 @@ __all__ = [
     "BinaryConv2d",
     "BinaryLinear",
     "BinaryUnit",
+    "Chain",
     "RPReLU",
     "RSign",
     "binary_weights",

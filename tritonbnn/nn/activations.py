@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tritonbnn import ops
+from tritonbnn.nn.leaf import as_leaf
 from tritonbnn.window import check_count
 
 INITIAL_SLOPE = 0.25  # nn.PReLU's
@@ -50,6 +51,8 @@ class RSign(nn.Module):
         nn.init.zeros_(self.shift)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return as_leaf(self, x)
         return ops.binarize(x, self.shift, channel_dim=self.channel_dim)
 
     def extra_repr(self) -> str:
@@ -97,6 +100,8 @@ class RPReLU(nn.Module):
         nn.init.zeros_(self.shift_out)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return as_leaf(self, x)
         return ops.rprelu(
             x, self.shift_in, self.slope, self.shift_out, channel_dim=self.channel_dim
         )

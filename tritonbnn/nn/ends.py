@@ -1,9 +1,10 @@
 """A network's real layers: torch's own modules, whose bits do not depend on threads on a CPU."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from tritonbnn.nn.unit import count_batch
+from tritonbnn.nn.leaf import as_leaf
+from tritonbnn.nn.norm import count_batch
 from tritonbnn.ops import ends
 
 
@@ -14,6 +15,8 @@ class OrderedConv2d(nn.Conv2d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return as_leaf(self, x)
         plain = (
             self.bias is None
             and x.dim() == 4
@@ -33,6 +36,8 @@ class OrderedBatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d whose sums over pixels have a fixed order where they are float32 on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return as_leaf(self, x)
         tracked = self.running_mean is not None and self.num_batches_tracked is not None
         if not (self.training and self.affine and tracked and self.track_running_stats):
             return super().forward(x)
@@ -48,6 +53,8 @@ class OrderedLinear(nn.Linear):
     """nn.Linear whose sums have a fixed order where they are float32 on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return as_leaf(self, x)
         operands = (self.weight,) if self.bias is None else (self.weight, self.bias)
         if x.dim() == 2 and ends.in_order(x, *operands):
             return ends.linear(x, self.weight, self.bias)

@@ -6,9 +6,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tritonbnn import ops
+from tritonbnn.nn.leaf import as_leaf
 from tritonbnn.window import Size, check_count, check_layer, sizes
 
 logger = logging.getLogger(__name__)
@@ -170,6 +171,8 @@ class BinaryConv2d(_BinaryConvolution):
     _dimensions = 2
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return as_leaf(self, x)
         if self.binary_weight:
             tell_of_pruning(self)
         return ops.binary_conv2d(x, self.weight, self.shift, **self._options())
@@ -188,6 +191,8 @@ class BinaryConv1d(_BinaryConvolution):
     _dimensions = 1
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return as_leaf(self, x)
         if self.binary_weight:
             tell_of_pruning(self)
         return ops.binary_conv1d(x, self.weight, self.shift, **self._options())
@@ -234,6 +239,8 @@ class BinaryLinear(_BinaryLayer):
         self._make_parameters(shape, in_features, shift, bias, device, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return as_leaf(self, x)
         if self.binary_weight:
             tell_of_pruning(self)
         return ops.binary_linear(

@@ -1,20 +1,46 @@
 """The half-block: everything between two residual streams."""
 
 from collections.abc import Callable
-from itertools import chain
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonbnn import ops
 from tritonbnn.nn.activations import INITIAL_SLOPE
 from tritonbnn.nn.layers import initialise_weight, new_weight, tell_of_pruning
+from tritonbnn.nn.leaf import as_leaf
+from tritonbnn.nn.norm import averages, count_batch, is_fusible, normed, statistics_group
+from tritonbnn.ops.apply import exporting
 from tritonbnn.ops.autocast import autocast_input
 from tritonbnn.ops.unit import PLANS
 from tritonbnn.window import Size, check_count, sizes
+
+
+class Handover:
+    """Takes packed signs from the unit whose output they are of to the unit that comes next.
+
+    Attributes:
+        following: the unit that is called next with the output of the one that is called now, if
+            nothing can come between them; else None.
+    """
+
+    def __init__(self) -> None:
+        self.following: BinaryUnit | None = None
+        self._left: tuple[Tensor, Tensor, BinaryUnit] | None = None
+
+    def leave(self, stream: Tensor, signs: Tensor, following: "BinaryUnit") -> None:
+        """Keep ``stream``'s signs, packed with ``following``'s shift, until they are taken."""
+        self._left = (stream, signs, following)
+
+    def take(self, stream: Tensor, unit: "BinaryUnit") -> Tensor | None:
+        """The signs that were left of this very stream for ``unit``, or None; nothing is kept."""
+        left, self._left = self._left, None
+        if left is None or left[0] is not stream or left[2] is not unit:
+            return None
+        return left[1]
 
 
 class BinaryUnit(nn.Module):
@@ -112,65 +138,67 @@ class BinaryUnit(nn.Module):
                 nn.init.constant_(vector, INITIAL_SLOPE if name == "slope" else 0)
 
     def forward(
-        self,
-        x: Tensor,
-        shortcut: Tensor | None = None,
-        *,
-        signs: Tensor | None = None,
-        following: "BinaryUnit | None" = None,
-    ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """Apply the unit; in a chain, also pack the signs that the following unit starts with.
+        self, x: Tensor, shortcut: Tensor | None = None, *, handover: Handover | None = None
+    ) -> Tensor:
+        """Apply the unit.
 
         Args:
             x: (N, C, H, W), the input stream.
             shortcut: (N, O, H', W'), what is added after BatchNorm; None for the unit's own.
-            signs: of x + shift_in, packed by the unit before; None to pack them here.
-            following: the unit that comes next, or None.
+            handover: brings the signs of x + shift_in and takes those of the output, as
+                :class:`~tritonbnn.nn.Chain` passes it; None to pack them here.
 
         Returns:
-            The output stream; with ``following``, the stream and its packed signs. They are None
-            where one of the two units is not fused, or where a hook may come between them.
+            The output stream.
 
         Raises:
             ValueError: shapes that do not match, an odd size at stride 2, several devices, or a
                 norm that changes shape, dtype or device.
             TypeError: an operand is not floating point, or the weight's dtype does not go with x's.
         """
+        if isinstance(x, fx.Proxy):
+            return as_leaf(self, x, shortcut)
+        signs = following = None
+        if handover is not None:
+            signs, following = handover.take(x, self), handover.following
         weight = self.weight  # once: a parametrised one is computed anew at each look
         if self.binary_weight:
             tell_of_pruning(self)
         bn = self.bn
-        shortcut = self._widened(x) if shortcut is None else shortcut
-        if not (self.fused and _is_fusible(bn)):
-            z = self._composed(x, weight, shortcut)
-            return z if following is None else (z, None)
-        successor = following if following is not None and self._hands_on(following) else None
-        output = self._fused(x, weight, bn, shortcut, signs, successor)
-        if following is None:
-            return output.z
-        return output.z, None if successor is None else output.signs
+        shortcut = self.projected(x) if shortcut is None else shortcut
+        if not (self.fused and is_fusible(bn)):
+            return self._composed(x, weight, shortcut)
+        if following is not None and not following._takes_signs():
+            following = None
+        output = self._fused(x, weight, bn, shortcut, signs, following)
+        if handover is not None and following is not None:
+            handover.leave(output.z, output.signs, following)
+        return output.z
 
-    def _hands_on(self, following: "BinaryUnit") -> bool:
-        """Whether ``following`` can start with signs packed here.
+    def projected(self, x: Tensor) -> Tensor | None:
+        """The shortcut of x where it is computed before the unit; None where the unit does it.
 
-        It cannot where something may still change the stream, or the shift that is added to it:
-        a hook between the units, or a shift that is computed when ``following`` is called.
+        A subclass may return its own. Here it is the one that pools and widens at once, which
+        launchers have not.
         """
-        return (
-            following.fused
-            and _is_fusible(following.bn)
-            and "shift_in" in following._parameters
-            and not (self._forward_hooks or following._forward_pre_hooks)
-            and not any("forward" in unit.__dict__ for unit in (self, following))
-        )
-
-    def _widened(self, x: Tensor) -> Tensor | None:
-        """The shortcut that pools and widens at once, which launchers have not; else None."""
         if self.stride == 1 or self.out_channels != 2 * self.in_channels:
             return None
         _check_even(x)
         pooled = F.avg_pool2d(autocast_input(x), 2)
         return torch.cat((pooled, pooled), dim=1)
+
+    def _takes_signs(self) -> bool:
+        """Whether it can start with signs that were packed before it is called.
+
+        It cannot where the shift that is added to the stream is computed in the call. In an
+        exported program no packed words go from operator to operator.
+        """
+        return (
+            self.fused
+            and is_fusible(self.bn)
+            and "shift_in" in self._parameters
+            and not exporting()
+        )
 
     def _shortcut_kind(self, weight: Tensor) -> str:
         if self.stride == 2:
@@ -184,9 +212,9 @@ class BinaryUnit(nn.Module):
         bn: _BatchNorm,
         shortcut: Tensor | None,
         signs: Tensor | None,
-        successor: "BinaryUnit | None",
+        following: "BinaryUnit | None",
     ) -> ops.UnitOutput:
-        group = _statistics_group(bn)
+        group = statistics_group(bn)
         output = ops.binary_unit(
             x,
             weight,
@@ -200,16 +228,16 @@ class BinaryUnit(nn.Module):
             stride=self.stride,
             binary_weight=self.binary_weight,
             signs=signs,
-            pack=successor is not None,
-            next_shift=None if successor is None else successor.shift_in,
-            statistics=None if bn.training else _averages(bn),
+            pack=following is not None,
+            next_shift=None if following is None else following.shift_in,
+            statistics=None if bn.training else averages(bn),
             eps=bn.eps,
             plan=self.plan,
             group=group,
         )
         if bn.training and bn.track_running_stats:
             # with a group there may be values of other processes
-            known = len(x) > 0 or group is not None
+            known = x.shape[0] > 0 or group is not None
             count_batch(bn, (output.mean, output.variance) if known else None)
         return output
 
@@ -224,7 +252,7 @@ class BinaryUnit(nn.Module):
             binary_weight=self.binary_weight,
             may_be_binary=False,  # a stream is real, as the fused Function takes it to be
         )
-        u = _normed(self.bn, a)
+        u = normed(self.bn, a)
         shortcut = self._own_shortcut(x, weight) if shortcut is None else shortcut.to(x.dtype)
         if shortcut.shape != u.shape:
             raise ValueError(
@@ -280,100 +308,3 @@ def _check_even(x: Tensor) -> None:
         raise ValueError(
             f"a unit of stride 2 needs even height and width, not {tuple(x.shape[2:])}"
         )
-
-
-def _is_fusible(norm: nn.Module) -> TypeGuard[_BatchNorm]:
-    """Whether the fused Function computes exactly what a call of ``norm`` would.
-
-    A subclass may compute anything, and parametrising a module makes it one. Hooks and a
-    ``forward`` put on the instance are seen by calls alone. What torch refuses is left to torch.
-    """
-    return (
-        isinstance(norm, _BatchNorm)
-        and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-        and norm.weight is not None
-        and norm.bias is not None
-        and (norm.running_mean is None) == (norm.running_var is None)
-        and norm.eps > 0
-        and "forward" not in norm.__dict__
-        and not norm._forward_pre_hooks
-        and not norm._forward_hooks
-        and not norm._backward_pre_hooks
-        and not norm._backward_hooks
-    )
-
-
-def _normed(norm: nn.Module, a: Tensor) -> Tensor:
-    """``norm(a)``, in ``a``'s dtype.
-
-    Raises:
-        ValueError: the norm is on another device, or what it returns is not like ``a``.
-    """
-    _check_device(norm, a)
-    u = norm(a)
-    name = type(norm).__name__
-    if not isinstance(u, Tensor):
-        raise ValueError(f"the norm {name} must return a tensor, not {type(u).__name__}")
-    if u.dtype != a.dtype and torch.is_autocast_enabled(a.device.type):
-        u = u.to(a.dtype)  # autocast runs some norms in float32
-    for what in ("shape", "dtype", "device"):
-        given, expected = getattr(u, what), getattr(a, what)
-        if given != expected:
-            given, expected = (tuple(v) if what == "shape" else v for v in (given, expected))
-            raise ValueError(
-                f"the norm {name} must keep {what} {expected}, not return {given}: "
-                "choose a norm that does"
-            )
-    return u
-
-
-def _check_device(norm: nn.Module, a: Tensor) -> None:
-    """Raise ValueError where a norm's tensors are elsewhere and nothing is there to bring them."""
-    if any(m._forward_pre_hooks or "forward" in m.__dict__ for m in norm.modules()):
-        return
-    for name, tensor in chain(norm.named_parameters(), norm.named_buffers()):
-        if tensor.dim() and tensor.device != a.device:
-            raise ValueError(
-                f"all tensors must be on one device, not x on {a.device}, "
-                f"the norm's {name} on {tensor.device}"
-            )
-
-
-def _statistics_group(bn: _BatchNorm) -> distributed.ProcessGroup | None:
-    """The processes that share ``bn``'s batch statistics: none, unless it is a SyncBatchNorm."""
-    if not (isinstance(bn, nn.SyncBatchNorm) and bn.training and distributed.is_initialized()):
-        return None
-    group = bn.process_group or distributed.group.WORLD
-    return group if distributed.get_world_size(group) > 1 else None
-
-
-def _averages(bn: _BatchNorm) -> tuple[Tensor, Tensor] | None:
-    """What ``bn`` normalises by in eval mode; None for the batch's own, if it keeps no averages."""
-    if bn.running_mean is None or bn.running_var is None:
-        return None
-    return bn.running_mean, bn.running_var
-
-
-@torch.no_grad()
-def count_batch(bn: _BatchNorm, statistics: tuple[Tensor, Tensor] | None) -> None:
-    """Count a batch, and move the running averages towards its statistics, as nn.BatchNorm2d does.
-
-    Args:
-        bn: in training mode, and tracking.
-        statistics: mean and unbiased variance, (O,) each; None for a batch without values.
-    """
-    counter, averages = bn.num_batches_tracked, _averages(bn)
-    if counter is not None:
-        counter.add_(1)
-    step: float | Tensor
-    if bn.momentum is not None:
-        step = bn.momentum
-    elif counter is not None:
-        step = 1 / counter.double()  # a cumulative average
-    else:
-        return  # nn.BatchNorm2d's, too, stands still without a count
-    if averages is None or statistics is None:
-        return
-    for average, value in zip(averages, statistics, strict=True):
-        weight = step.to(average.dtype) if isinstance(step, Tensor) else step
-        average.lerp_(value.to(average.dtype), weight)

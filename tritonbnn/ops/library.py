@@ -17,9 +17,9 @@ from tritonbnn.bits import words
 from tritonbnn.checks import conv_output_size
 from tritonbnn.layout import empty_channels_last, empty_pixels
 from tritonbnn.ops import backend
+from tritonbnn.ops.flops import NAMESPACE, tell_counter
 from tritonbnn.packed import PackedWeight
 
-NAMESPACE = "tritonbnn"
 OPERATORS: dict[str, Callable[..., Any]] = {}
 _always_dispatched = False
 
@@ -54,6 +54,7 @@ def _operator(fake: Callable[..., Any]) -> Callable[..., Any]:
 
     def call(x: Tensor, *args: Any, **kwargs: Any) -> Any:
         if through_operators(x, *args):
+            _refuse_distributed(x, *args)
             return operator(x, *args, **kwargs)
         return launch(x, *args, **kwargs)
 
@@ -65,10 +66,13 @@ def _operator(fake: Callable[..., Any]) -> Callable[..., Any]:
 def through_operators(*operands: Any) -> bool:
     """Whether a launcher is called as torch's operator.
 
-    So it is where torch traces, where a caller asks for it, and where an operand is not what its
-    memory holds, so that torch must see to it first.
+    So it is where torch traces, where a mode wants to see operators or a caller asks for it, and
+    where an operand is not what its memory holds, so that torch must see to it first.
     """
     if torch.compiler.is_compiling() or _always_dispatched:
+        return True
+    if torch._C._len_torch_dispatch_stack():
+        tell_counter()
         return True
     return not all(_holds_data(x) for x in operands if isinstance(x, Tensor))
 
@@ -77,6 +81,15 @@ def _holds_data(x: Tensor) -> bool:
     """Whether ``x`` is an ordinary tensor: of no subclass, not meta, sparse, or negated lazily."""
     ordinary = type(x) in (Tensor, torch.nn.Parameter, PackedWeight) and x.layout == torch.strided
     return ordinary and not x.is_meta and not x.is_neg()
+
+
+def _refuse_distributed(*operands: Any) -> None:
+    """Raise TypeError for a DTensor, for which an operator would need a strategy of sharding."""
+    if any(type(x).__name__ == "DTensor" for x in operands):
+        raise TypeError(
+            "DTensors are not supported in a call: shard a module with fully_shard, which gathers "
+            "its parameters before each call, or leave binary layers out of distribute_module"
+        )
 
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -4,7 +4,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
-from torch.fx.experimental.symbolic_shapes import guard_scalar, has_static_value
 
 from tritonbnn import checks, native
 from tritonbnn.contract import Kept, Options, Statistics
@@ -228,14 +227,15 @@ def binary_unit(
 def _automatic_plan(x: Tensor, weight: Tensor, stride: int, binary_weight: bool) -> str:
     sizes = (*x.shape, *weight.shape[::2])
     if torch.compiler.is_compiling():
+        # not at the top, as it imports Triton, which then cannot be told to interpret
+        from torch.fx.experimental.symbolic_shapes import guard_scalar, has_static_value
+
         if not all(map(has_static_value, sizes)):
             return "keep"
         sizes = tuple(map(guard_scalar, sizes))  # a symbol with one value is no constant yet
-    return _planned(*sizes, stride, x.dtype, binary_weight, x.device)
+    return _planned(*(*sizes, stride, x.dtype, binary_weight, x.device))
 
 
-# torch.compile asks once and need not trace the lookup; it takes constants only
-@torch.compiler.assume_constant_result
 def _planned(
     batch: int,
     channels: int,
@@ -261,6 +261,11 @@ def _planned(
         binary_weight=binary_weight,
         device=device,
     )
+
+
+# torch.compile asks once and need not trace the lookup, which takes constants only. This is what
+# torch.compiler.assume_constant_result does; calling that would import the compiler, and Triton.
+vars(_planned)["_dynamo_marked_constant"] = True
 
 
 def _check_shortcut(
