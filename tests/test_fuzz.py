@@ -198,9 +198,9 @@ def test_logs(record, data):
 
     def load():
         runs = read_runs([folder])
-        for step in runs[0].steps.values():
-            assert step.epochs < 10**6
-            step.by_layer("dead")
+        for stage in runs[0].stages.values():
+            assert stage.epochs < 10**6
+            stage.by_layer("dead")
         made = Made(datetime.now(), "command")
         assert compare(runs) == []
         page(runs, [Measured()], [], made).encode(errors="backslashreplace")

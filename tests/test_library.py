@@ -15,7 +15,8 @@ from tritonbnn.models import build_model
 from tritonbnn.nn import BinaryUnit
 from tritonbnn.ops import library
 
-NAMES = set(eager.__all__) - {"unit_plan"}  # which is asked for a setting, and computes nothing
+# one is asked for a setting, and the others change a weight in place, which no graph holds
+NAMES = set(eager.__all__) - {"unit_plan", "bop_update", "bop_update_packed"}
 
 
 def test_exactly_these_operators_are_registered():

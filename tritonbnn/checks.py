@@ -75,7 +75,8 @@ def check_per_channel(channels: int, **vectors: Tensor | None) -> None:
 def check_vectors(**vectors: Tensor | None) -> None:
     """Raise ValueError unless all the vectors given have one dimension, and are equally long."""
     given = {name: tuple(vector.shape) for name, vector in vectors.items() if vector is not None}
-    if len(set(given.values())) > 1 or any(len(shape) != 1 for shape in given.values()):
+    first = next(iter(given.values()), (0,))
+    if any(len(shape) != 1 or shape != first for shape in given.values()):
         shapes = ", ".join(f"{name} {shape}" for name, shape in given.items())
         raise ValueError(f"one value per channel is needed, of as many channels each, not {shapes}")
 

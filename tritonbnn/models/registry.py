@@ -86,7 +86,7 @@ def network_of_weights(state: dict[str, Tensor], *, small_images: bool) -> dict[
     """
     first, head = state.get("stem.0.weight"), state.get("fc.weight")
     if first is None or first.dim() != 4 or head is None or head.dim() != 2:
-        names = ", ".join(list(state)[:3])
+        names = ", ".join(name[:40] for name in list(state)[:3])
         raise ValueError(f"not the weights of a network of tritonbnn or AdamBNN, but of {names}")
     if "blocks.0.0.weight" in state:
         name, narrow, wide = "reactnet_a", reactnet.STEM_CHANNELS, reactnet.BLOCKS[-1][0]

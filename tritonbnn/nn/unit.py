@@ -115,7 +115,9 @@ class BinaryUnit(nn.Module):
         self.fused, self.plan = fused, plan
         place = {"device": device, "dtype": dtype}
         self.weight = new_weight(out_channels, in_channels, kernel_size, kernel_size, **place)
-        self.bn = norm(out_channels).to(**place)
+        self.bn = norm(out_channels)
+        if any(place.values()):  # under a FakeTensorMode even a move to the same place fails
+            self.bn.to(**place)
         vectors = {"shift_in": in_channels}
         vectors |= dict.fromkeys(("shift_mid", "slope", "shift_out"), out_channels)
         for name, channels in vectors.items():

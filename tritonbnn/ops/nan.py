@@ -13,7 +13,7 @@ def refuse_nan(x: Tensor) -> None:
     Raises:
         RuntimeError: it does.
     """
-    if not torch.is_anomaly_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not torch.is_anomaly_enabled():
         return
     if x.isnan().any():
         raise RuntimeError(
