@@ -114,8 +114,7 @@ def test_the_count_agrees_with_what_the_operators_are_given(word, plan, step):
         assert counted[family] == pytest.approx(total(launches, "bytes", family), rel=1e-3)
     assert counted[PACK] == pytest.approx(total(launches, "bytes", PACK), rel=0.05)
     # what is left to torch takes several passes where one would do, but the stem's BatchNorm is
-    # counted once for the three tensors that it reads twice. In step 1 a composed unit writes its
-    # weight's gradient once more, to lie as the weight does.
+    # counted once for the three tensors that it reads twice
     least = total(launches, "bytes", ELEMENTWISE)
     twice = 3 * 8 * 32 * 112**2 * roofline.STREAM_BYTES["bf16" if rival.bf16 else "fp32"]
     assert least - twice < counted[ELEMENTWISE] < 1.35 * least
