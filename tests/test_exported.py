@@ -12,11 +12,11 @@ from torch import nn
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from tests.helpers import assert_runs_silently, gradient
-from tests.test_compiled_gradients import Binarize, Onto, Program, parts
+from tests.test_compiled_gradients import IMAGES, Binarize, Onto, Program, parts
 from tritonbnn import ops
 from tritonbnn.contract import Options
 from tritonbnn.models import build_model
-from tritonbnn.nn import BinaryUnit
+from tritonbnn.nn import BinaryConv2d, BinaryUnit
 from tritonbnn.ops import exported
 
 
@@ -26,6 +26,12 @@ def network(name="reactnet_a"):
     for parameter in model.blocks.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return model
+
+
+def all_parts():
+    """And a window that torch convolves."""
+    yield from parts()
+    yield BinaryConv2d(8, 6, (3, 2), padding="same", groups=2), IMAGES
 
 
 def outcome(model, run, inputs):
@@ -58,7 +64,7 @@ def saved_and_loaded(program):
 @pytest.mark.parametrize("strict", [True, False])
 def test_every_module_trains_in_an_exported_program(strict):
     torch.manual_seed(0)
-    modules, shapes = zip(*parts(), strict=True)
+    modules, shapes = zip(*all_parts(), strict=True)
     model = Program(modules)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -143,7 +149,7 @@ class Every(nn.Module):
 
     def __init__(self):
         super().__init__()
-        modules, shapes = zip(*parts(), strict=True)
+        modules, shapes = zip(*all_parts(), strict=True)
         self.program, self.of_rows = Program(modules), [len(shape) == 3 for shape in shapes]
 
     def forward(self, x):
@@ -208,7 +214,7 @@ def test_torch_fx_traces_a_network(name):
 
 def test_torch_fx_traces_every_module():
     torch.manual_seed(0)
-    modules, shapes = zip(*parts(), strict=True)
+    modules, shapes = zip(*all_parts(), strict=True)
     for module, shape in zip(modules, shapes, strict=True):
         if type(module) in (Onto, Binarize):  # they pass their stand-in on to an operator
             continue
