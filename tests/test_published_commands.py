@@ -8,7 +8,6 @@ import torch
 from torch.nn import functional as F
 from torchvision import transforms as tv
 from torchvision.datasets import ImageFolder
-from tritonbnn.train.published import is_published
 
 from benchmarks.baseline import ObviousReActNetA
 from tests.commands import EVALUATE, TRAIN, run, write_tree
@@ -16,6 +15,7 @@ from tests.test_bad_input import assert_one_line
 from tests.test_published import Malicious
 from tritonbnn.models import build_model, load_adambnn
 from tritonbnn.train.checkpoint import encode, read
+from tritonbnn.train.elsewhere import is_foreign
 
 CLASSES = "abc"
 NORMALISE = tv.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -105,7 +105,7 @@ def test_a_file_of_ours_is_never_taken_for_a_published_one(tmp_path, start):
     content = size.to_bytes(8, "little") + plain[8:end].ljust(size) + plain[end:]
     path.write_bytes(content)
     assert content[:2] == start
-    assert not is_published(path)
+    assert not is_foreign(path)
     assert torch.equal(read(path).tensors["model.x"], tensors["model.x"])
 
 
