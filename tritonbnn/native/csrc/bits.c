@@ -3,11 +3,12 @@
 #include "workspace.h"
 
 sign_map tritonbnn_padded_signs(const uint32_t *signs, const geometry *g, int threads) {
-    int64_t words = packed_words(g->channels), pad = g->padding;
+    int64_t words = words_of(g->channels), pad = g->padding;
     int64_t height = g->height + 2 * pad, row = (g->width + 2 * pad) * words;
     sign_map map = {signs, words, row, height * row};
     if (!pad) return map;
-    uint32_t *padded = tritonbnn_workspace(WORKSPACE_PADDED, g->images * map.image * sizeof *padded);
+    size_t bytes = g->images * map.image * sizeof(uint32_t);
+    uint32_t *padded = tritonbnn_workspace(WORKSPACE_PADDED, bytes);
     map.words = padded;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t r = 0; r < g->images * height; r++) {

@@ -52,7 +52,7 @@ EXPORT void tritonbnn_bop_update(float *weight, const float *grad, float *averag
     int64_t total = 0;
     #pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : total)
     for (int64_t from = 0; from < size; from += STRETCH) {
-        int64_t to = min64(from + STRETCH, size);
+        int64_t to = smaller(from + STRETCH, size);
         if (squares)
             total += stretch(weight, grad, average, squares, from, to, rule);
         else
@@ -96,7 +96,7 @@ EXPORT void tritonbnn_bop_update_packed(uint32_t *packed, const float *grad, flo
                                         double threshold, double gamma, double sigma, double scale,
                                         double squares_scale, int64_t *changed, int64_t threads) {
     Rule rule = rule_of(threshold, gamma, sigma, scale, squares_scale);
-    int64_t words = packed_words(channels), total = 0;
+    int64_t words = words_of(channels), total = 0;
     #pragma omp parallel for schedule(static) num_threads(threads) reduction(+ : total)
     for (int64_t row = 0; row < rows; row++) {
         int64_t at = row * channels;

@@ -1,6 +1,7 @@
 /* The gradient of a binary convolution to its +-1 input, by table.
 
-   dx[pixel, c] = sum over taps and output channels of alpha[o] grad[pixel - tap, o] sign[o, c, tap].
+   dx[pixel, c] = sum over taps and output channels o of
+   alpha[o] grad[pixel - tap, o] sign[o, c, tap].
    Lanes are pixels of 16 strips. A strip is some rows of an image, over its whole width; a lane
    walks through its own. So a tap is another position in all lanes alike, and never another lane.
    Thirty output channels of a position make the tables, which serve all taps and channels. Rows
@@ -10,6 +11,7 @@
 #include "bits.h"
 #include "geometry.h"
 #include "table.h"
+#include "transpose.h"
 #include "workspace.h"
 
 #define LEAST_CHANNELS 16 /* of a job */
@@ -48,7 +50,6 @@ INLINE int64_t last_grad_row(const problem *p) {
 /* A row of grad by lanes: [column][output channel], times alpha; 0 outside of an image. */
 static void load_row(const problem *p, const strip strips[LANES], int64_t row, vec *numbers) {
     const geometry *g = p->g;
-    static const float zeros[4];
     int64_t size = g->out_width * g->out_channels, outputs = g->out_channels;
     const float *rows[LANES];
     for (int lane = 0; lane < LANES; lane++) {
@@ -56,19 +57,7 @@ static void load_row(const problem *p, const strip strips[LANES], int64_t row, v
         int used = strips[lane].image >= 0 && y >= 0 && y < g->out_height;
         rows[lane] = used ? p->grad + (strips[lane].image * g->out_height + y) * size : 0;
     }
-    int64_t quads = size / 4 * 4;
-    for (int64_t i = 0; i < quads; i += 4)
-        for (int lane = 0; lane < LANES; lane += 4) {
-            const float *from[4];
-            float *to[4];
-            for (int j = 0; j < 4; j++) {
-                from[j] = rows[lane + j] ? rows[lane + j] + i : zeros;
-                to[j] = (float *)(numbers + i + j) + lane;
-            }
-            transpose_quads(from, to);
-        }
-    for (int64_t i = quads; i < size; i++)
-        for (int lane = 0; lane < LANES; lane++) numbers[i][lane] = rows[lane] ? rows[lane][i] : 0;
+    rows_to_lanes(rows, size, numbers);
     ivec used = {0};
     for (int lane = 0; lane < LANES; lane++) used[lane] = rows[lane] ? -1 : 0;
     for (int64_t x = 0; x < g->out_width; x++)
@@ -107,8 +96,6 @@ static void add_row(const problem *p, const vec *numbers, int64_t row, int64_t c
 static void write_strips(const problem *p, const strip strips[LANES], int64_t channel,
                          int64_t channels, const vec *sums) {
     const geometry *g = p->g;
-    static _Thread_local float unused[4];
-    int64_t quads = channels / 4 * 4;
     for (int64_t pixel = 0; pixel < p->rows * g->width; pixel++, sums += channels) {
         float *pixels[LANES];
         for (int lane = 0; lane < LANES; lane++) {
@@ -117,25 +104,13 @@ static void write_strips(const problem *p, const strip strips[LANES], int64_t ch
             int used = strips[lane].image >= 0 && row < g->height;
             pixels[lane] = used ? p->result + at * g->channels + channel : 0;
         }
-        for (int64_t c = 0; c < quads; c += 4)
-            for (int lane = 0; lane < LANES; lane += 4) {
-                const float *from[4];
-                float *to[4];
-                for (int j = 0; j < 4; j++) {
-                    from[j] = (const float *)(sums + c + j) + lane;
-                    to[j] = pixels[lane + j] ? pixels[lane + j] + c : unused;
-                }
-                transpose_quads(from, to);
-            }
-        for (int64_t c = quads; c < channels; c++)
-            for (int lane = 0; lane < LANES; lane++)
-                if (pixels[lane]) pixels[lane][c] = sums[c][lane];
+        lanes_to_rows(sums, channels, pixels);
     }
 }
 
 static void strips_grad(const problem *p, int64_t first, int64_t channel) {
     const geometry *g = p->g;
-    int64_t channels = min64(p->channels, g->channels - channel);
+    int64_t channels = smaller(p->channels, g->channels - channel);
     int64_t count = p->rows * g->width * channels, row_size = g->out_width * g->out_channels;
     vec *sums = tritonbnn_workspace(WORKSPACE_OWN, (count + row_size) * sizeof(vec));
     strip strips[LANES];
@@ -152,7 +127,7 @@ static void strips_grad(const problem *p, int64_t first, int64_t channel) {
    Sixteen jobs, one a lane: a job is a tap, the 30 output channels of a word, and 32 channels. */
 static void index_jobs(const geometry *g, const uint32_t *weight, uint32_t *index, int64_t first,
                        int64_t count) {
-    int64_t taps = g->kernel_size * g->kernel_size, packed = packed_words(g->channels);
+    int64_t taps = g->kernel_size * g->kernel_size, packed = words_of(g->channels);
     int64_t words = table_words(g->out_channels);
     uvec rows[32] = {{0}};
     for (int64_t lane = 0; lane < count; lane++) {
@@ -165,18 +140,18 @@ static void index_jobs(const geometry *g, const uint32_t *weight, uint32_t *inde
     for (int64_t lane = 0; lane < count; lane++) {
         int64_t job = first + lane, channel = job % packed * SIGNS_OF_WORD;
         uint32_t *to = index + job / packed * g->channels + channel;
-        int64_t size = min64(SIGNS_OF_WORD, g->channels - channel);
+        int64_t size = smaller(SIGNS_OF_WORD, g->channels - channel);
         for (int64_t c = 0; c < size; c++) to[c] = rows[c][lane];
     }
 }
 
 static uint32_t *make_index(const geometry *g, const uint32_t *weight, int threads) {
     int64_t rows = g->kernel_size * g->kernel_size * table_words(g->out_channels);
-    int64_t jobs = rows * packed_words(g->channels);
+    int64_t jobs = rows * words_of(g->channels);
     uint32_t *index = tritonbnn_workspace(WORKSPACE_SHARED, rows * g->channels * sizeof *index);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t first = 0; first < jobs; first += LANES)
-        index_jobs(g, weight, index, first, min64(LANES, jobs - first));
+        index_jobs(g, weight, index, first, smaller(LANES, jobs - first));
     return index;
 }
 

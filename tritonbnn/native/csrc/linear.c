@@ -12,7 +12,7 @@
 INLINE void product_block(const float *a, int64_t a_row, int64_t a_inner, const float *b,
                           int64_t columns, int64_t inner, int64_t column, int rows, float *result) {
     vec sums[ROWS];
-    int64_t count = min64(LANES, columns - column);
+    int64_t count = smaller(LANES, columns - column);
     for (int r = 0; r < rows; r++) sums[r] = splat(0);
     for (int64_t i = 0; i < inner; i++) {
         vec numbers = load_some(b, FLOAT32, i * columns + column, count);

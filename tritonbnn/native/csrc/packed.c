@@ -5,8 +5,6 @@
    taps fall on padding, so it is known beforehand for each kind of row and column. */
 #include "vector.h"
 
-#include <stdlib.h>
-
 #if defined(__AVX512VPOPCNTDQ__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -102,9 +100,9 @@ INLINE void differences(const problem *p, const uint32_t *input, int64_t block, 
     memcpy(counts, totals, pixels * sizeof *counts);
 }
 
-/* Store the sums of 16 output channels at a pixel, in the result's type, scaled if there is a scale. */
+/* Store the sums of 16 output channels at a pixel, in the result's type, scaled if need be. */
 INLINE void store_sums(const problem *p, int64_t pixel, int64_t block, ivec sums) {
-    int64_t first = block * LANES, count = min64(LANES, p->g->out_channels - first);
+    int64_t first = block * LANES, count = smaller(LANES, p->g->out_channels - first);
     int64_t at = pixel * p->g->out_channels + first;
     if (p->type == INT16) {
         short_vec narrow = __builtin_convertvector(sums, short_vec);
@@ -152,7 +150,8 @@ INLINE void row_piece(const problem *p, int64_t row, int64_t block, int64_t x, i
     }
 }
 
-static void convolve_row(const problem *p, int64_t row, int64_t block, double *sum, double *square) {
+static void convolve_row(const problem *p, int64_t row, int64_t block, double *sum,
+                         double *square) {
     const geometry *g = p->g;
     moments m = {{{0}}, {{0}}};
     int64_t x = 0;
@@ -164,9 +163,9 @@ static void convolve_row(const problem *p, int64_t row, int64_t block, double *s
     }
 }
 
-/* The weight by lanes of output channels, (blocks, k, k, words), from (out_channels, k, k, words). */
+/* The weight by lanes of output channels: (blocks, k, k, words) from (out_channels, k, k, words). */
 static void arrange_weight(const geometry *g, const uint32_t *weight, uvec *arranged) {
-    int64_t size = g->kernel_size * g->kernel_size * packed_words(g->channels);
+    int64_t size = g->kernel_size * g->kernel_size * words_of(g->channels);
     for (int64_t o = 0; o < g->out_channels; o++)
         for (int64_t i = 0; i < size; i++)
             arranged[o / LANES * size + i][o % LANES] = weight[o * size + i];
@@ -179,10 +178,10 @@ static int64_t find_kinds(const geometry *g, int64_t outputs, int64_t size, int6
     int64_t kinds = 0;
     for (int64_t i = 0; i < outputs; i++) {
         int64_t start = i * g->stride - g->padding, found = 0;
-        int64_t below = max64(0, -start), above = max64(0, start + g->kernel_size - size);
+        int64_t below = larger(0, -start), above = larger(0, start + g->kernel_size - size);
         for (; found < kinds; found++) {
             int64_t other = first_of[found] * g->stride - g->padding;
-            if (max64(0, -other) == below && max64(0, other + g->kernel_size - size) == above)
+            if (larger(0, -other) == below && larger(0, other + g->kernel_size - size) == above)
                 break;
         }
         if (found == kinds) first_of[kinds++] = i;
@@ -241,10 +240,11 @@ static void convolve(problem *p, int64_t threads) {
 EXPORT void tritonbnn_conv_packed(const uint32_t *signs, const uint32_t *weight, const float *alpha,
                                   void *result, int64_t type, double *sum, double *square,
                                   const geometry *g, int64_t threads) {
-    int64_t words = packed_words(g->channels), blocks = ceil_div(g->out_channels, LANES);
+    int64_t words = words_of(g->channels), blocks = ceil_div(g->out_channels, LANES);
     int64_t size = blocks * g->kernel_size * g->kernel_size * words;
     int64_t rows = g->out_height, columns = g->out_width, kinds = 2 * g->kernel_size + 1;
-    kinds = min64(kinds * kinds, max64(rows, 1) * max64(columns, 1)); /* at most so many of both */
+    /* of rows and columns together, at most */
+    kinds = smaller(kinds * kinds, larger(rows, 1) * larger(columns, 1));
     size_t bytes = (size + kinds * blocks) * sizeof(uvec) + 2 * (rows + columns) * sizeof(int64_t);
     uvec *arranged = tritonbnn_workspace(WORKSPACE_SHARED, bytes);
     memset(arranged, 0, size * sizeof(uvec));

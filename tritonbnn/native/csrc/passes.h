@@ -8,17 +8,10 @@ of threads. Sums are float32 over short stretches of pixels, which float64 joins
 #ifndef TRITONBNN_PASSES_H
 #define TRITONBNN_PASSES_H
 
-#include <stdint.h>
+#include "numbers.h"
 
 /* Python knows these numbers too. */
-typedef enum { FLOAT32, BFLOAT16, INT16, INT32 } Type;
 typedef enum { IDENTITY, REPEAT, POOL, NO_SHORTCUT } Shortcut;
-
-/* Numbers of one type in memory; data is NULL where there are none. */
-typedef struct {
-    void *data;
-    Type type;
-} Numbers;
 
 /* What all passes of a unit share. Vectors are float32, one value per channel of z. */
 typedef struct {

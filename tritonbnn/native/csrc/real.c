@@ -7,6 +7,7 @@
 
 #include "geometry.h"
 #include "table.h"
+#include "transpose.h"
 #include "workspace.h"
 
 #define TILE 4096 /* output pixels of a job: their sums should stay in the second cache */
@@ -21,7 +22,7 @@ typedef struct {
 
 /* The signs in words of 30: bit i of index[word][pixel] is that of channel 30 word + i. */
 static void make_index(const geometry *g, const uint32_t *signs, uint32_t *index, int threads) {
-    int64_t pixels = g->images * g->height * g->width, packed = packed_words(g->channels);
+    int64_t pixels = g->images * g->height * g->width, packed = words_of(g->channels);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t pixel = 0; pixel < pixels; pixel++)
         for (int64_t word = 0; word < table_words(g->channels); word++) {
@@ -35,25 +36,13 @@ static void make_index(const geometry *g, const uint32_t *signs, uint32_t *index
 /* The weight by lanes of output channels: 0 in lanes past the last. */
 static void arrange_block(const geometry *g, const float *weight, int64_t block, int64_t type,
                           vec *arranged) {
-    int64_t size = g->kernel_size * g->kernel_size * g->channels, quads = size / 4 * 4;
-    static const float zeros[4];
+    int64_t size = g->kernel_size * g->kernel_size * g->channels;
     const float *rows[LANES];
     for (int64_t lane = 0; lane < LANES; lane++) {
         int64_t o = block * LANES + lane;
         rows[lane] = o < g->out_channels ? weight + o * size : 0;
     }
-    for (int64_t i = 0; i < quads; i += 4)
-        for (int lane = 0; lane < LANES; lane += 4) {
-            const float *from[4];
-            float *to[4];
-            for (int j = 0; j < 4; j++) {
-                from[j] = rows[lane + j] ? rows[lane + j] + i : zeros;
-                to[j] = (float *)(arranged + i + j) + lane;
-            }
-            transpose_quads(from, to);
-        }
-    for (int64_t i = quads; i < size; i++)
-        for (int lane = 0; lane < LANES; lane++) arranged[i][lane] = rows[lane] ? rows[lane][i] : 0;
+    rows_to_lanes(rows, size, arranged);
     if (type != BFLOAT16) return;
     for (int64_t i = 0; i < size; i++) {
         bfloat16 halves[LANES];
@@ -68,8 +57,8 @@ static void add_tap(const problem *p, const tables *t, int64_t groups, int64_t t
     const geometry *g = p->g;
     int64_t ty = tap / g->kernel_size - g->padding, tx = tap % g->kernel_size - g->padding;
     const uint32_t *index = p->index + word * g->images * g->height * g->width;
-    int64_t first = max64(0, ceil_div(max64(0, -tx), g->stride));
-    int64_t last = min64(g->out_width, ceil_div(max64(0, g->width - tx), g->stride));
+    int64_t first = larger(0, ceil_div(larger(0, -tx), g->stride));
+    int64_t last = smaller(g->out_width, ceil_div(larger(0, g->width - tx), g->stride));
     for (int64_t row = first_row; row < first_row + rows; row++) {
         int64_t image = row / g->out_height, y = row % g->out_height * g->stride + ty;
         if (y < 0 || y >= g->height || first >= last) continue;
@@ -82,8 +71,8 @@ static void add_tap(const problem *p, const tables *t, int64_t groups, int64_t t
 static void convolve_tile(const problem *p, int64_t block, int64_t first_row) {
     const geometry *g = p->g;
     int64_t taps = g->kernel_size * g->kernel_size;
-    int64_t rows = min64(p->tile_rows, g->images * g->out_height - first_row);
-    int64_t pixels = rows * g->out_width, lanes = min64(LANES, g->out_channels - block * LANES);
+    int64_t rows = smaller(p->tile_rows, g->images * g->out_height - first_row);
+    int64_t pixels = rows * g->out_width, lanes = smaller(LANES, g->out_channels - block * LANES);
     vec *sums = tritonbnn_workspace(WORKSPACE_OWN, pixels * sizeof(vec)), numbers[WORD];
     tables t;
     memset(sums, 0, pixels * sizeof(vec));
@@ -115,7 +104,7 @@ EXPORT void tritonbnn_conv_real(const uint32_t *signs, const float *weight, void
     for (int64_t block = 0; block < blocks; block++)
         arrange_block(g, weight, block, type, arranged + block * size);
     make_index(g, signs, index, threads);
-    problem p = {g, index, arranged, result, type, max64(1, TILE / max64(1, g->out_width))};
+    problem p = {g, index, arranged, result, type, larger(1, TILE / larger(1, g->out_width))};
     int64_t tiles = ceil_div(g->images * g->out_height, p.tile_rows);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t job = 0; job < blocks * tiles; job++)

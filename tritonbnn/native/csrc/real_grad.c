@@ -4,8 +4,6 @@
    number of threads, and every sign behind it may then too. Lanes are 16 output channels. */
 #include "vector.h"
 
-#include <stdlib.h>
-
 #include "geometry.h"
 #include "workspace.h"
 
@@ -36,20 +34,21 @@ EXPORT void tritonbnn_real_weight_grad(const float *x, const float *grad, float 
                                        const geometry *g, int64_t threads) {
     int64_t rows = g->images * g->out_height, blocks = ceil_div(g->out_channels, LANES);
     int64_t inputs = g->kernel_size * g->kernel_size * g->channels, count = inputs * blocks;
-    int64_t part_rows = max64(1, ceil_div(rows, PARTS)), parts = ceil_div(rows, part_rows);
+    int64_t part_rows = larger(1, ceil_div(rows, PARTS)), parts = ceil_div(rows, part_rows);
     vec *sums = tritonbnn_workspace(WORKSPACE_SHARED, parts * count * sizeof(vec));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < parts; part++) {
         memset(sums + part * count, 0, count * sizeof(vec));
-        for (int64_t row = part * part_rows; row < min64(rows, (part + 1) * part_rows); row++)
+        for (int64_t row = part * part_rows; row < smaller(rows, (part + 1) * part_rows); row++)
             add_row(g, x, grad, row, sums + part * count);
     }
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < count; i++)
-        for (int64_t lane = 0; lane < min64(LANES, g->out_channels - i % blocks * LANES); lane++) {
+    for (int64_t i = 0; i < count; i++) {
+        int64_t lanes = smaller(LANES, g->out_channels - i % blocks * LANES);
+        for (int64_t lane = 0; lane < lanes; lane++) {
             double total = 0; /* of all parts, in their order */
-            for (int64_t part = 0; part < parts; part++)
-                total += sums[part * count + i][lane];
+            for (int64_t part = 0; part < parts; part++) total += sums[part * count + i][lane];
             result[(i % blocks * LANES + lane) * inputs + i / blocks] = (float)total;
         }
+    }
 }

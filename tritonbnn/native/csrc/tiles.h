@@ -63,44 +63,4 @@ void pack_tile(Numbers x, const float *shift, uint32_t *signs, const Tile *tile,
 /* The same for one pixel, whose LANES next floats are readable, as are those of shift. */
 void pack_pixel(const float *x, const float *shift, int64_t channels, uint32_t *words);
 
-INLINE int64_t words_of(int64_t channels) { return (channels + 31) / 32; }
-
-INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-
-INLINE float from_bfloat16(bfloat16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float result;
-    memcpy(&result, &bits, sizeof result);
-    return result;
-}
-
-/* Rounded to nearest, ties to even; a NaN stays one. */
-INLINE bfloat16 to_bfloat16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
-    return (bfloat16)(x != x ? bits >> 16 | 0x40 : rounded);
-}
-
-/* One of some numbers. With a constant type no switch is left. */
-INLINE float number(const void *data, Type type, int64_t i) {
-    switch (type) {
-    case BFLOAT16:
-        return from_bfloat16(((const bfloat16 *)data)[i]);
-    case INT16:
-        return ((const int16_t *)data)[i];
-    case INT32:
-        return (float)((const int32_t *)data)[i];
-    default:
-        return ((const float *)data)[i];
-    }
-}
-
-/* The same in float64, which holds every int32. */
-INLINE double wide_number(const void *data, Type type, int64_t i) {
-    return type == INT32 ? (double)((const int32_t *)data)[i] : number(data, type, i);
-}
-
 #endif

@@ -62,12 +62,12 @@ static int64_t bytes_moved(const unit *u, Clocked pass) {
     const geometry *g = &u->g;
     int64_t pixels = g->images * g->height * g->width, taps = g->kernel_size * g->kernel_size;
     int64_t x = pixels * g->channels * bytes_of(u->type), dsigns = pixels * g->channels * 4;
-    int64_t signs = pixels * packed_words(g->channels) * 4;
+    int64_t signs = pixels * words_of(g->channels) * 4;
     int64_t weight = g->out_channels * taps * g->channels * 4;
-    int64_t packed = g->out_channels * taps * packed_words(g->channels) * 4;
+    int64_t packed = g->out_channels * taps * words_of(g->channels) * 4;
     int64_t z = outputs(u) * g->out_channels * bytes_of(u->type);
     int64_t a = outputs(u) * g->out_channels * bytes_of(u->a_type);
-    int64_t next_signs = u->next_signs ? outputs(u) * packed_words(g->out_channels) * 4 : 0;
+    int64_t next_signs = u->next_signs ? outputs(u) * words_of(g->out_channels) * 4 : 0;
     int64_t dy = outputs(u) * g->out_channels * 4, du = u->dresidual ? z : dy;
     int64_t stream = u->residual ? z : x;
     int64_t activation = a + z + (u->slope ? stream : 0); /* all that backward reads of it */
@@ -112,7 +112,7 @@ static void *convolved(const unit *u, double *sum, double *square, int64_t threa
 }
 
 static void normalise_by_batch(const unit *u, int64_t c, double mean, double spread) {
-    double alpha = u->alpha ? u->alpha[c] : 1, count = (double)max64(outputs(u), 1);
+    double alpha = u->alpha ? u->alpha[c] : 1, count = (double)larger(outputs(u), 1);
     double variance = alpha * alpha * spread, invstd = 1 / sqrt(variance + u->eps);
     vector_of(u, CENTRE)[c] = (float)mean;
     vector_of(u, SCALE)[c] = (float)(u->gamma[c] * invstd * alpha);
@@ -150,7 +150,7 @@ static void *normalised(const unit *u, int64_t threads) {
         pass_moments((Numbers){a, u->a_type}, outputs(u), channels, first, second, threads);
         clock_stop(u, CLOCK_MOMENTS, since);
     }
-    double count = (double)max64(outputs(u), 1);
+    double count = (double)larger(outputs(u), 1);
     for (int64_t c = 0; c < channels; c++) {
         if (!by_batch) {
             normalise_by_given(u, c);

@@ -1,4 +1,4 @@
-/* Vectors of 16 floats, in GNU C: a compiler splits them where the machine's registers are narrower. */
+/* Vectors of 16 floats, in GNU C: a compiler splits them where registers are narrower. */
 #ifndef TRITONBNN_VECTOR_H
 #define TRITONBNN_VECTOR_H
 
@@ -31,7 +31,9 @@ INLINE vec load(const float *p) {
 INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
 /* yes where mask is all ones, no where it is 0: a comparison of two vecs gives such a mask. */
-INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)((mask & (ivec)yes) | (~mask & (ivec)no)); }
+INLINE vec choose(ivec mask, vec yes, vec no) {
+    return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
+}
 
 /* Bit i is 1 iff lane i is >= 0; it is 0 for a NaN. */
 INLINE uint32_t not_negative(vec v) {
@@ -84,32 +86,6 @@ INLINE vec load_int32(const int32_t *p) {
     ivec v;
     memcpy(&v, p, sizeof v);
     return __builtin_convertvector(v, vec);
-}
-
-/* Four floats, for transposing: every machine has shuffles of four. */
-typedef float quad __attribute__((vector_size(16)));
-typedef int32_t quad_lanes __attribute__((vector_size(16)));
-
-INLINE quad load_quad(const float *p) {
-    quad q;
-    memcpy(&q, p, sizeof q);
-    return q;
-}
-
-INLINE void store_quad(float *p, quad q) { memcpy(p, &q, sizeof q); }
-
-/* Transpose 4 x 4 floats: to[j][i] = from[i][j]. */
-INLINE void transpose_quads(const float *const from[4], float *const to[4]) {
-    quad a = load_quad(from[0]), b = load_quad(from[1]);
-    quad c = load_quad(from[2]), d = load_quad(from[3]);
-    const quad_lanes low = {0, 4, 1, 5}, high = {2, 6, 3, 7}, first = {0, 1, 4, 5},
-                     second = {2, 3, 6, 7};
-    quad ab_low = __builtin_shuffle(a, b, low), ab_high = __builtin_shuffle(a, b, high);
-    quad cd_low = __builtin_shuffle(c, d, low), cd_high = __builtin_shuffle(c, d, high);
-    store_quad(to[0], __builtin_shuffle(ab_low, cd_low, first));
-    store_quad(to[1], __builtin_shuffle(ab_low, cd_low, second));
-    store_quad(to[2], __builtin_shuffle(ab_high, cd_high, first));
-    store_quad(to[3], __builtin_shuffle(ab_high, cd_high, second));
 }
 
 #endif

@@ -13,6 +13,7 @@
 #include "bits.h"
 #include "geometry.h"
 #include "table.h"
+#include "transpose.h"
 #include "workspace.h"
 
 #define BLOCK 64 /* channels that are transposed at a time, so that they stay in the first cache */
@@ -64,7 +65,7 @@ static void find_pixels(const problem *p, sign_map map, int64_t word, int64_t at
 static void index_jobs(const problem *p, sign_map map, uint32_t *index, int64_t first,
                        int64_t count) {
     const geometry *g = p->g;
-    int64_t words = packed_words(g->channels), of_word = p->taps * words, found = -1, at[WORD];
+    int64_t words = words_of(g->channels), of_word = p->taps * words, found = -1, at[WORD];
     uvec rows[32] = {{0}};
     for (int64_t lane = 0; lane < count; lane++) {
         int64_t job = first + lane, word = job / of_word, tap = job % of_word / words;
@@ -78,7 +79,7 @@ static void index_jobs(const problem *p, sign_map map, uint32_t *index, int64_t 
     for (int64_t lane = 0; lane < count; lane++) {
         int64_t job = first + lane, channel = job % words * SIGNS_OF_WORD;
         uint32_t *to = index + job / words * g->channels + channel;
-        int64_t size = min64(SIGNS_OF_WORD, g->channels - channel);
+        int64_t size = smaller(SIGNS_OF_WORD, g->channels - channel);
         for (int64_t c = 0; c < size; c++) to[c] = rows[c][lane];
     }
 }
@@ -86,13 +87,13 @@ static void index_jobs(const problem *p, sign_map map, uint32_t *index, int64_t 
 /* The signs by pixels: bit i of index[word][tap][channel] is that of pixel 30 word + i. */
 static uint32_t *make_index(const problem *p, const uint32_t *signs, int threads) {
     int64_t words = table_words(p->pixels), channels = p->g->channels;
-    int64_t jobs = words * p->taps * packed_words(channels);
+    int64_t jobs = words * p->taps * words_of(channels);
     uint32_t *index =
         tritonbnn_workspace(WORKSPACE_SHARED, words * p->taps * channels * sizeof *index);
     sign_map map = tritonbnn_padded_signs(signs, p->g, threads);
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t first = 0; first < jobs; first += LANES)
-        index_jobs(p, map, index, first, min64(LANES, jobs - first));
+        index_jobs(p, map, index, first, smaller(LANES, jobs - first));
     return index;
 }
 
@@ -100,7 +101,7 @@ static uint32_t *make_index(const problem *p, const uint32_t *signs, int threads
 static void load_pixels(const problem *p, int64_t word, int64_t out, int64_t only_tap,
                         vec numbers[WORD]) {
     const geometry *g = p->g;
-    int64_t size = word_size(p->pixels, word), lanes = min64(LANES, g->out_channels - out);
+    int64_t size = word_size(p->pixels, word), lanes = smaller(LANES, g->out_channels - out);
     int64_t from = word * WORD * g->out_channels + out;
     for (int64_t i = 0; i < size; i++, from += g->out_channels)
         numbers[i] = load_some(p->grad, p->grad_type, from, lanes);
@@ -124,7 +125,7 @@ static vec sum_taps(const problem *p, int64_t out, int64_t first_tap, int64_t la
     for (int64_t start = 0; start < words; start += SPAN) {
         vec *into = words > SPAN ? span_sums : sums;
         if (into == span_sums) memset(span_sums, 0, count * sizeof(vec));
-        for (int64_t word = start; word < min64(start + SPAN, words); word++) {
+        for (int64_t word = start; word < smaller(start + SPAN, words); word++) {
             int64_t size = word_size(p->pixels, word);
             load_pixels(p, word, out, mask ? first_tap : -1, numbers);
             for (int64_t i = 0; i < size; i++) absolute_sum += absolute(numbers[i]);
@@ -142,7 +143,7 @@ static vec sum_taps(const problem *p, int64_t out, int64_t first_tap, int64_t la
 static vec padded_sum(const problem *p, int64_t out, int64_t tap, vec *size) {
     const geometry *g = p->g;
     int64_t ty = tap / g->kernel_size, tx = tap % g->kernel_size;
-    int64_t lanes = min64(LANES, g->out_channels - out), per_image = g->out_height * g->out_width;
+    int64_t lanes = smaller(LANES, g->out_channels - out), per_image = g->out_height * g->out_width;
     vec total = splat(0);
     *size = splat(0);
     for (int64_t y = 0; y < g->out_height; y++) {
@@ -174,7 +175,7 @@ INLINE int can_cancel(vec padded, vec padded_size, vec size) {
 
 typedef struct {
     float *values;
-    const float *clip_by; /* the weight: its gradient is 0 where the weight is beyond +-1; or NULL */
+    const float *clip_by; /* the weight, beyond +-1 of which its gradient is 0; or NULL */
     weight_strides strides;
 } destination;
 
@@ -207,7 +208,7 @@ static void write_tap(const geometry *g, const destination *d, int64_t at, int64
             write_quads(d, at + lane * s.out_channel + c, sums + c, lane);
     for (int64_t first = quads; first < g->channels; first += BLOCK)
         for (int64_t lane = 0; lane < lanes; lane++)
-            for (int64_t c = first; c < min64(first + BLOCK, g->channels); c++) {
+            for (int64_t c = first; c < smaller(first + BLOCK, g->channels); c++) {
                 int64_t i = at + lane * s.out_channel + c * s.channel;
                 d->values[i] = clipped(d, i, sums[c][lane]);
             }
@@ -234,7 +235,7 @@ static void block_grad(const problem *p, const destination *d, int64_t out, int6
         }
         int64_t at = out * d->strides.out_channel + tap / k * d->strides.row +
                      tap % k * d->strides.column;
-        write_tap(p->g, d, at, min64(LANES, p->g->out_channels - out), of_tap);
+        write_tap(p->g, d, at, smaller(LANES, p->g->out_channels - out), of_tap);
     }
 }
 
@@ -250,7 +251,7 @@ EXPORT void tritonbnn_weight_grad(const void *grad, int64_t grad_type, const uin
     int64_t blocks = ceil_div(g->out_channels, LANES);
     /* Taps are parted only where there are few blocks for the threads: each part makes its own
        tables. No sum is parted, so its bits are the same. */
-    int64_t parts = min64(p.taps, ceil_div(threads, max64(blocks, 1)));
+    int64_t parts = smaller(p.taps, ceil_div(threads, larger(blocks, 1)));
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t job = 0; job < blocks * parts; job++) {
         int64_t part = job % parts;

@@ -1,4 +1,4 @@
-/* Memory that a thread keeps between calls: new pages cost more than the work that is done in them. */
+/* Memory that a thread keeps between calls: new pages cost more than the work done in them. */
 #ifndef TRITONBNN_WORKSPACE_H
 #define TRITONBNN_WORKSPACE_H
 
