@@ -62,10 +62,8 @@ INLINE double wide_number(const void *data, Type type, int64_t i) {
 
 /* At most 16 numbers of an array as a vector; lanes past the count are 0. */
 INLINE vec load_some(const void *numbers, int64_t type, int64_t index, int64_t count) {
-    if (count >= LANES) {
-        if (type == FLOAT32) return load((const float *)numbers + index);
-        return load_bfloat16((const bfloat16 *)numbers + index);
-    }
+    if (type == FLOAT32) return load_floats((const float *)numbers + index, count);
+    if (count >= LANES) return load_bfloat16((const bfloat16 *)numbers + index);
     vec v = splat(0);
     for (int64_t lane = 0; lane < count; lane++) v[lane] = number(numbers, type, index + lane);
     return v;
@@ -73,10 +71,7 @@ INLINE vec load_some(const void *numbers, int64_t type, int64_t index, int64_t c
 
 INLINE void store_some(void *numbers, int64_t type, int64_t index, vec v, int64_t count) {
     if (type == FLOAT32) {
-        if (count >= LANES)
-            store((float *)numbers + index, v);
-        else
-            memcpy((float *)numbers + index, &v, count * sizeof(float));
+        store_floats((float *)numbers + index, v, count);
         return;
     }
     bfloat16 rounded[LANES];

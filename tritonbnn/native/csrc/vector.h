@@ -30,6 +30,51 @@ INLINE vec load(const float *p) {
 
 INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+/* All bits of a lane below the count, for half of the lanes. */
+INLINE __m256i half_mask(int64_t count) {
+    static const int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1};
+    int64_t start = 8 - (count < 0 ? 0 : count > 8 ? 8 : count);
+    return _mm256_loadu_si256((const __m256i *)(ones + start));
+}
+#endif
+
+/* At most 16 floats. Lanes past the count are 0, and no memory past it is read. */
+INLINE vec load_floats(const float *p, int64_t count) {
+    if (count >= LANES) return load(p);
+#if defined(__AVX512F__)
+    return (vec)_mm512_maskz_loadu_ps((__mmask16)((1u << count) - 1), p);
+#elif defined(__AVX2__)
+    __m256 halves[2] = {_mm256_maskload_ps(p, half_mask(count)),
+                        _mm256_maskload_ps(p + 8, half_mask(count - 8))};
+    vec v;
+    memcpy(&v, halves, sizeof v);
+    return v;
+#else
+    float floats[LANES] = {0};
+    for (int64_t i = 0; i < count; i++) floats[i] = p[i];
+    return load(floats);
+#endif
+}
+
+/* Write the lanes below the count. */
+INLINE void store_floats(float *p, vec v, int64_t count) {
+    if (count >= LANES) {
+        store(p, v);
+        return;
+    }
+#if defined(__AVX512F__)
+    _mm512_mask_storeu_ps(p, (__mmask16)((1u << count) - 1), (__m512)v);
+#elif defined(__AVX2__)
+    __m256 halves[2];
+    memcpy(halves, &v, sizeof v);
+    _mm256_maskstore_ps(p, half_mask(count), halves[0]);
+    _mm256_maskstore_ps(p + 8, half_mask(count - 8), halves[1]);
+#else
+    memcpy(p, &v, count * sizeof(float));
+#endif
+}
+
 /* yes where mask is all ones, no where it is 0: a comparison of two vecs gives such a mask. */
 INLINE vec choose(ivec mask, vec yes, vec no) {
     return (vec)((mask & (ivec)yes) | (~mask & (ivec)no));
@@ -57,6 +102,18 @@ INLINE uint32_t not_negative(vec v) {
     for (int i = 0; i < LANES; i++)
         bits |= (uint32_t)(v[i] >= 0) << i;
     return bits;
+#endif
+}
+
+INLINE void store_shorts(int16_t *p, short_vec v, int64_t count) {
+    if (count >= LANES) {
+        memcpy(p, &v, sizeof v);
+        return;
+    }
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    _mm256_mask_storeu_epi16(p, (__mmask16)((1u << count) - 1), (__m256i)v);
+#else
+    memcpy(p, &v, count * sizeof *p);
 #endif
 }
 
