@@ -2,6 +2,8 @@
 #include <stdlib.h>
 
 #include "tiles.h"
+#include "transpose.h"
+#include "workspace.h"
 
 typedef struct {
     Numbers x; /* signs as floats */
@@ -109,29 +111,42 @@ INLINE void read_tap(const Weight *w, Type type, int64_t first, float *tap) {
             tap[c] = number(w->weight.data, type, first + c * w->channel_stride);
 }
 
+/* All taps of a filter whose channels are whole kernels of floats, as torch lays them out by itself:
+   sixteen channels at a time. taps: [tap][length]; lanes: memory for a vector each. */
+static void read_kernels(const Weight *w, const float *filter, int64_t length, float *taps,
+                         vec *lanes) {
+    int64_t size = w->height * w->width;
+    for (int64_t c = 0; c < w->channels; c += LANES) {
+        const float *rows[LANES];
+        for (int64_t lane = 0; lane < LANES; lane++)
+            rows[lane] = c + lane < w->channels ? filter + (c + lane) * w->channel_stride : 0;
+        rows_to_lanes(rows, size, lanes);
+        for (int64_t t = 0; t < size; t++) memcpy(taps + t * length + c, lanes + t, sizeof(vec));
+    }
+}
+
+static void read_filter(const Weight *w, int64_t first, int64_t length, float *taps, vec *lanes) {
+    int kernels = w->column_stride == 1 && w->row_stride == w->width && w->channel_stride != 1;
+    if (kernels && w->weight.type == FLOAT32) {
+        read_kernels(w, (const float *)w->weight.data + first, length, taps, lanes);
+        return;
+    }
+    for (int64_t y = 0; y < w->height; y++)
+        for (int64_t x = 0; x < w->width; x++, taps += length) {
+            int64_t at = first + y * w->row_stride + x * w->column_stride;
+            if (w->weight.type == BFLOAT16)
+                read_tap(w, BFLOAT16, at, taps);
+            else
+                read_tap(w, FLOAT32, at, taps);
+        }
+}
+
 static double sum_of_magnitudes(const float *tap, int64_t channels) {
     double sum = 0;
     #pragma omp simd reduction(+ : sum)
     for (int64_t c = 0; c < channels; c++)
         sum += __builtin_fabsf(tap[c]);
     return sum;
-}
-
-/* Pack one filter, tap by tap; the mean of its magnitudes. tap and zeros: channels + LANES. */
-static float pack_filter(const Weight *w, int64_t filter, float *tap, const float *zeros,
-                         uint32_t *packed) {
-    double sum = 0;
-    for (int64_t y = 0; y < w->height; y++)
-        for (int64_t x = 0; x < w->width; x++, packed += words_of(w->channels)) {
-            int64_t first = filter * w->filter_stride + y * w->row_stride + x * w->column_stride;
-            if (w->weight.type == BFLOAT16)
-                read_tap(w, BFLOAT16, first, tap);
-            else
-                read_tap(w, FLOAT32, first, tap);
-            sum += sum_of_magnitudes(tap, w->channels);
-            pack_pixel(tap, zeros, w->channels, packed);
-        }
-    return (float)(sum / (double)(w->channels * w->height * w->width));
 }
 
 /* packed: (filters, height, width, words). alpha: (filters,), the means of the magnitudes. */
@@ -142,19 +157,26 @@ EXPORT void tritonbnn_pack_weight(void *weight, int64_t type, int64_t filters, i
                                   int64_t threads) {
     Weight w = {{weight, (Type)type}, channels,   height,       width, filter_stride,
                 channel_stride,       row_stride, column_stride};
-    int64_t length = channels + LANES, words = height * width * words_of(channels);
-    float *zeros = allocate(length * (int64_t)sizeof(float));
-    memset(zeros, 0, length * sizeof(float));
+    int64_t size = height * width, words = words_of(channels);
+    int64_t length = ceil_div(channels, LANES) * LANES + LANES; /* readable beyond the channels */
+    int64_t bytes = ((size + 1) * length + size * LANES) * (int64_t)sizeof(float);
     #pragma omp parallel num_threads(threads)
     {
-        float *tap = allocate(length * (int64_t)sizeof(float));
-        memset(tap, 0, length * sizeof(float));
+        vec *lanes = tritonbnn_workspace(WORKSPACE_OWN, bytes);
+        float *zeros = (float *)(lanes + size), *taps = zeros + length;
+        memset(lanes, 0, bytes);
         #pragma omp for schedule(static)
-        for (int64_t filter = 0; filter < filters; filter++)
-            alpha[filter] = pack_filter(&w, filter, tap, zeros, packed + filter * words);
-        free(tap);
+        for (int64_t filter = 0; filter < filters; filter++) {
+            double sum = 0;
+            read_filter(&w, filter * filter_stride, length, taps, lanes);
+            for (int64_t t = 0; t < size; t++) {
+                sum += sum_of_magnitudes(taps + t * length, channels);
+                pack_pixel(taps + t * length, zeros, channels,
+                           packed + (filter * size + t) * words);
+            }
+            alpha[filter] = (float)(sum / (double)(channels * size));
+        }
     }
-    free(zeros);
 }
 
 /* counts: (rows,), how many bits of a's and b's rows, (rows, words), differ. */

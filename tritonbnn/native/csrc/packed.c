@@ -11,23 +11,28 @@
 
 #include "bits.h"
 #include "geometry.h"
+#include "transpose.h"
 #include "workspace.h"
-
-#define PIXELS 4 /* outputs side by side whose counts stay in registers */
 
 /* The 16 lanes as one register or as several, whatever the machine has. Bits are counted in parts
    that are cheap to add, and a lane's parts are joined at the end: one part a lane where an
    instruction counts bits, else one a byte, which holds the counts of 31 words. */
 #if defined(__AVX512VPOPCNTDQ__)
 enum { REGISTERS = 1 };
+#define PIXELS 8 /* outputs side by side whose counts stay in registers */
 #define PARTS_HOLD INT64_MAX
 #elif defined(__AVX2__)
 enum { REGISTERS = 2 };
+#define PIXELS 4
 #define PARTS_HOLD 31
 #else
 enum { REGISTERS = 4 };
+#define PIXELS 4
 #define PARTS_HOLD 31
 #endif
+
+/* A loop over what should be in registers. */
+#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
 
 typedef uint32_t lanes __attribute__((vector_size(sizeof(uvec) / REGISTERS)));
 
@@ -85,35 +90,42 @@ INLINE void differences(const problem *p, const uint32_t *input, int64_t block, 
     const geometry *g = p->g;
     int64_t words = p->map.pixel, step = g->stride * words, row = g->kernel_size * words;
     const lanes *weight = (const lanes *)(p->weight + block * g->kernel_size * row);
-    lanes totals[PIXELS][REGISTERS] = {{{0}}};
+    lanes totals[PIXELS][REGISTERS];
+    EACH(i, pixels) EACH(r, REGISTERS) totals[i][r] = (lanes){0};
     for (int64_t ty = 0; ty < g->kernel_size; ty++, input += p->map.row)
         for (int64_t at = 0; at < row;) {
             int64_t last = row - at < PARTS_HOLD ? row : at + PARTS_HOLD;
-            lanes parts[PIXELS][REGISTERS] = {{{0}}};
+            lanes parts[PIXELS][REGISTERS];
+            EACH(i, pixels) EACH(r, REGISTERS) parts[i][r] = (lanes){0};
             for (; at < last; at++, weight += REGISTERS)
-                for (int i = 0; i < pixels; i++)
-                    for (int r = 0; r < REGISTERS; r++)
+                EACH(i, pixels)
+                    EACH(r, REGISTERS)
                         parts[i][r] += count_parts(weight[r] ^ input[at + i * step]);
-            for (int i = 0; i < pixels; i++)
-                for (int r = 0; r < REGISTERS; r++) totals[i][r] += join_parts(parts[i][r]);
+            EACH(i, pixels) EACH(r, REGISTERS) totals[i][r] += join_parts(parts[i][r]);
         }
-    memcpy(counts, totals, pixels * sizeof *counts);
+    EACH(i, pixels) memcpy(counts + i, totals[i], sizeof *counts);
 }
 
-/* Store the sums of 16 output channels at a pixel, in the result's type, scaled if need be. */
-INLINE void store_sums(const problem *p, int64_t pixel, int64_t block, ivec sums) {
-    int64_t first = block * LANES, count = smaller(LANES, p->g->out_channels - first);
-    int64_t at = pixel * p->g->out_channels + first;
+/* Store the sums of 16 output channels at some pixels, in the result's type, scaled if need be. */
+INLINE void store_sums(const problem *p, int64_t pixel, int64_t block, int pixels,
+                       const ivec *sums) {
+    int64_t channels = p->g->out_channels, first = block * LANES;
+    int64_t count = smaller(LANES, channels - first), at = pixel * channels + first;
     if (p->type == INT16) {
-        short_vec narrow = __builtin_convertvector(sums, short_vec);
-        memcpy((int16_t *)p->result + at, &narrow, count * sizeof(int16_t));
-    } else if (p->type == INT32) {
-        memcpy((int32_t *)p->result + at, &sums, count * sizeof(int32_t));
-    } else {
-        vec real = __builtin_convertvector(sums, vec);
-        if (p->alpha) real *= load_some(p->alpha, FLOAT32, first, count);
-        store_some(p->result, p->type, at, real, count);
+        EACH(i, pixels)
+            store_shorts((int16_t *)p->result + at + i * channels,
+                         __builtin_convertvector(sums[i], short_vec), count);
+        return;
     }
+    if (p->type == INT32) {
+        EACH(i, pixels) /* copied as floats are: nothing computes with them */
+            store_floats((float *)p->result + at + i * channels, (vec)sums[i], count);
+        return;
+    }
+    vec alpha = p->alpha ? load_floats(p->alpha + first, count) : splat(1);
+    EACH(i, pixels)
+        store_some(p->result, p->type, at + i * channels,
+                   __builtin_convertvector(sums[i], vec) * alpha, count);
 }
 
 typedef double half_vec __attribute__((vector_size(64)));
@@ -134,29 +146,38 @@ INLINE void add_moments(moments *m, ivec sums) {
     }
 }
 
-INLINE void row_piece(const problem *p, int64_t row, int64_t block, int64_t x, int pixels,
+/* Where a row of outputs has its input and its sums. */
+typedef struct {
+    const uint32_t *input;
+    const ivec *whole;
+    int64_t first_pixel;
+} place;
+
+INLINE void row_piece(const problem *p, const place *at, int64_t block, int64_t x, int pixels,
                       moments *m) {
-    const geometry *g = p->g;
-    int64_t image = row / g->out_height, y = row % g->out_height;
-    const uint32_t *input = p->map.words + image * p->map.image +
-                            y * g->stride * p->map.row + x * g->stride * p->map.pixel;
-    ivec counts[PIXELS];
-    differences(p, input, block, pixels, counts);
-    const ivec *whole = p->whole + p->row_kind[y] * p->column_kinds * p->blocks;
-    for (int i = 0; i < pixels; i++) {
-        ivec sums = whole[p->column_kind[x + i] * p->blocks + block] - 2 * counts[i];
-        if (p->result) store_sums(p, row * g->out_width + x + i, block, sums);
-        if (p->sum) add_moments(m, sums);
-    }
+    ivec sums[PIXELS];
+    differences(p, at->input + x * p->g->stride * p->map.pixel, block, pixels, sums);
+    EACH(i, pixels)
+        sums[i] = at->whole[p->column_kind[x + i] * p->blocks + block] - 2 * sums[i];
+    if (p->result) store_sums(p, at->first_pixel + x, block, pixels, sums);
+    if (p->sum) EACH(i, pixels) add_moments(m, sums[i]);
 }
 
 static void convolve_row(const problem *p, int64_t row, int64_t block, double *sum,
                          double *square) {
     const geometry *g = p->g;
+    int64_t image = row / g->out_height, y = row % g->out_height, x = 0, width = g->out_width;
+    place at = {p->map.words + image * p->map.image + y * g->stride * p->map.row,
+                p->whole + p->row_kind[y] * p->column_kinds * p->blocks, row * width};
     moments m = {{{0}}, {{0}}};
-    int64_t x = 0;
-    for (; x + PIXELS <= g->out_width; x += PIXELS) row_piece(p, row, block, x, PIXELS, &m);
-    for (; x < g->out_width; x++) row_piece(p, row, block, x, 1, &m);
+#if PIXELS == 8
+    if (width % 8 && width % 7 == 0) /* as maps of an image of 224 pixels have: nothing is left */
+        for (; x < width; x += 7) row_piece(p, &at, block, x, 7, &m);
+    for (; x + 8 <= width; x += 8) row_piece(p, &at, block, x, 8, &m);
+#endif
+    for (; x + 4 <= width; x += 4) row_piece(p, &at, block, x, 4, &m);
+    for (; x + 2 <= width; x += 2) row_piece(p, &at, block, x, 2, &m);
+    for (; x < width; x++) row_piece(p, &at, block, x, 1, &m);
     for (int64_t lane = 0; p->sum && lane < LANES; lane++) {
         sum[block * LANES + lane] += m.sum[lane / 8][lane % 8];
         square[block * LANES + lane] += m.square[lane / 8][lane % 8];
@@ -164,11 +185,18 @@ static void convolve_row(const problem *p, int64_t row, int64_t block, double *s
 }
 
 /* The weight by lanes of output channels: (blocks, k, k, words) from (out_channels, k, k, words). */
-static void arrange_weight(const geometry *g, const uint32_t *weight, uvec *arranged) {
+static void arrange_weight(const geometry *g, const uint32_t *weight, int64_t blocks,
+                           uvec *arranged, int64_t threads) {
     int64_t size = g->kernel_size * g->kernel_size * words_of(g->channels);
-    for (int64_t o = 0; o < g->out_channels; o++)
-        for (int64_t i = 0; i < size; i++)
-            arranged[o / LANES * size + i][o % LANES] = weight[o * size + i];
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t block = 0; block < blocks; block++) {
+        const float *rows[LANES]; /* of any bits: nothing computes with them */
+        for (int64_t lane = 0; lane < LANES; lane++) {
+            int64_t o = block * LANES + lane;
+            rows[lane] = o < g->out_channels ? (const float *)(weight + o * size) : 0;
+        }
+        rows_to_lanes(rows, size, (vec *)(arranged + block * size));
+    }
 }
 
 /* Which taps of a kernel's side are inside the image, as a kind: rows or columns alike. Kinds are
@@ -247,8 +275,7 @@ EXPORT void tritonbnn_conv_packed(const uint32_t *signs, const uint32_t *weight,
     kinds = smaller(kinds * kinds, larger(rows, 1) * larger(columns, 1));
     size_t bytes = (size + kinds * blocks) * sizeof(uvec) + 2 * (rows + columns) * sizeof(int64_t);
     uvec *arranged = tritonbnn_workspace(WORKSPACE_SHARED, bytes);
-    memset(arranged, 0, size * sizeof(uvec));
-    arrange_weight(g, weight, arranged);
+    arrange_weight(g, weight, blocks, arranged, threads);
     ivec *whole = (ivec *)(arranged + size);
     int64_t *row_kind = (int64_t *)(whole + kinds * blocks), *column_kind = row_kind + rows;
     int64_t *first_row = column_kind + columns, *first_column = first_row + rows;
