@@ -119,10 +119,6 @@ class Unit:
         )
         results = {"z": z, "signs": signs, "mean": mean, "variance": variance}
         named = gradients._asdict()
-        named |= dict(zip(("beta", "gamma", "slope", "shift_out"), named.pop("sums"), strict=True))
-        named["shift_mid"] = named["beta"]
-        if t["slope"] is None:
-            named |= dict.fromkeys(ACTIVATION)
         return results | {f"d{name}": named[name] for name in GRADIENTS}
 
     def truth(self):

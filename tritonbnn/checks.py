@@ -56,16 +56,17 @@ def check_weight_dtype(x: Tensor, weight: Tensor) -> None:
 
 def check_same_device(**tensors: Tensor | None) -> None:
     """Raise ValueError unless all the given tensors are on one device."""
-    devices = {name: x.device for name, x in tensors.items() if x is not None}
-    if len(set(devices.values())) > 1:
-        given = ", ".join(f"{name} on {device}" for name, device in devices.items())
-        raise ValueError(f"all tensors must be on one device, not {given}")
+    devices = [x.device for x in tensors.values() if x is not None]
+    if any(device != devices[0] for device in devices):  # a set would hash each in every call
+        given = (f"{name} on {x.device}" for name, x in tensors.items() if x is not None)
+        raise ValueError(f"all tensors must be on one device, not {', '.join(given)}")
 
 
 def check_per_channel(channels: int, **vectors: Tensor | None) -> None:
     """Raise ValueError unless each vector given has shape ``(channels,)``."""
+    expected = (channels,)
     for name, vector in vectors.items():
-        if vector is not None and vector.shape != (channels,):
+        if vector is not None and vector.shape != expected:
             raise ValueError(
                 f"{name} must have shape ({channels},), one value per channel, "
                 f"not {tuple(vector.shape)}"

@@ -13,7 +13,10 @@ BOP_EPSILON = 1e-10
 
 
 class Options(NamedTuple):
-    """What a unit computes apart from its tensors; see :func:`tritonbnn.ops.binary_unit`."""
+    """What a unit computes apart from its tensors; see :func:`tritonbnn.ops.binary_unit`.
+
+    ``at_once`` is whether C computes it in one call a direction.
+    """
 
     stride: int
     shortcut: str
@@ -22,6 +25,7 @@ class Options(NamedTuple):
     plan: str
     group: distributed.ProcessGroup | None
     pack: bool
+    at_once: bool = False
 
 
 class Statistics(NamedTuple):
@@ -55,13 +59,23 @@ class Gradients(NamedTuple):
     Attributes:
         x: None if it was not wanted.
         weight: None if it was not wanted.
-        sums: (4, O), to beta and shift_mid, to gamma, to slope, to shift_out.
+        gamma: (O,).
+        beta: (O,).
         shift_in: None if neither it nor x was wanted.
+        shift_mid: equal to beta's, but memory of its own: under torch.compile what clips or
+            accumulates the one in place would change the other too. None without a PReLU, as are
+            the next two.
+        slope: (O,), or None.
+        shift_out: (O,), or None.
         residual: None if there was none.
     """
 
     x: Tensor | None
     weight: Tensor | None
-    sums: Tensor
+    gamma: Tensor
+    beta: Tensor
     shift_in: Tensor | None
+    shift_mid: Tensor | None
+    slope: Tensor | None
+    shift_out: Tensor | None
     residual: Tensor | None

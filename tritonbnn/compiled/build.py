@@ -23,7 +23,7 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
-ABI = 1
+ABI = 2
 """Raised when a C function's arguments change their meaning."""
 
 SOURCES = Path(__file__).parents[1] / "native" / "csrc"

@@ -51,12 +51,14 @@ class Library(loader.Library):
         return self._functions[name]
 
 
-def pointer(tensor: Tensor) -> int:
-    """Where a tensor's data are.
+def pointer(tensor: Tensor | None) -> int | None:
+    """Where a tensor's data are; None for none.
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has no data.
     """
+    if tensor is None:
+        return None
     address = tensor.data_ptr()
     if not address and tensor.numel():
         raise ValueError(f"a {type(tensor).__name__} holds no data that the C functions could read")

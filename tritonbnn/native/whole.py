@@ -13,6 +13,7 @@ from tritonbnn.layout import channels_last, empty_channels_last
 from tritonbnn.native import library
 from tritonbnn.native.common import SHORTCUTS, TYPES, runs
 from tritonbnn.native.conv import Geometry, WeightStrides, geometry
+from tritonbnn.native.library import pointer
 from tritonbnn.packed import PackedWeight
 
 _NUMBERS = ("type", "a_type", "shortcut")
@@ -22,7 +23,10 @@ _OPERANDS = (
 )
 _KEPT = ("packed", "alpha", "a", "vectors")
 _RETURNED = ("z", "next_signs", "mean", "variance")
-_BACKWARD = ("grad", "dx", "dweight", "sums", "dshift_in", "dresidual", "dy", "du", "dsigns")
+_BACKWARD = (
+    *("grad", "dx", "dweight", "dgamma", "dbeta", "dshift_in"),
+    *("dshift_mid", "dslope", "dshift_out", "dresidual", "dy", "du", "dsigns"),
+)
 
 
 def _of_type(kind: Any, names: tuple[str, ...]) -> list[tuple[str, Any]]:
@@ -44,35 +48,48 @@ class _Unit(ctypes.Structure):
         ("wants_input", ctypes.c_int64),
     )
 
-    def point(self, **tensors: Tensor | None) -> None:
-        """Point the fields of these names at tensors' data, which the caller keeps alive."""
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                setattr(self, name, library.pointer(tensor))
-
 
 def takes(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether C has a unit of these operands: activations in float32 or bfloat16, else float32."""
-    given = [tensor for tensor in others if tensor is not None]
-    vectors = [tensor for tensor in given if tensor.dim() == 1]
-    return (
-        runs(x.dtype)
-        and weight.dtype == torch.float32
-        and all(v.dtype == torch.float32 and v.is_contiguous() for v in vectors)
-        and all(tensor.is_cpu for tensor in given)
-    )
+    if not runs(x.dtype) or weight.dtype != torch.float32:
+        return False
+    for tensor in others:
+        if tensor is None:
+            continue
+        is_vector = tensor.dim() == 1
+        if is_vector and not (tensor.dtype == torch.float32 and tensor.is_contiguous()):
+            return False
+        if not tensor.is_cpu:
+            return False
+    return True
 
 
-def _problem(x: Tensor, weight: Tensor, residual: Tensor | None, options: Options) -> _Unit:
+def _problem(
+    x: Tensor,
+    weight: Tensor,
+    residual: Tensor | None,
+    options: Options,
+    others: dict[str, Tensor | None],
+) -> _Unit:
+    """A unit of C that points at tensors, which the caller keeps alive."""
     out_channels, channels, kernel_size, _ = weight.shape
-    size = (x.shape[0], *x.shape[2:])
-    unit = _Unit()
-    unit.g = geometry(size, channels, out_channels, kernel_size, options.stride, kernel_size // 2)
-    unit.strides = WeightStrides(*weight.stride())
-    unit.type, unit.shortcut = TYPES[x.dtype], SHORTCUTS[options.shortcut]
-    stored = None if isinstance(weight, PackedWeight) else weight  # C takes its bits instead
-    unit.point(x=x, weight=stored, residual=residual)
-    return unit
+    images, _, height, width = x.shape
+    window = (kernel_size, options.stride, kernel_size // 2)
+    terms = channels * kernel_size * kernel_size
+    a_type = checks.sum_dtype(terms) if options.binary_weight else x.dtype
+    return _Unit(
+        g=geometry((images, height, width), channels, out_channels, *window),
+        strides=WeightStrides(*weight.stride()),
+        type=TYPES[x.dtype],
+        a_type=TYPES[a_type],
+        shortcut=SHORTCUTS[options.shortcut],
+        eps=options.eps,
+        x=pointer(x),
+        # C takes a packed weight's bits instead
+        weight=None if isinstance(weight, PackedWeight) else pointer(weight),
+        residual=pointer(residual),
+        **{name: pointer(tensor) for name, tensor in others.items()},
+    )
 
 
 def forward(
@@ -98,44 +115,47 @@ def forward(
     """
     x = channels_last(x)
     residual = None if residual is None else channels_last(residual)
-    weight = weight if options.binary_weight else channels_last(weight)
-    unit = _problem(x, weight, residual, options)
-    out_channels, channels = weight.shape[:2]
-    shape = unit.g.output_shape
-    a_type = checks.sum_dtype(weight[0].numel()) if options.binary_weight else x.dtype
-    packed, alpha = _weight_bits(weight) if options.binary_weight else (None, None)
+    binary, keeps = options.binary_weight, options.plan == "keep"
+    weight = weight if binary else channels_last(weight)
+    images, channels, height, width = x.shape
+    out_channels, _, kernel_size, _ = weight.shape
+    out_height, out_width = checks.conv_output_size(
+        height, width, kernel_size, options.stride, kernel_size // 2
+    )
+    shape = (images, out_channels, out_height, out_width)
+    a_type = checks.sum_dtype(weight.shape[1:].numel()) if binary else x.dtype
+    packed, alpha = _weight_bits(weight) if binary else (None, None)
     kept = Kept(
-        signs=torch.empty((*x.shape[:1], *x.shape[2:], words(channels)), dtype=torch.int32)
+        signs=_empty_words(images, height, width, words(channels))
         if signs is None
         else signs.contiguous(),
         packed=packed,
         alpha=alpha,
-        a=empty_channels_last(shape, a_type, x.device) if options.plan == "keep" else None,
+        a=empty_channels_last(shape, a_type, x.device) if keeps else None,
         vectors=torch.empty((6, out_channels)),
     )
     z = empty_channels_last(shape, x.dtype, x.device)
-    width = words(out_channels) if options.pack else 0
-    next_signs = torch.empty((shape[0], *shape[2:], width), dtype=torch.int32)
+    next_signs = _empty_words(images, out_height, out_width, words(out_channels) * options.pack)
     mean, variance = torch.empty(out_channels), torch.empty(out_channels)
-    given = (None, None) if statistics is None else statistics
-    unit.a_type, unit.eps = TYPES[a_type], options.eps
-    unit.signs_are_packed = signs is not None
-    unit.point(
-        gamma=gamma,
-        beta=beta,
-        shift_in=shift_in,
-        shift_mid=shift_mid,
-        slope=slope,
-        shift_out=shift_out,
-        next_shift=next_shift,
-        given_mean=given[0],
-        given_variance=given[1],
-        z=z,
-        next_signs=next_signs if options.pack else None,
-        mean=mean,
-        variance=variance,
+    given_mean, given_variance = (None, None) if statistics is None else statistics
+    others = {
+        "gamma": gamma,
+        "beta": beta,
+        "shift_in": shift_in,
+        "shift_mid": shift_mid,
+        "slope": slope,
+        "shift_out": shift_out,
+        "next_shift": next_shift,
+        "given_mean": given_mean,
+        "given_variance": given_variance,
+        "z": z,
+        "next_signs": next_signs if options.pack else None,
+        "mean": mean,
+        "variance": variance,
         **kept._asdict(),
-    )
+    }
+    unit = _problem(x, weight, residual, options, others)
+    unit.signs_are_packed = signs is not None
     library.call("unit_whole_forward", unit)
     return (z, next_signs, mean, variance), kept
 
@@ -144,9 +164,12 @@ def _weight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Packed signs and scale of a binary weight: stored already, or memory where C puts them."""
     if isinstance(weight, PackedWeight):
         return weight.packed, weight.alpha
-    filters, channels, *size = weight.shape
-    packed = torch.empty((filters, *size, words(channels)), dtype=torch.int32)
-    return packed, torch.empty(filters)
+    filters, channels, height, width = weight.shape
+    return _empty_words(filters, height, width, words(channels)), torch.empty(filters)
+
+
+def _empty_words(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int32)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:
@@ -155,7 +178,7 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
 
 def _as_left(kept: Kept) -> Kept:
     """In the memory in which forward left it: hooks of autograd may return it in another."""
-    return kept._replace(
+    return Kept(
         signs=kept.signs.contiguous(),
         packed=_contiguous(kept.packed),
         alpha=_contiguous(kept.alpha),
@@ -183,8 +206,6 @@ def backward(
     grad, x = channels_last(grad), channels_last(x)
     residual = None if residual is None else channels_last(residual)
     kept = _as_left(kept)
-    vectors = {"gamma": gamma, "shift_in": shift_in, "shift_mid": shift_mid, "slope": slope}
-    vectors = {name: _contiguous(vector) for name, vector in vectors.items()}
     dweight = torch.empty_like(weight) if wants_weight else None
     if kept.packed is None:
         weight = channels_last(weight)
@@ -194,36 +215,34 @@ def backward(
     gradients = Gradients(
         x=torch.empty_like(x) if wants_input else None,
         weight=dweight,
-        sums=torch.empty((4, out_channels)),
+        gamma=torch.empty(out_channels),
+        beta=torch.empty(out_channels),
         shift_in=torch.empty(channels) if wants_input else None,
+        shift_mid=None if slope is None else torch.empty(out_channels),
+        slope=None if slope is None else torch.empty(out_channels),
+        shift_out=None if slope is None else torch.empty(out_channels),
         residual=None if residual is None else torch.empty_like(residual),
     )
-    unit = _problem(x, weight, residual, options)
+    dy = du = None
+    if not options.binary_weight:
+        dy = torch.empty_like(grad, dtype=torch.float32)
+        du = torch.empty_like(dy) if residual is None else None
+    vectors = {"gamma": gamma, "shift_in": shift_in, "shift_mid": shift_mid, "slope": slope}
+    vectors = {name: _contiguous(vector) for name, vector in vectors.items()}
+    others = {f"d{name}": gradient for name, gradient in gradients._asdict().items()}
+    others |= {"grad": grad, "dy": dy, "du": du, **vectors, **kept._asdict()}
+    unit = _problem(x, weight, residual, options, others)
+    unit.wants_input = wants_input
     if dweight is not None:
         unit.strides = WeightStrides(*dweight.stride())
-    a_type = x.dtype if kept.packed is None else checks.sum_dtype(weight[0].numel())
-    unit.a_type, unit.wants_input = TYPES[a_type], wants_input
-    unit.point(
-        grad=grad,
-        **vectors,
-        dx=gradients.x,
-        dweight=dweight,
-        sums=gradients.sums,
-        dshift_in=gradients.shift_in,
-        dresidual=gradients.residual,
-        **kept._asdict(),
-    )
-    if kept.packed is not None:
+    if dy is None:
         library.call("unit_whole_backward", unit)
         return gradients
-    dy = empty_channels_last(unit.g.output_shape, torch.float32, x.device)
-    du = torch.empty_like(dy) if residual is None else None
-    unit.point(dy=dy, du=du)
     library.call("unit_upper_backward", unit)
     if wants_input:  # no operand of this product is signs
         size = {"channels": channels, "height": x.shape[2], "width": x.shape[3]}
         window = {"stride": options.stride, "padding": weight.shape[2] // 2}
         dsigns = eager.conv_input_grad(dy, weight, None, **size, **window)
-        unit.point(dsigns=dsigns)
+        unit.dsigns = pointer(dsigns)
     library.call("unit_lower_backward", unit)
     return gradients

@@ -14,12 +14,14 @@ def is_fusible(norm: nn.Module) -> TypeGuard[_BatchNorm]:
     A subclass may compute anything, and parametrising a module makes it one. Hooks and a
     ``forward`` put on the instance are seen by calls alone. What torch refuses is left to torch.
     """
+    if type(norm) is not nn.BatchNorm2d and type(norm) is not nn.SyncBatchNorm:
+        return False
+    # looked up where modules keep them: asked twice in every call, and the way of modules is slow
+    parameters, buffers = norm._parameters, norm._buffers
     return (
-        isinstance(norm, _BatchNorm)
-        and type(norm) in (nn.BatchNorm2d, nn.SyncBatchNorm)
-        and norm.weight is not None
-        and norm.bias is not None
-        and (norm.running_mean is None) == (norm.running_var is None)
+        parameters.get("weight") is not None
+        and parameters.get("bias") is not None
+        and (buffers.get("running_mean") is None) == (buffers.get("running_var") is None)
         and norm.eps > 0
         and "forward" not in norm.__dict__
         and not norm._forward_pre_hooks

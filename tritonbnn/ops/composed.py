@@ -129,8 +129,17 @@ def backward(
         dx, dshift_in = library.sign_backward(
             dsigns, x, shift_in, skipped, shortcut=options.shortcut
         )
-    sums = torch.stack((du_sum, dgamma, dslope, dshift_out))
-    return Gradients(dx, dweight, sums, dshift_in, None if residual is None else du)
+    return Gradients(
+        x=dx,
+        weight=dweight,
+        gamma=dgamma,
+        beta=du_sum,
+        shift_in=dshift_in,
+        shift_mid=None if slope is None else du_sum.clone(),
+        slope=None if slope is None else dslope,
+        shift_out=None if slope is None else dshift_out,
+        residual=None if residual is None else du,
+    )
 
 
 def _weight_grad(dy: Tensor, signs: Tensor, weight: Tensor, options: Options) -> Tensor:

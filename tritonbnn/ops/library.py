@@ -74,13 +74,18 @@ def through_operators(*operands: Any) -> bool:
     if torch._C._len_torch_dispatch_stack():
         tell_counter()
         return True
-    return not all(_holds_data(x) for x in operands if isinstance(x, Tensor))
+    # asked in every call: map takes half of a generator's time
+    return not all(map(_holds_data, [x for x in operands if isinstance(x, Tensor)]))
+
+
+_ORDINARY = (Tensor, torch.nn.Parameter, PackedWeight)
 
 
 def _holds_data(x: Tensor) -> bool:
     """Whether ``x`` is an ordinary tensor: of no subclass, not meta, sparse, or negated lazily."""
-    ordinary = type(x) in (Tensor, torch.nn.Parameter, PackedWeight) and x.layout == torch.strided
-    return ordinary and not x.is_meta and not x.is_neg()
+    if type(x) not in _ORDINARY:
+        return False
+    return x.layout is torch.strided and not x.is_meta and not x.is_neg()
 
 
 def _refuse_distributed(*operands: Any) -> None:

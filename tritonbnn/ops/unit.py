@@ -55,22 +55,24 @@ class _BinaryUnit(torch.autograd.Function):
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         operands = (x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out, residual)
-        given = () if statistics is None else statistics
-        at_once = _runs_at_once(*operands, next_shift, *given, options=options)
-        compute = whole.forward if at_once else composed.forward
+        compute = whole.forward if options.at_once else composed.forward
         outputs, kept = compute(*operands, signs, next_shift, statistics, options)
         outputs = (in_format_of(outputs[0], x, weight), *outputs[1:])
         ctx.save_for_backward(x, weight, gamma, shift_in, shift_mid, slope, residual, *kept)
-        ctx.options, ctx.at_once = options, at_once
+        ctx.options = options
         ctx.mark_non_differentiable(*outputs[1:])
+        if options.at_once:  # torch.compile does not know it
+            ctx.set_materialize_grads(False)  # no zeros for what is not differentiable
         return outputs
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:  # nothing behind the unit has a gradient
+            return (None,) * len(ctx.needs_input_grad)
         x, weight, gamma, shift_in, shift_mid, slope, residual, *kept = ctx.saved_tensors
         needs_x, needs_weight, _, _, needs_shift_in = ctx.needs_input_grad[:5]
-        at_once = ctx.at_once and not library.through_operators(grad)
+        at_once = ctx.options.at_once and not library.through_operators(grad)
         compute = whole.backward if at_once else composed.backward
         gradients = compute(
             *(grad, x, weight, gamma, shift_in, shift_mid, slope, residual, Kept(*kept)),
@@ -78,29 +80,24 @@ class _BinaryUnit(torch.autograd.Function):
             wants_input=needs_x or needs_shift_in,
             wants_weight=needs_weight,
         )
-        dbeta, dgamma, dslope, dshift_out = gradients.sums
-        # beta and shift_mid have equal gradients, but must not share memory: under torch.compile
-        # what clips or accumulates the one in place would change the other too
-        activation = (None,) * 3 if slope is None else (dbeta.clone(), dslope, dshift_out)
         return (
             laid_out_as(gradients.x, x) if needs_x else None,
             laid_out_as(gradients.weight, weight),
-            *(dgamma, dbeta),
+            *(gradients.gamma, gradients.beta),
             None if shift_in is None else gradients.shift_in,
-            *activation,
+            *(gradients.shift_mid, gradients.slope, gradients.shift_out),
             None if residual is None else laid_out_as(gradients.residual, residual),
             *(None,) * 4,
         )
 
 
-def _runs_at_once(x: Tensor, weight: Tensor, *others: Tensor | None, options: Options) -> bool:
-    """Whether C computes this unit in one call a direction.
+def _runs_at_once(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
+    """Whether C computes a unit of these operands in one call a direction.
 
-    Not while torch traces, which is to see operators, nor where processes share statistics.
+    Not while torch traces, which is to see operators.
     """
     return (
-        options.group is None
-        and not library.through_operators(x, weight, *others)
+        not library.through_operators(x, weight, *others)
         and backend.launchers(x.device) is native
         and whole.takes(x, weight, *others)
     )
@@ -211,17 +208,14 @@ def binary_unit(
     x = autocast_input(x)
     checks.check_weight_dtype(x, weight)
     residual = None if residual is None else residual.to(x.dtype)
+    next_shift = None if next_shift is None else next_shift.detach()
+    operands = (x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out, residual)
+    # processes that share statistics do so between two launchers
+    at_once = group is None and _runs_at_once(*operands, next_shift, mean, variance)
     if plan == "auto":
         plan = _automatic_plan(x, weight, stride, binary_weight)
-    options = Options(stride, kind, binary_weight, eps, plan, group, pack)
-    next_shift = None if next_shift is None else next_shift.detach()
-    return UnitOutput(
-        *apply(
-            _BinaryUnit,
-            *(x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out),
-            *(residual, signs, next_shift, given, options),
-        )
-    )
+    options = Options(stride, kind, binary_weight, eps, plan, group, pack, at_once)
+    return UnitOutput(*apply(_BinaryUnit, *operands, signs, next_shift, given, options))
 
 
 def _automatic_plan(x: Tensor, weight: Tensor, stride: int, binary_weight: bool) -> str:

@@ -37,8 +37,8 @@ typedef struct {
     void *grad;
     void *dx;
     float *dweight; /* NULL if not wanted */
-    float *sums;    /* the gradients to beta and shift_mid, to gamma, to slope, to shift_out */
-    float *dshift_in;
+    float *dgamma, *dbeta, *dshift_in;
+    float *dshift_mid, *dslope, *dshift_out; /* where there is a slope */
     void *dresidual; /* where there is a residual */
     float *dy, *du;  /* where a real weight's gradient to the input is computed between two calls */
     float *dsigns;
@@ -210,34 +210,41 @@ EXPORT void tritonbnn_unit_whole_forward(const unit *u, int64_t threads) {
     clock_stop(u, CLOCK_ACTIVATION, since);
 }
 
-/* The gradient to a as du_scale * du + a_scale * a + constant; gamma's takes the place of the sum
-   that it comes from. */
-static void find_coefficients(const unit *u, float *du_scale, float *a_scale, float *constant) {
+/* The gradients of what is per channel, from their sums; and the gradient to a as
+   du_scale * du + a_scale * a + constant. */
+static void find_coefficients(const unit *u, const float *sums, float *du_scale, float *a_scale,
+                              float *constant) {
     int64_t channels = u->g.out_channels;
     for (int64_t c = 0; c < channels; c++) {
         double invstd = vector_of(u, INVSTD)[c], share = vector_of(u, SHARE)[c];
         double slope = invstd * (u->alpha ? u->alpha[c] : 1); /* of xhat over a */
-        double du_sum = u->sums[c], du_a_sum = u->sums[channels + c];
+        double du_sum = sums[c], du_a_sum = sums[channels + c];
         double dgamma = slope * du_a_sum - invstd * vector_of(u, REST)[c] * du_sum;
         double gain = u->gamma[c] * invstd, by_a = -gain * slope * dgamma * share;
-        u->sums[channels + c] = (float)dgamma;
+        u->dgamma[c] = (float)dgamma;
+        u->dbeta[c] = sums[c];
         du_scale[c] = (float)gain;
         a_scale[c] = (float)by_a;
         constant[c] = (float)(-gain * du_sum * share - by_a * vector_of(u, CENTRE)[c]);
     }
+    if (!u->slope) return;
+    memcpy(u->dshift_mid, sums, channels * sizeof *sums);
+    memcpy(u->dslope, sums + 2 * channels, channels * sizeof *sums);
+    memcpy(u->dshift_out, sums + 3 * channels, channels * sizeof *sums);
 }
 
 /* From the gradient to z to the one to the convolution's scaled output, and du on the way. */
 static void activation_backward(const unit *u, float *dy, Numbers du, int64_t threads) {
     int64_t channels = u->g.out_channels;
-    float *du_scale = tritonbnn_workspace(WORKSPACE_MOMENTS, 3 * channels * sizeof *du_scale);
+    float *du_scale = tritonbnn_workspace(WORKSPACE_MOMENTS, 7 * channels * sizeof *du_scale);
     float *a_scale = du_scale + channels, *constant = a_scale + channels;
+    float *sums = constant + channels;
     Numbers grad = {u->grad, u->type}, none = {0, FLOAT32};
     Unit passes = passes_of(u, u->a ? u->a : convolved(u, 0, 0, threads));
     int64_t since = clock_start();
-    pass_sums(&passes, grad, none, u->sums, threads);
+    pass_sums(&passes, grad, none, sums, threads);
     clock_stop(u, CLOCK_SUMS, since);
-    find_coefficients(u, du_scale, a_scale, constant);
+    find_coefficients(u, sums, du_scale, a_scale, constant);
     since = clock_start();
     pass_apply(&passes, grad, du_scale, a_scale, constant, (Numbers){dy, FLOAT32}, du, threads);
     clock_stop(u, CLOCK_APPLY, since);
