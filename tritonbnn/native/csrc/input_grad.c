@@ -58,13 +58,14 @@ static void load_row(const problem *p, const strip strips[LANES], int64_t row, v
         rows[lane] = used ? p->grad + (strips[lane].image * g->out_height + y) * size : 0;
     }
     rows_to_lanes(rows, size, numbers);
-    ivec used = {0};
+    int32_t used[LANES] __attribute__((aligned(64)));
     for (int lane = 0; lane < LANES; lane++) used[lane] = rows[lane] ? -1 : 0;
     for (int64_t x = 0; x < g->out_width; x++)
-        for (int64_t o = 0; o < outputs; o++) { /* 0 stays 0 where alpha is infinite */
-            vec *number = numbers + x * outputs + o;
-            *number = (vec)(used & (ivec)(*number * p->alpha[o]));
-        }
+        for (int64_t o = 0; o < outputs; o++, numbers++) /* 0 stays 0 where alpha is infinite */
+            EACH(r, PARTS) {
+                part *number = (part *)numbers + r;
+                *number = (part)(((const part_bits *)used)[r] & (part_bits)(*number * p->alpha[o]));
+            }
 }
 
 /* Add what one row of grad sends to the strip: sums[row][column][channel]. */

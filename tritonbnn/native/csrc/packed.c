@@ -31,9 +31,6 @@ enum { REGISTERS = 4 };
 #define PARTS_HOLD 31
 #endif
 
-/* A loop over what should be in registers. */
-#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
-
 typedef uint32_t lanes __attribute__((vector_size(sizeof(uvec) / REGISTERS)));
 
 INLINE lanes count_parts(lanes x) {

@@ -31,12 +31,12 @@ INLINE int64_t word_size(int64_t numbers, int64_t word) {
 
 INLINE int64_t groups_of(int64_t numbers) { return (numbers + GROUP - 1) / GROUP; }
 
-/* All signed sums of three numbers, by their three signs. */
-INLINE void sums_of_three(const vec *numbers, vec *sums) {
-    vec plus = numbers[0] + numbers[1], minus = numbers[0] - numbers[1], last = numbers[2];
-    vec pairs[4] = {-plus, minus, -minus, plus};
-#pragma GCC unroll 4
-    for (int e = 0; e < 4; e++) {
+/* All signed sums of three numbers, by their three signs: one part of each. */
+INLINE void sums_of_three(const vec *numbers, int r, part *sums) {
+    part first = ((const part *)numbers)[r], second = ((const part *)(numbers + 1))[r];
+    part plus = first + second, minus = first - second, last = ((const part *)(numbers + 2))[r];
+    part pairs[4] = {-plus, minus, -minus, plus};
+    EACH(e, 4) {
         sums[e] = pairs[e] - last;
         sums[e + 4] = pairs[e] + last;
     }
@@ -46,32 +46,32 @@ INLINE void sums_of_three(const vec *numbers, vec *sums) {
 INLINE void make_tables(tables *t, vec *numbers, int64_t count) {
     int64_t groups = groups_of(count);
     for (int64_t i = count; i < groups * GROUP; i++) numbers[i] = splat(0);
-    for (int64_t g = 0; g < groups; g++) {
-        vec low[8], high[8];
-        sums_of_three(numbers + g * GROUP, low);
-        sums_of_three(numbers + g * GROUP + 3, high);
-#pragma GCC unroll 8
-        for (int h = 0; h < 8; h++)
-#pragma GCC unroll 8
-            for (int l = 0; l < 8; l++) t->sums[g][8 * h + l] = low[l] + high[h];
-    }
+    for (int64_t g = 0; g < groups; g++)
+        EACH(r, PARTS) {
+            part low[8], high[8];
+            sums_of_three(numbers + g * GROUP, r, low);
+            sums_of_three(numbers + g * GROUP + 3, r, high);
+            EACH(h, 8) EACH(l, 8) ((part *)(t->sums[g] + 8 * h + l))[r] = low[l] + high[h];
+        }
 }
 
-/* The sum of one word of signs. The compiler unrolls: groups is a constant. */
-INLINE vec looked_up(const tables *t, uint32_t signs, int groups) {
+/* Add the sum of one word of signs. The compiler unrolls: groups is a constant. */
+INLINE void add_word(const tables *t, uint32_t signs, int groups, vec *sum) {
     uint64_t scaled = (uint64_t)signs * sizeof(vec); /* an offset in bytes for group 0 */
-    const char *base = (const char *)t;
     const uint64_t field = (ENTRIES - 1) * sizeof(vec);
-    vec sum = *(const vec *)(base + (scaled & field));
-#pragma GCC unroll 8
-    for (int g = 1; g < groups; g++)
-        sum += *(const vec *)(base + g * ENTRIES * sizeof(vec) + (scaled >> GROUP * g & field));
-    return sum;
+    const part *entries[GROUPS];
+    EACH(g, groups)
+        entries[g] = (const part *)((const char *)t->sums[g] + (scaled >> GROUP * g & field));
+    EACH(r, PARTS) {
+        part total = entries[0][r];
+        EACH(g, groups - 1) total += entries[g + 1][r];
+        ((part *)sum)[r] += total;
+    }
 }
 
 INLINE void add_words(const tables *t, const uint32_t *signs, int64_t step, vec *sums, int64_t n,
                       int groups) {
-    for (int64_t i = 0; i < n; i++) sums[i] += looked_up(t, signs[i * step], groups);
+    for (int64_t i = 0; i < n; i++) add_word(t, signs[i * step], groups, sums + i);
 }
 
 /* sums[i] += the sum that the word signs[i * step] names, for the first so many groups. */

@@ -20,6 +20,21 @@ typedef int16_t short_vec __attribute__((vector_size(32)));
 typedef uint16_t ushort_vec __attribute__((vector_size(32)));
 typedef uint16_t bfloat16; /* the upper half of a float */
 
+/* A vector in parts that each fit a register. A compiler without wider ones keeps whole vectors in
+   memory and copies them piece by piece, so the loops that take most of the time go by parts. */
+#if defined(__AVX512F__)
+enum { PARTS = 1 };
+#elif defined(__AVX__)
+enum { PARTS = 2 };
+#else
+enum { PARTS = 4 };
+#endif
+typedef float part __attribute__((vector_size(sizeof(vec) / PARTS), may_alias));
+typedef int32_t part_bits __attribute__((vector_size(sizeof(vec) / PARTS), may_alias));
+
+/* A loop over what should be in registers. */
+#define EACH(i, count) _Pragma("GCC unroll 8") for (int i = 0; i < (count); i++)
+
 INLINE vec splat(float x) { return x - (vec){0}; }
 
 INLINE vec load(const float *p) {
@@ -29,6 +44,17 @@ INLINE vec load(const float *p) {
 }
 
 INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
+
+INLINE part load_part(const float *p) {
+    part v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+
+/* to += from. */
+INLINE void add_vec(vec *to, const vec *from) {
+    EACH(r, PARTS) ((part *)to)[r] += ((const part *)from)[r];
+}
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
 /* All bits of a lane below the count, for half of the lanes. */

@@ -103,8 +103,14 @@ static void load_pixels(const problem *p, int64_t word, int64_t out, int64_t onl
     const geometry *g = p->g;
     int64_t size = word_size(p->pixels, word), lanes = smaller(LANES, g->out_channels - out);
     int64_t from = word * WORD * g->out_channels + out;
-    for (int64_t i = 0; i < size; i++, from += g->out_channels)
-        numbers[i] = load_some(p->grad, p->grad_type, from, lanes);
+    if (p->grad_type == FLOAT32 && lanes == LANES) {
+        const float *floats = (const float *)p->grad + from;
+        for (int64_t i = 0; i < size; i++, floats += g->out_channels)
+            EACH(r, PARTS) ((part *)(numbers + i))[r] = load_part(floats + r * (LANES / PARTS));
+    } else {
+        for (int64_t i = 0; i < size; i++, from += g->out_channels)
+            numbers[i] = load_some(p->grad, p->grad_type, from, lanes);
+    }
     if (only_tap < 0) return;
     pixel at = pixel_at(g, word * WORD);
     for (int64_t i = 0; i < size; i++, next_pixel(g, &at))
@@ -113,6 +119,16 @@ static void load_pixels(const problem *p, int64_t word, int64_t out, int64_t onl
 
 /* Without the signs. */
 INLINE vec absolute(vec v) { return (vec)((ivec)v & 0x7fffffff); }
+
+/* Add the absolute values of some numbers. */
+INLINE void add_absolute(const vec *numbers, int64_t count, vec *sum) {
+    EACH(r, PARTS) {
+        part total = ((part *)sum)[r];
+        for (int64_t i = 0; i < count; i++)
+            total += (part)((part_bits)((const part *)(numbers + i))[r] & 0x7fffffff);
+        ((part *)sum)[r] = total;
+    }
+}
 
 /* Add sums[tap][channel] of the given taps; return the sum of the gradients' absolute values. With
    mask, the gradients are left out whose one tap falls on padding. */
@@ -128,13 +144,13 @@ static vec sum_taps(const problem *p, int64_t out, int64_t first_tap, int64_t la
         for (int64_t word = start; word < smaller(start + SPAN, words); word++) {
             int64_t size = word_size(p->pixels, word);
             load_pixels(p, word, out, mask ? first_tap : -1, numbers);
-            for (int64_t i = 0; i < size; i++) absolute_sum += absolute(numbers[i]);
+            add_absolute(numbers, size, &absolute_sum);
             make_tables(&t, numbers, size);
             const uint32_t *signs = p->index + (word * p->taps + first_tap) * channels;
             add_products(&t, groups_of(size), signs, 1, into, count);
         }
         if (into == sums) continue;
-        for (int64_t i = 0; i < count; i++) sums[i] += span_sums[i];
+        for (int64_t i = 0; i < count; i++) add_vec(sums + i, span_sums + i);
     }
     return absolute_sum;
 }
