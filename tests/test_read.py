@@ -66,7 +66,8 @@ def test_a_cut_off_last_line_is_left_out(tmp_path):
 @pytest.mark.parametrize(
     "garbage",
     [b"\xff\x00", b"[]", b"{}", b'{"step": 3, "epoch": 1}', b'{"step": 1, "epoch": "1"}',
-     b'{"step": 1, "epoch": 0}', b'{"step": [], "epoch": 1}', b'{"step": 1, "epoch": 1e9}'],
+     b'{"step": 1, "epoch": 0}', b'{"step": [], "epoch": 1}', b'{"step": 1, "epoch": 1e9}',
+     b'{"step": 1, "epoch": true}'],
 )  # fmt: skip
 def test_garbage_within_a_log_is_left_out(tmp_path, garbage):
     write_record(tmp_path / "run")

@@ -238,7 +238,7 @@ def _tells_of_an_epoch(line: Any, names: list[str]) -> bool:
     return (
         isinstance(line, dict)
         and line.get("stage") in names
-        and isinstance(line.get("epoch"), int)
+        and type(line.get("epoch")) is int  # and no bool
         and 0 < line["epoch"] < 10**6  # arrays are as long as that
     )
 

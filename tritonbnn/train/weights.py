@@ -19,6 +19,7 @@ from tritonbnn.train.recipe import stage_names
 logger = logging.getLogger(__name__)
 
 _HEAD = "fc."
+_SHOWN = 300  # characters of a reason
 
 
 def find_checkpoint(place: Path) -> Path:
@@ -161,14 +162,19 @@ def load_strictly(model: nn.Module, checkpoint: Checkpoint) -> None:
     try:
         model.load_state_dict(checkpoint.group("model"))
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise UserError(f"{checkpoint.path} does not fit the network: {reason}") from error
+        raise UserError(f"{checkpoint.path} does not fit the network: {_short(error)}") from error
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise UserError(
                 f"{checkpoint.path} holds numbers in {name} that are not finite:"
                 " use another checkpoint"
             )
+
+
+def _short(error: RuntimeError) -> str:
+    """The last line that torch says of a misfit, without all the names that it may list."""
+    reason = str(error).strip().splitlines()[-1].strip()
+    return reason if len(reason) <= _SHOWN else f"{reason[:_SHOWN]}..."
 
 
 def check_same_network(checkpoint: Checkpoint, network: dict[str, Any]) -> None:
