@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 NEWEST := .venv-newest
 OLDEST := .venv-oldest
 
-.PHONY: train test test-all test-newest test-oldest fuzz sanitize test-gpu gpu lint clean
+.PHONY: train test test-all test-newest test-oldest fuzz kills sanitize test-gpu gpu lint clean
 
 train: $(VENV)/.ready
 	$(BIN)/python -m tritonbnn.train $(ARGS)
@@ -17,11 +17,16 @@ train: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
-test-all: test sanitize fuzz
+test-all: test sanitize fuzz kills
 
 # What a user's files may hold by accident, 2,000 of each kind.
 fuzz: $(VENV)/.ready
 	FUZZ_EXAMPLES=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
+
+# 25 runs of each of four optimisers, killed at random moments.
+kills: $(VENV)/.ready
+	KILLS=25 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 \
+	    tests/test_resume.py -k random_moment $(ARGS)
 
 test-newest: $(NEWEST)/.ready
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)

@@ -1,7 +1,9 @@
 """A run that was cut off and goes on ends like one that was not, bit for bit on one CPU."""
 
 import json
+import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,9 @@ from tritonbnn.train.checkpoint import read
 FILES = [
     Path(f"step{step}") / f"{kind}.safetensors" for step in (1, 2) for kind in ("last", "best")
 ]
+KILLS = int(os.environ.get("KILLS", "5"))
+"""Of each optimiser's run."""
+
 TIMES = ("seconds", "images_per_second")
 
 
@@ -69,15 +74,34 @@ def test_training_is_repeatable_and_trains(place: Path, whole: tuple[Path, Resul
     assert any(not torch.equal(after[name], before[name]) for name in before if "weight" in name)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_kill_at_a_random_moment(
-    place: Path, whole: tuple[Path, Result], tmp_path: Path, seed: int
-):
-    moment = random.Random(seed).uniform(0, whole[1].seconds)
-    train(place, tmp_path / "run", kill_after=moment)
-    result = train(place, tmp_path / "run")
+OPTIMIZERS = {
+    "adam": (),
+    "sgd": ("--optimizer", "sgd", "--optimizer.momentum", 0.9, "--lr", 0.1),
+    "radam": ("--optimizer", "radam"),
+    "own": ("--optimizer", "own.Lion"),
+}
+
+
+@pytest.fixture(scope="module", params=OPTIMIZERS)
+def optimised(place: Path, request: pytest.FixtureRequest) -> tuple[Path, tuple, float]:
+    """An uninterrupted run of each optimiser, its flags, and its seconds."""
+    shutil.copy(Path(__file__).parent / "own.py", place)
+    flags = OPTIMIZERS[request.param]
+    result = train(place, request.param, *flags)
     assert result.code == 0, result.output
-    assert_same_run(tmp_path / "run", whole[0])
+    return place / request.param, flags, result.seconds
+
+
+@pytest.mark.parametrize("seed", range(KILLS))
+def test_kill_at_a_random_moment(
+    place: Path, optimised: tuple[Path, tuple, float], tmp_path: Path, seed: int
+):
+    whole, flags, seconds = optimised
+    moment = random.Random(f"{whole.name} {seed}").uniform(0, seconds)
+    train(place, tmp_path / "run", *flags, kill_after=moment)
+    result = train(place, tmp_path / "run", *flags)
+    assert result.code == 0, result.output
+    assert_same_run(tmp_path / "run", whole)
 
 
 @pytest.fixture(scope="module")
