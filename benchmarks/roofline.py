@@ -24,8 +24,8 @@ from tritonbnn import cli
 from tritonbnn.bits import words
 from tritonbnn.files import writable, write_json
 from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.problems.network import model_layers
 from tritonbnn.kernels.provenance import header, own_device
-from tritonbnn.kernels.workload import model_layers
 from tritonbnn.models import build_model
 
 PLANS = ("keep", "recompute", "fused")

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tritonbnn import kernels
+from tritonbnn.kernels.problems import OPS, PLAN
 from tritonbnn.kernels.truth import tolerance
-from tritonbnn.kernels.workload import OPS, PLAN
 
 KERNEL_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from tests.helpers import KERNEL_DEVICE, OF_BOTH_STEPS
-from tritonbnn import cli
-from tritonbnn.kernels import autotune, config, conv_unit, provenance, truth, workload
+from tritonbnn import cli, kernels
+from tritonbnn.kernels import autotune, config, conv_unit, provenance, truth
 from tritonbnn.kernels.candidates import candidates, spread
 from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.problems import OPS, PLAN, Problem
+from tritonbnn.kernels.problems.network import model_layers
 from tritonbnn.kernels.targets import TARGETS
 from tritonbnn.kernels.timing import Timing
-from tritonbnn.kernels.workload import OPS, PLAN, Problem
 
 H100 = TARGETS["sm_90"]
 
@@ -32,7 +33,7 @@ def progress(monkeypatch):
 
 
 def test_reactnet_a_has_26_convolutions_of_18_shapes():
-    layers = workload.model_layers("reactnet_a", 256, 224)
+    layers = model_layers("reactnet_a", 256, 224)
     assert (layers.total(), len(layers)) == (26, 18)
     assert layers[Geometry(256, 112, 112, 32, 32, 3, 1, 1)] == 1
     assert layers[Geometry(256, 14, 14, 512, 512, 3, 1, 1)] == 5
@@ -45,7 +46,7 @@ def test_candidates_are_distinct_and_start_with_the_default(op):
     found = candidates(key, H100)
     assert found[0] == config.default(key)
     assert len(set(found)) == len(found) > 4
-    formulations = set(config.FORMULATIONS[key.op]) - {"wgmma"}  # that of 1x1 convolutions
+    formulations = set(config.known_formulations(key.op)) - {"wgmma"}  # that of 1x1 convolutions
     assert {choice.formulation for choice in found} == formulations
 
 
@@ -67,8 +68,8 @@ def test_a_limit_keeps_the_default_and_spreads_over_the_rest(op):
         assert chosen[0] == found[0] == config.default(key)
         assert len(set(chosen)) == len(chosen) == min(limit, len(found))
         assert set(chosen) <= set(found)
-        if limit > len(config.FORMULATIONS[op]):
-            assert {c.formulation for c in chosen} == set(config.FORMULATIONS[op])
+        if limit > len(config.known_formulations(op)):
+            assert {c.formulation for c in chosen} == set(config.known_formulations(op))
     assert spread(found, None) == found
 
 
@@ -158,7 +159,7 @@ def test_the_fastest_right_candidate_wins(monkeypatch):
 def test_the_faster_plan_wins(monkeypatch):
     """By a clock that counts convolutions: recompute takes one more than keep, fused two more."""
     count = [0]
-    convolve = workload.kernels.conv_packed
+    convolve = kernels.conv_packed
 
     def counted(*args, **kwargs):
         count[0] += 1
@@ -169,7 +170,7 @@ def test_the_faster_plan_wins(monkeypatch):
         call()
         return Timing(*[sign * count[0]] * 3)
 
-    for module in (workload.kernels, conv_unit):
+    for module in (kernels, conv_unit):
         monkeypatch.setattr(module, "conv_packed", counted)
     monkeypatch.setattr(autotune, "time_callable", clock)
     plans = candidates(UNIT.key, H100)
@@ -199,7 +200,7 @@ def test_a_plan_is_chosen_on_the_launchers_as_tuned(monkeypatch, tmp_path):
     assert autotune.tune_all([UNIT], path, "test gpu", KERNEL_DEVICE, **options) == (1, 0)
     assert set(ran) == {(PLAN, "popcount")}
     plan = config.read_table(path, "test gpu")[UNIT.key.bucketed()]
-    assert plan.formulation in config.FORMULATIONS[PLAN]
+    assert plan.formulation in config.known_formulations(PLAN)
 
 
 def test_a_table_is_written_read_and_gone_on_with(tmp_path):

@@ -10,7 +10,7 @@ from tests.helpers import KERNEL_DEVICE
 from tritonbnn import cli
 from tritonbnn.kernels import bench, commands, provenance, timing, truth
 from tritonbnn.kernels.geometry import Geometry
-from tritonbnn.kernels.workload import OPS, Problem
+from tritonbnn.kernels.problems import OPS, Problem
 
 ROOFS = {"copy_bytes_per_s": 1e9, "matmul_ops_per_s": 1e9}
 

@@ -21,7 +21,7 @@ from benchmarks.twin import FloatReActNetA, FloatUnit
 from tests.commands import write_tree
 from tests.helpers import gradient
 from tritonbnn import cli
-from tritonbnn.kernels.workload import model_layers
+from tritonbnn.kernels.problems.network import model_layers
 from tritonbnn.native import clock, library
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.stage import open_images

@@ -19,7 +19,7 @@ from benchmarks.families import (
 )
 from tritonbnn import cli
 from tritonbnn.kernels.geometry import Geometry
-from tritonbnn.kernels.workload import model_layers
+from tritonbnn.kernels.problems.network import model_layers
 
 CPU = torch.device("cpu")
 ROOFS = Ceilings(copy_gbs=3000, fp32_tflops=50, bf16_tflops=800, int8_tops=1600)

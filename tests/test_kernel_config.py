@@ -112,7 +112,8 @@ def test_a_forced_choice_ends_with_its_block():
 
 
 def test_every_operation_has_a_default_for_the_smallest_and_the_widest_problem():
-    for op, formulations in config.FORMULATIONS.items():
+    for op in config.operations():
+        formulations = config.known_formulations(op)
         for channels, outputs in ((1, 1), (33, 7), (1024, 1024)):
             outputs = outputs if op.startswith("conv") else 0
             key = config.ProblemKey(op, "bfloat16", 1, 1, 1, channels, outputs)

@@ -17,8 +17,9 @@ from tritonbnn.kernels import bench_matmul, config, mma_operands, mma_peak
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.config import Choice, TileConfig
 from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.problems import Problem
+from tritonbnn.kernels.problems.network import model_layers
 from tritonbnn.kernels.targets import TARGETS
-from tritonbnn.kernels.workload import Problem, model_layers
 
 # A warp's tiles: 1, 2 and 4 of channels, 1, 2 and 8 of pixels; warps beside each other either way.
 TILES = [

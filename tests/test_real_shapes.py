@@ -9,7 +9,7 @@ from tests.helpers import OF_BOTH_STEPS
 from tritonbnn import eager, kernels
 from tritonbnn.kernels import config, shipped, truth
 from tritonbnn.kernels.geometry import Geometry
-from tritonbnn.kernels.workload import OPS, Problem
+from tritonbnn.kernels.problems import OPS, Problem
 
 pytestmark = pytest.mark.gpu
 
@@ -45,7 +45,7 @@ def test_formulations_agree_exactly(gpu, layer):
     problem = Problem("conv_packed", layer, torch.float32)
     inputs = problem.inputs(gpu)
     results = []
-    for formulation in config.FORMULATIONS["conv_packed"]:
+    for formulation in config.known_formulations("conv_packed"):
         with config.using(config.default(problem.key, formulation)):
             results.append(problem.run(inputs)[0])
     assert all(torch.equal(results[0], other) for other in results[1:])
@@ -62,7 +62,7 @@ def test_addresses_beyond_int32_when_reading(gpu):
     torch.testing.assert_close(dx[:, :, -1:], last)
 
 
-@pytest.mark.parametrize("formulation", config.FORMULATIONS["conv_packed"])
+@pytest.mark.parametrize("formulation", config.known_formulations("conv_packed"))
 def test_addresses_beyond_int32_when_writing(gpu, formulation):
     channels, outputs = 64, 2048
     x = torch.randint(-(2**31), 2**31 - 1, (1, 1025, 1025, 2), dtype=torch.int32, device=gpu)

@@ -59,7 +59,8 @@ def test_a_name_is_parsed_or_the_known_ones_are_listed():
 
 @pytest.mark.parametrize("target", [*TARGETS.values(), ANY, UNKNOWN], ids=lambda t: t.name)
 def test_a_default_is_something_that_exists_there(target):
-    for op, known in config.FORMULATIONS.items():
+    for op in config.operations():
+        known = config.known_formulations(op)
         dtype = "int32" if op == "conv_packed" else "float16"
         key = LAYER.key(op, dtype)
         found = config.default(key, target=target)

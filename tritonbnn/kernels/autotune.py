@@ -22,11 +22,11 @@ from tritonbnn.kernels import aot, config, shipped
 from tritonbnn.kernels.candidates import candidates, spread
 from tritonbnn.kernels.commands import LIMIT_HELP, add_problem_arguments, named_problems, positive
 from tritonbnn.kernels.mma_operands import ONE_BIT, has_one_bit_core
+from tritonbnn.kernels.problems import OPS, PLAN, STEP_OPS, Problem
 from tritonbnn.kernels.provenance import versions
 from tritonbnn.kernels.targets import TARGETS, Target, parse_target, target_of
 from tritonbnn.kernels.timing import time_callable
 from tritonbnn.kernels.truth import error_of
-from tritonbnn.kernels.workload import OPS, PLAN, STEP_OPS, Problem
 
 CHECK_BATCH = 2
 """Images that a candidate is checked on before it is timed."""

@@ -25,14 +25,13 @@ from tritonbnn.kernels.commands import (
     named_problems,
     positive,
 )
-from tritonbnn.kernels.formulas import plain_formulas
 from tritonbnn.kernels.library import convolution, convolution_backward
 from tritonbnn.kernels.mma_operands import has_one_bit_core
+from tritonbnn.kernels.problems import DTYPES, VECTORS, Problem
 from tritonbnn.kernels.provenance import header
 from tritonbnn.kernels.shipped import describe
 from tritonbnn.kernels.timing import copy_bandwidth, matmul_rate, time_callable
 from tritonbnn.kernels.truth import error_of
-from tritonbnn.kernels.workload import DTYPES, VECTORS, Problem
 
 CHECK_BATCH = 2
 """Images that a launcher is checked on before it is timed."""
@@ -42,7 +41,8 @@ Call = Callable[[], Any]
 
 def alternatives(problem: Problem, inputs: dict[str, Tensor], compiled: bool) -> dict[str, Call]:
     """What else does the same work: name and call, operands prepared outside of it."""
-    if problem.op.startswith("conv"):
+    formula = problem.kind.formula
+    if formula is None:
         return _library_calls(problem, inputs)
     # torch's formulas stay in the stream's dtype, as a network under autocast would.
     t = {
@@ -50,11 +50,11 @@ def alternatives(problem: Problem, inputs: dict[str, Tensor], compiled: bool) ->
         for name, tensor in inputs.items()
     }
     t |= {name: t[name].view(1, -1, 1, 1) for name in VECTORS if name in t}
-    function = plain_formulas(problem.shortcut)[problem.op]
-    calls: dict[str, Call] = {"eager": lambda: function(t)}
+    shortcut = problem.shortcut
+    calls: dict[str, Call] = {"eager": lambda: formula(t, shortcut)}
     if compiled:
-        fast = torch.compile(function, dynamic=False)
-        calls["compile"] = lambda: fast(t)
+        fast = torch.compile(formula, dynamic=False)
+        calls["compile"] = lambda: fast(t, shortcut)
     return calls
 
 

@@ -10,8 +10,9 @@ from tritonbnn import caches, cli
 from tritonbnn.kernels import tiles
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import interpreted
+from tritonbnn.kernels.problems import DTYPES, OPS, Problem
+from tritonbnn.kernels.problems.network import model_layers
 from tritonbnn.kernels.provenance import own_device
-from tritonbnn.kernels.workload import DTYPES, OPS, Problem, model_layers
 
 LIMIT_HELP = "try at most so many candidates: the default, and others spread over all"
 

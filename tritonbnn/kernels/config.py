@@ -23,23 +23,25 @@ from tritonbnn.kernels.targets import ANY, Target, target_of
 CONFIG_DIR = Path(__file__).parent / "configs"
 
 FORMULATIONS = {
-    "pack_signs": ("direct",),
-    "packed_difference": ("direct",),
-    "sign_forward": ("direct",),
-    "sign_backward": ("direct",),
-    "rprelu_forward": ("direct",),
-    "rprelu_backward": ("direct",),
     "unit_plan": ("keep", "recompute", "fused"),
-    "channel_moments": ("direct",),
-    "unit_forward": ("direct",),
-    "unit_activation_backward": ("direct",),
-    "unit_norm_backward": ("direct",),
     "conv_packed": ("int8", "popcount", "mma", "wgmma"),
     "conv_real": ("dot", "library"),
     "conv_input_grad": ("dot", "library"),
     "conv_weight_grad": ("dot", "library"),
 }
-"""The formulations of each operation, the default first."""
+"""Of the operations that have several, the default first. All others are computed directly."""
+
+
+def known_formulations(op: str) -> tuple[str, ...]:
+    """All of an operation, the default first."""
+    return FORMULATIONS.get(op, ("direct",))
+
+
+def operations() -> tuple[str, ...]:
+    """All that a table may tune: every launcher, and a unit's plan."""
+    from tritonbnn import kernels  # which imports this module
+
+    return tuple(dict.fromkeys((*kernels.__all__, *FORMULATIONS)))
 
 
 @dataclass(frozen=True, order=True)
@@ -174,7 +176,7 @@ def formulations(op: str, target: Target) -> tuple[str, ...]:
     """Those of an operation that exist on a target, the default first."""
     if op == "conv_packed":
         return target.products
-    known = FORMULATIONS[op]
+    known = known_formulations(op)
     return ("library",) if "library" in known and not target.matrices else known
 
 
@@ -270,10 +272,11 @@ def parse_entry(entry: Any) -> tuple[ProblemKey, Choice]:
         raise KeyError(f"misses {', '.join(sorted(missing))}")
     key = _from_fields(ProblemKey, entry["key"])
     tile = _from_fields(TileConfig, entry["tile"])
-    if key.op not in FORMULATIONS:
-        raise ValueError(f"unknown op {key.op!r}; expected one of {', '.join(FORMULATIONS)}")
-    if entry["formulation"] not in FORMULATIONS[key.op]:
-        expected = " or ".join(FORMULATIONS[key.op])
+    if key.op not in (ops := operations()):
+        raise ValueError(f"unknown op {key.op!r}; expected one of {', '.join(ops)}")
+    known = known_formulations(key.op)
+    if entry["formulation"] not in known:
+        expected = " or ".join(known)
         raise ValueError(f"{key.op} runs as {expected}, not as {entry['formulation']!r}")
     for name, value in asdict(tile).items():
         if value < 1:

@@ -20,8 +20,8 @@ from tritonbnn.kernels import aot, config
 from tritonbnn.kernels.commands import add_problem_arguments, named_problems
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import Launch
+from tritonbnn.kernels.problems import DTYPES, Problem
 from tritonbnn.kernels.targets import TARGETS, Target, parse_target
-from tritonbnn.kernels.workload import DTYPES, SCALED, Problem
 
 META = torch.device("meta")
 
@@ -72,7 +72,7 @@ class Row:
     @property
     def _wants_tensor_core(self) -> bool:
         product = "conv" in self.resources.kernel and "popcount" not in self.resources.kernel
-        return product and (self.dtype != "fp32" or self.op in ("conv_packed", SCALED))
+        return product and (self.dtype != "fp32" or self.op in ("conv_packed", "conv_scaled"))
 
     def as_json(self) -> dict[str, object]:
         return {

@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tritonbnn.layout import channels_last, in_format_of, laid_out_as
-from tritonbnn.ops import library
+from tritonbnn.ops import exported
 from tritonbnn.ops.autocast import without_autocast
+from tritonbnn.ops.binarize import sign_forward
 from tritonbnn.ops.once import differentiable_once
+from tritonbnn.ops.plain import scaled_conv2d
 from tritonbnn.ops.signs import clipped_weight_grad, sign_grads
 from tritonbnn.window import Window
 
@@ -68,7 +70,7 @@ class AnyWindow(torch.autograd.Function):
 
 
 def _signs(x: Tensor, shift: Tensor | None, window: Window) -> Tensor:
-    signs = library.sign_forward(x, shift)
+    signs = sign_forward(x, shift)
     wide = signs if signs.dtype == torch.float64 else signs.to(torch.float32)
     bottom, right = window.extra
     return F.pad(wide, (0, right, 0, bottom)) if bottom or right else wide
@@ -92,3 +94,59 @@ def _convolution_grads(
     return torch.ops.aten.convolution_backward(
         dy, signs, weight, None, *geometry, False, [0, 0], window.groups, wanted
     )
+
+
+def _window(
+    x: Tensor, weight: Tensor, shift: Tensor | None, *options: Any
+) -> tuple[Window, tuple[bool, bool]]:
+    *sides, groups, binary_weight, may_be_binary = options
+    stride, padding, extra, dilation = map(tuple, sides)
+    return Window(stride, padding, extra, dilation, groups), (binary_weight, may_be_binary)
+
+
+def _compute(x: Tensor, weight: Tensor, shift: Tensor | None, *options: Any) -> Tensor:
+    window, kinds = _window(x, weight, shift, *options)
+    return AnyWindow.apply(x, weight, shift, window, *kinds)
+
+
+def _fake(x: Tensor, weight: Tensor, shift: Tensor | None, *options: Any) -> Tensor:
+    window, _ = _window(x, weight, shift, *options)
+    return exported.image_like(x, weight, window.output_size(weight.shape[2:], x.shape[2:]))
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    stride: list[int],
+    padding: list[int],
+    extra: list[int],
+    dilation: list[int],
+    groups: int,
+    binary_weight: bool,
+    may_be_binary: bool,
+) -> Tensor:
+    window: dict[str, Any] = {"stride": stride, "padding": padding}
+    window |= {"dilation": dilation, "groups": groups}
+    y = scaled_conv2d(x, weight, shift, binary_weight, extra, **window)
+    return in_format_of(y.to(x.dtype), x, weight)
+
+
+_operator = exported.register(
+    "binary_conv2d_window",
+    "Tensor x, Tensor weight, Tensor? shift, int[] stride, int[] padding, int[] extra, "
+    "int[] dilation, int groups, bool binary_weight, bool may_be_binary",
+    _compute,
+    _fake,
+    _plain,
+)
+
+
+def _exported(
+    x: Tensor, weight: Tensor, shift: Tensor | None, window: Window, *kinds: bool
+) -> Tensor:
+    sides = (list(window.stride), list(window.padding), list(window.extra), list(window.dilation))
+    return _operator(x, weight, shift, *sides, window.groups, *kinds)
+
+
+exported.replace(AnyWindow, "binary_conv2d_window", _exported)

@@ -4,25 +4,37 @@ import torch
 from torch import Tensor
 
 from tritonbnn import checks
-from tritonbnn.layout import in_format_of, laid_out_as
-from tritonbnn.ops import library
+from tritonbnn.layout import empty_pixels, in_format_of, laid_out_as
+from tritonbnn.ops import exported
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.channels import by_channel
+from tritonbnn.ops.library import accumulator, operator
 from tritonbnn.ops.nan import refuse_nan
 from tritonbnn.ops.once import differentiable_once
+from tritonbnn.ops.plain import signs
+
+
+@operator
+def sign_forward(x, shift=None):
+    return empty_pixels(x, x.dtype)
+
+
+@operator
+def sign_backward(grad, x, shift=None, residual=None, *, shortcut="identity"):
+    return empty_pixels(x, x.dtype), x.new_empty(x.shape[1], dtype=accumulator(x.dtype))
 
 
 class _Binarize(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, shift: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, shift)
-        return in_format_of(library.sign_forward(x, shift), x)
+        return in_format_of(sign_forward(x, shift), x)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor):
         x, shift = ctx.saved_tensors
-        dx, dshift = library.sign_backward(grad, x, shift)
+        dx, dshift = sign_backward(grad, x, shift)
         return laid_out_as(dx, x), dshift if ctx.needs_input_grad[1] else None
 
 
@@ -53,3 +65,12 @@ def binarize(x: Tensor, shift: Tensor | None = None, *, channel_dim: int = 1) ->
     refuse_nan(x)
     features = None if shift is None else len(shift)
     return by_channel(x, channel_dim, features, lambda x: apply(_Binarize, x, shift))
+
+
+def _plain(x: Tensor, shift: Tensor | None) -> Tensor:
+    return signs(x, shift).to(x.dtype)
+
+
+exported.stand_in(
+    _Binarize, "binarize", "Tensor x, Tensor? shift", fake=exported.like_pixels, plain=_plain
+)

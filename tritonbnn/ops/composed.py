@@ -8,6 +8,7 @@ from torch import Tensor
 from tritonbnn import checks
 from tritonbnn.contract import Gradients, Kept, Options, Statistics
 from tritonbnn.ops import library
+from tritonbnn.ops.binarize import sign_backward
 from tritonbnn.ops.norm import Affine, batch_affine, norm_grads, running_affine
 from tritonbnn.ops.signs import clipped_weight_grad
 
@@ -126,9 +127,7 @@ def backward(
     del dy
     if dsigns is not None:
         skipped = du if residual is None else None
-        dx, dshift_in = library.sign_backward(
-            dsigns, x, shift_in, skipped, shortcut=options.shortcut
-        )
+        dx, dshift_in = sign_backward(dsigns, x, shift_in, skipped, shortcut=options.shortcut)
     return Gradients(
         x=dx,
         weight=dweight,

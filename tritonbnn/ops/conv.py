@@ -5,12 +5,13 @@ from torch import Tensor
 
 from tritonbnn import checks
 from tritonbnn.layout import in_format_of, laid_out_as
-from tritonbnn.ops import library
+from tritonbnn.ops import exported, library
 from tritonbnn.ops.any_window import AnyWindow
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.autocast import autocast_input
 from tritonbnn.ops.nan import refuse_nan
 from tritonbnn.ops.once import differentiable_once
+from tritonbnn.ops.plain import scaled_conv2d
 from tritonbnn.ops.signs import clipped_weight_grad, sign_grads
 from tritonbnn.window import Size, check_weight, sizes, window
 
@@ -70,6 +71,36 @@ class _BinaryConv2d(torch.autograd.Function):
             dshift if needs_shift else None,
             *(None, None, None, None),
         )
+
+
+def _fake(
+    x: Tensor, weight: Tensor, shift: Tensor | None, stride: int, padding: int, *_: bool
+) -> Tensor:
+    size = checks.conv_output_size(x.shape[2], x.shape[3], weight.shape[2], stride, padding)
+    return exported.image_like(x, weight, size)
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    stride: int,
+    padding: int,
+    binary_weight: bool,
+    may_be_binary: bool = False,
+) -> Tensor:
+    y = scaled_conv2d(x, weight, shift, binary_weight, stride=stride, padding=padding)
+    return in_format_of(y.to(x.dtype), x, weight)
+
+
+exported.stand_in(
+    _BinaryConv2d,
+    "binary_conv2d",
+    "Tensor x, Tensor weight, Tensor? shift, int stride, int padding, bool binary_weight, "
+    "bool may_be_binary",
+    fake=_fake,
+    plain=_plain,
+)
 
 
 def binary_conv2d(

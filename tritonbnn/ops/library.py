@@ -38,7 +38,7 @@ def through_dispatcher() -> Iterator[None]:
         _always_dispatched = before
 
 
-def _operator(fake: Callable[..., Any]) -> Callable[..., Any]:
+def operator(fake: Callable[..., Any]) -> Callable[..., Any]:
     """Register the launcher named as ``fake``, which computes shapes only; return its caller."""
     name = fake.__name__
     schema = torch.library.infer_schema(getattr(eager, name), mutates_args=())
@@ -97,17 +97,18 @@ def _refuse_distributed(*operands: Any) -> None:
         )
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """In which dtype launchers return sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@_operator
+@operator
 def pack_signs(x, shift=None):
     spatial = x.shape[2:]
     return x.new_empty((x.shape[0], *spatial, words(x.shape[1])), dtype=torch.int32)
 
 
-@_operator
+@operator
 def unpack_signs(packed, channels, dtype):
     if packed.dim() == 2:
         return packed.new_empty((packed.shape[0], channels), dtype=dtype)
@@ -115,12 +116,12 @@ def unpack_signs(packed, channels, dtype):
     return empty_channels_last((n, channels, h, w), dtype, packed.device)
 
 
-@_operator
+@operator
 def pack_weight(weight):
     packed = weight.new_empty(
         (weight.shape[0], *weight.shape[2:], words(weight.shape[1])), dtype=torch.int32
     )
-    return packed, weight.new_empty(weight.shape[0], dtype=_accumulator(weight.dtype))
+    return packed, weight.new_empty(weight.shape[0], dtype=accumulator(weight.dtype))
 
 
 def signs_and_scale(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,28 +131,28 @@ def signs_and_scale(weight: Tensor) -> tuple[Tensor, Tensor]:
     return pack_weight(weight)
 
 
-@_operator
+@operator
 def packed_matmul(a, b, k):
     return a.new_empty((a.shape[0], b.shape[0]), dtype=torch.int32)
 
 
-@_operator
+@operator
 def packed_difference(a, b):
     return a.new_empty(a.shape[0])
 
 
-@_operator
+@operator
 def conv_packed(x, weight, alpha, *, channels, stride, padding, dtype):
     size = conv_output_size(x.shape[1], x.shape[2], weight.shape[1], stride, padding)
     return empty_channels_last((x.shape[0], weight.shape[0], *size), dtype, x.device)
 
 
-@_operator
+@operator
 def conv_moments(x, weight, *, channels, stride, padding):
     return tuple(x.new_empty(weight.shape[0], dtype=torch.float64) for _ in range(2))
 
 
-@_operator
+@operator
 def conv_unit_forward(
     x,
     weight,
@@ -176,50 +177,29 @@ def conv_unit_forward(
     return empty_channels_last(shape, stream.dtype, x.device), signs
 
 
-@_operator
+@operator
 def conv_real(x, weight, *, stride, padding, dtype):
     size = conv_output_size(x.shape[1], x.shape[2], weight.shape[2], stride, padding)
     return empty_channels_last((x.shape[0], weight.shape[0], *size), dtype, x.device)
 
 
-@_operator
+@operator
 def conv_input_grad(grad, weight, alpha, *, channels, height, width, stride, padding):
     return empty_channels_last((grad.shape[0], channels, height, width), grad.dtype, grad.device)
 
 
-@_operator
+@operator
 def conv_weight_grad(grad, x, *, channels, kernel_size, stride, padding):
     shape = (grad.shape[1], channels, kernel_size, kernel_size)
-    return empty_channels_last(shape, _accumulator(grad.dtype), grad.device)
+    return empty_channels_last(shape, accumulator(grad.dtype), grad.device)
 
 
-@_operator
-def sign_forward(x, shift=None):
-    return empty_pixels(x, x.dtype)
-
-
-@_operator
-def sign_backward(grad, x, shift=None, residual=None, *, shortcut="identity"):
-    return empty_pixels(x, x.dtype), x.new_empty(x.shape[1], dtype=_accumulator(x.dtype))
-
-
-@_operator
-def rprelu_forward(x, shift_in, slope, shift_out):
-    return empty_pixels(x, x.dtype)
-
-
-@_operator
-def rprelu_backward(grad, x, shift_in, slope):
-    sums = [x.new_empty(x.shape[1], dtype=_accumulator(x.dtype)) for _ in range(3)]
-    return empty_pixels(x, x.dtype), *sums
-
-
-@_operator
+@operator
 def channel_moments(a):
     return tuple(a.new_empty(a.shape[1], dtype=torch.float64) for _ in range(2))
 
 
-@_operator
+@operator
 def unit_forward(
     a, stream, mean, scale, offset, shift_mid, slope, shift_out, next_shift, *, shortcut, pack
 ):
@@ -228,12 +208,12 @@ def unit_forward(
     return empty_pixels(a, stream.dtype), a.new_empty(packed, dtype=torch.int32)
 
 
-@_operator
+@operator
 def unit_activation_backward(grad, a, stream, mean, scale, offset, shift_mid, slope, *, shortcut):
-    sums = grad.new_empty((4, a.shape[1]), dtype=_accumulator(grad.dtype))
+    sums = grad.new_empty((4, a.shape[1]), dtype=accumulator(grad.dtype))
     return empty_pixels(a, grad.dtype), sums
 
 
-@_operator
+@operator
 def unit_norm_backward(du, a, du_scale, a_scale, constant):
     return empty_pixels(a, du.dtype)

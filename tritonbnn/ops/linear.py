@@ -1,15 +1,19 @@
 """The binary linear layer, on the packed matrix product."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tritonbnn import checks
 from tritonbnn.layout import laid_out_as
-from tritonbnn.ops import library
+from tritonbnn.ops import exported, library
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.autocast import autocast_input
 from tritonbnn.ops.nan import refuse_nan
 from tritonbnn.ops.once import differentiable_once
+from tritonbnn.ops.plain import operand, signs, wide
 from tritonbnn.ops.signs import clipped_weight_grad, sign_grads
 
 _POINTWISE = {"stride": 1, "padding": 0}
@@ -65,6 +69,27 @@ class _BinaryLinear(torch.autograd.Function):
             look = ctx.may_be_binary and needs_x
             dx, dshift = sign_grads(dsigns.flatten(1), x, shift, look)
         return dx if needs_x else None, dweight, dshift if needs_shift else None, None, None
+
+
+def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+def _plain(
+    x: Tensor, weight: Tensor, shift: Tensor | None, binary_weight: bool, may_be_binary: bool
+) -> Tensor:
+    kernel, alpha = operand(weight, wide(x), binary_weight)
+    y = F.linear(signs(x, shift), kernel)
+    return (y if alpha is None else y * alpha).to(x.dtype)
+
+
+exported.stand_in(
+    _BinaryLinear,
+    "binary_linear",
+    "Tensor x, Tensor weight, Tensor? shift, bool binary_weight, bool may_be_binary",
+    fake=_fake,
+    plain=_plain,
+)
 
 
 def binary_linear(

@@ -4,24 +4,37 @@ import torch
 from torch import Tensor
 
 from tritonbnn import checks
-from tritonbnn.layout import in_format_of, laid_out_as
-from tritonbnn.ops import library
+from tritonbnn.layout import empty_pixels, in_format_of, laid_out_as
+from tritonbnn.ops import exported
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.channels import by_channel
+from tritonbnn.ops.library import accumulator, operator
 from tritonbnn.ops.once import differentiable_once
+from tritonbnn.ops.plain import per_channel, wide
+
+
+@operator
+def rprelu_forward(x, shift_in, slope, shift_out):
+    return empty_pixels(x, x.dtype)
+
+
+@operator
+def rprelu_backward(grad, x, shift_in, slope):
+    sums = [x.new_empty(x.shape[1], dtype=accumulator(x.dtype)) for _ in range(3)]
+    return empty_pixels(x, x.dtype), *sums
 
 
 class _RPReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Tensor:
         ctx.save_for_backward(x, shift_in, slope)
-        return in_format_of(library.rprelu_forward(x, shift_in, slope, shift_out), x)
+        return in_format_of(rprelu_forward(x, shift_in, slope, shift_out), x)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, grad: Tensor):
         x, shift_in, slope = ctx.saved_tensors
-        dx, *sums = library.rprelu_backward(grad, x, shift_in, slope)
+        dx, *sums = rprelu_backward(grad, x, shift_in, slope)
         return laid_out_as(dx, x), *sums
 
 
@@ -55,3 +68,20 @@ def rprelu(
         return apply(_RPReLU, x, shift_in, slope, shift_out)
 
     return by_channel(x, channel_dim, len(slope), activated)
+
+
+def plain_rprelu(x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Tensor:
+    """The same in torch's own operators, forward alone."""
+    t = x.to(wide(x))
+    t = t + per_channel(shift_in, t)
+    t = torch.where(t > 0, t, t * per_channel(slope, t))
+    return (t + per_channel(shift_out, t)).to(x.dtype)
+
+
+exported.stand_in(
+    _RPReLU,
+    "rprelu",
+    "Tensor x, Tensor shift_in, Tensor slope, Tensor shift_out",
+    fake=exported.like_pixels,
+    plain=plain_rprelu,
+)

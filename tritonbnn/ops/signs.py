@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tritonbnn.ops import library
+from tritonbnn.ops.binarize import sign_backward
 from tritonbnn.packed import PackedWeight
 
 
@@ -14,7 +15,7 @@ def sign_grads(
 
     The pseudo-gradient is 0 at +-1, so behind another sign nothing would be trained.
     """
-    dx, dshift = library.sign_backward(dsigns, x, shift)
+    dx, dshift = sign_backward(dsigns, x, shift)
     if not may_be_binary:
         return dx, dshift
     if x.device.type == "cpu" and not library.through_operators(x):
