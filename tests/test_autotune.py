@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.helpers import KERNEL_DEVICE, OF_BOTH_STEPS
-from tritonbnn import cli, kernels
+from tritonbnn import cli, kernels, reference
 from tritonbnn.kernels import autotune, config, conv_unit, provenance, truth
 from tritonbnn.kernels.candidates import candidates, spread
 from tritonbnn.kernels.geometry import Geometry
@@ -120,13 +120,13 @@ def test_every_default_passes_the_check(op, binary_weight, dtype):
 @pytest.mark.parametrize("op", ["conv_real", "conv_weight_grad", PLAN])
 def test_the_yardstick_of_float32_is_no_tf32(monkeypatch, op):
     seen = []
-    convolve = truth.reference.binary_conv2d
+    convolve = reference.binary_conv2d
 
     def look(*args, **kwargs):
         seen.append(torch.backends.cudnn.conv.fp32_precision)
         return convolve(*args, **kwargs)
 
-    monkeypatch.setattr(truth.reference, "binary_conv2d", look)
+    monkeypatch.setattr(reference, "binary_conv2d", look)
     problem = Problem(op, UNIT.layer, torch.float32)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
         truth.plain(problem, problem.inputs(torch.device("cpu")), torch.float32)
