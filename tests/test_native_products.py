@@ -221,6 +221,45 @@ def test_large_products_do_not_depend_on_the_number_of_threads():
             assert torch.equal(result, other[name]), name
 
 
+@pytest.mark.parametrize("value", ["finite", "inf"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param((5, 8, 8, 32, 33, 3, 1), id="2-sections"),
+        pytest.param((33, 3, 5, 47, 45, 1, 1), id="sections-of-2-spans"),
+    ],
+)
+def test_threads_share_the_long_sums_of_few_channels(isa, shape, value):
+    p = Products(shape)
+    if value == "inf":
+        p.grad[-1, 2, 0, 0] = torch.inf  # padding is left out then
+    first, *others = (
+        with_threads(n, lambda: p.weight_grad(native, torch.float32)) for n in THREADS
+    )
+    for other in others:
+        assert torch.equal(other.view(torch.int32), first.view(torch.int32))
+    plain = p.weight_grad(eager, torch.float32)
+    if value == "inf":
+        assert_alike(first, plain)
+    else:
+        assert_no_worse_than_eager(first, plain, p.truth()["weight_grad"])
+
+
+def test_sections_are_joined_from_the_first_to_the_last(isa):
+    """A channel each has a huge number, its negative and 1, in three sections in a row: the 1 is
+    left only where it comes last."""
+    section, sections, huge = 3840, 16, 2.0**27
+    p = Products((1, 1, sections - 2, sections, section, 1, 1))
+    p.packed = eager.pack_signs(torch.ones_like(p.signs))
+    p.grad.zero_()
+    for channel in range(sections - 2):
+        for row, value in enumerate((huge, -huge, 1), channel):
+            p.grad[0, channel, row, 7 * row] = value
+    for count in THREADS:
+        result = with_threads(count, lambda: p.weight_grad(native, torch.float32))
+        assert torch.equal(result, torch.ones_like(result)), count
+
+
 PLACES = [(0, 0), (0, 1), (-1, -1), (1, 0), (1, 1)]
 """Pixels of an image: corners, borders, and inside."""
 

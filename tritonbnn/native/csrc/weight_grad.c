@@ -11,14 +11,15 @@
 #include "vector.h"
 
 #include "bits.h"
+#include "destination.h"
 #include "geometry.h"
 #include "table.h"
-#include "transpose.h"
 #include "workspace.h"
 
-#define BLOCK 64 /* channels that are transposed at a time, so that they stay in the first cache */
 #define MOST 0.9f /* of a channel's gradients, at which padding is left out instead */
 #define SPAN 128 /* words whose sums have an accumulator of their own: long sums lose digits */
+#define SECTIONS 16 /* of all words at most, whose sums are joined last */
+#define FEW_CHANNELS 64 /* whose tables take as long to make as to use */
 
 typedef struct {
     const geometry *g;
@@ -26,6 +27,7 @@ typedef struct {
     int64_t grad_type;
     const uint32_t *index; /* [word][tap][channel] */
     int64_t pixels, taps;
+    int64_t words, section; /* of all pixels, and of a section: whole spans */
 } problem;
 
 typedef struct {
@@ -130,29 +132,46 @@ INLINE void add_absolute(const vec *numbers, int64_t count, vec *sum) {
     }
 }
 
-/* Add sums[tap][channel] of the given taps; return the sum of the gradients' absolute values. With
-   mask, the gradients are left out whose one tap falls on padding. */
-static vec sum_taps(const problem *p, int64_t out, int64_t first_tap, int64_t last_tap, int mask,
-                    vec *sums, vec *span_sums) {
-    int64_t channels = p->g->channels, count = (last_tap - first_tap) * channels;
-    int64_t words = table_words(p->pixels);
+/* Some taps of 16 output channels. */
+typedef struct {
+    int64_t out, first, last;
+} job;
+
+/* sums[tap][channel] of one section; the sum of its gradients' absolute values. With mask, those
+   gradients are left out whose one tap falls on padding. span_sums: as many. */
+static vec sum_section(const problem *p, job j, int64_t section, int mask, vec *sums,
+                       vec *span_sums) {
+    int64_t channels = p->g->channels, count = (j.last - j.first) * channels;
+    int64_t first = section * p->section, last = smaller(first + p->section, p->words);
     tables t;
     vec numbers[WORD], absolute_sum = splat(0);
-    for (int64_t start = 0; start < words; start += SPAN) {
-        vec *into = words > SPAN ? span_sums : sums;
+    memset(sums, 0, count * sizeof(vec));
+    for (int64_t start = first; start < last; start += SPAN) {
+        vec *into = last - first > SPAN ? span_sums : sums;
         if (into == span_sums) memset(span_sums, 0, count * sizeof(vec));
-        for (int64_t word = start; word < smaller(start + SPAN, words); word++) {
+        for (int64_t word = start; word < smaller(start + SPAN, last); word++) {
             int64_t size = word_size(p->pixels, word);
-            load_pixels(p, word, out, mask ? first_tap : -1, numbers);
+            load_pixels(p, word, j.out, mask ? j.first : -1, numbers);
             add_absolute(numbers, size, &absolute_sum);
             make_tables(&t, numbers, size);
-            const uint32_t *signs = p->index + (word * p->taps + first_tap) * channels;
+            const uint32_t *signs = p->index + (word * p->taps + j.first) * channels;
             add_products(&t, groups_of(size), signs, 1, into, count);
         }
         if (into == sums) continue;
         for (int64_t i = 0; i < count; i++) add_vec(sums + i, span_sums + i);
     }
     return absolute_sum;
+}
+
+/* The same of all sections, joined in order. scratch: twice as many. */
+static vec sum_taps(const problem *p, job j, int mask, vec *sums, vec *scratch) {
+    int64_t count = (j.last - j.first) * p->g->channels;
+    vec size = sum_section(p, j, 0, mask, sums, scratch), *section_sums = scratch + count;
+    for (int64_t section = 1; section * p->section < p->words; section++) {
+        size += sum_section(p, j, section, mask, section_sums, scratch);
+        for (int64_t i = 0; i < count; i++) add_vec(sums + i, section_sums + i);
+    }
+    return size;
 }
 
 /* The sum of the gradients whose tap falls on padding, and of their absolute values. */
@@ -189,69 +208,69 @@ INLINE int can_cancel(vec padded, vec padded_size, vec size) {
     return 1;
 }
 
-typedef struct {
-    float *values;
-    const float *clip_by; /* the weight, beyond +-1 of which its gradient is 0; or NULL */
-    weight_strides strides;
-} destination;
-
-/* The gradient of a weight: 0 where the weight is beyond +-1, or no number. */
-INLINE float clipped(const destination *d, int64_t at, float grad) {
-    float w = d->clip_by ? d->clip_by[at] : 0;
-    return w <= 1 && w >= -1 ? grad : 0;
-}
-
-/* Four output channels by four channels that lie side by side. */
-INLINE void write_quads(const destination *d, int64_t at, const vec *sums, int64_t lane) {
-    const float *from[4];
-    float rows[4][4], *to[4];
-    for (int i = 0; i < 4; i++) {
-        from[i] = (const float *)(sums + i) + lane;
-        to[i] = rows[i];
+/* From sums to gradients: add what padding has taken, clip and write. size: of all gradients.
+   Whether padding is left out is decided tap by tap, so that it does not depend on which taps are
+   computed together. scratch: as many vectors as 2 taps have channels. */
+static void finish(const problem *p, const destination *d, job j, vec size, vec *sums,
+                   vec *scratch) {
+    int64_t channels = p->g->channels;
+    for (int64_t tap = j.first; tap < j.last && p->g->padding; tap++) {
+        vec *of_tap = sums + (tap - j.first) * channels, padded_size;
+        vec padded = padded_sum(p, j.out, tap, &padded_size);
+        if (can_cancel(padded, padded_size, size))
+            for (int64_t c = 0; c < channels; c++) add_vec(of_tap + c, &padded);
+        else
+            sum_taps(p, (job){j.out, tap, tap + 1}, 1, of_tap, scratch);
     }
-    transpose_quads(from, to);
-    for (int i = 0; i < 4; i++, at += d->strides.out_channel)
-        for (int c = 0; c < 4; c++) d->values[at + c] = clipped(d, at + c, rows[i][c]);
-}
-
-/* Write the sums of a tap, [channel] by lanes, of 16 output channels, in the weight's layout. */
-static void write_tap(const geometry *g, const destination *d, int64_t at, int64_t lanes,
-                      const vec *sums) {
-    weight_strides s = d->strides;
-    int64_t quads = s.channel == 1 && lanes == LANES ? g->channels / 4 * 4 : 0;
-    for (int64_t lane = 0; lane < lanes; lane += 4)
-        for (int64_t c = 0; c < quads; c += 4)
-            write_quads(d, at + lane * s.out_channel + c, sums + c, lane);
-    for (int64_t first = quads; first < g->channels; first += BLOCK)
-        for (int64_t lane = 0; lane < lanes; lane++)
-            for (int64_t c = first; c < smaller(first + BLOCK, g->channels); c++) {
-                int64_t i = at + lane * s.out_channel + c * s.channel;
-                d->values[i] = clipped(d, i, sums[c][lane]);
-            }
-}
-
-/* The gradients of some taps of 16 output channels. Whether padding is left out is decided tap by
-   tap, so that it does not depend on which taps are computed together. */
-static void block_grad(const problem *p, const destination *d, int64_t out, int64_t first_tap,
-                       int64_t last_tap) {
-    int64_t taps = last_tap - first_tap, channels = p->g->channels, count = taps * channels;
-    vec *sums = tritonbnn_workspace(WORKSPACE_OWN, 2 * (count + taps) * sizeof(vec));
-    vec *span_sums = sums + count, *padded = span_sums + count, *padded_sizes = padded + taps;
-    for (int64_t i = 0; i < taps; i++) {
-        padded[i] = padded_sum(p, out, first_tap + i, padded_sizes + i);
-        for (int64_t c = 0; c < channels; c++) sums[i * channels + c] = padded[i];
+    if (j.last - j.first == p->taps && kernels_follow(p->g, d)) {
+        write_kernels(p->g, d, j.out, sums);
+        return;
     }
-    vec size = sum_taps(p, out, first_tap, last_tap, 0, sums, span_sums);
-    for (int64_t i = 0; i < taps; i++) {
-        int64_t tap = first_tap + i, k = p->g->kernel_size;
-        vec *of_tap = sums + i * channels;
-        if (p->g->padding && !can_cancel(padded[i], padded_sizes[i], size)) {
-            memset(of_tap, 0, channels * sizeof(vec));
-            sum_taps(p, out, tap, tap + 1, 1, of_tap, span_sums);
+    for (int64_t tap = j.first; tap < j.last; tap++)
+        write_tap(p->g, d, j.out, tap, sums + (tap - j.first) * channels);
+}
+
+/* Threads share taps only where there are fewer blocks than threads: each makes its own tables. */
+static void share_taps(const problem *p, const destination *d, int64_t blocks, int64_t threads) {
+    int64_t parts = smaller(p->taps, ceil_div(threads, larger(blocks, 1)));
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t i = 0; i < blocks * parts; i++) {
+        int64_t part = i % parts;
+        job j = {i / parts * LANES, part * p->taps / parts, (part + 1) * p->taps / parts};
+        int64_t count = (j.last - j.first) * p->g->channels;
+        vec *sums = tritonbnn_workspace(WORKSPACE_OWN, 3 * count * sizeof(vec));
+        vec size = sum_taps(p, j, 0, sums, sums + count);
+        finish(p, d, j, size, sums, sums + count);
+    }
+}
+
+/* Threads share the sections where tables would take most of the time. */
+static void share_sections(const problem *p, const destination *d, int64_t blocks,
+                           int64_t threads) {
+    int64_t channels = p->g->channels, count = p->taps * channels;
+    int64_t sections = ceil_div(p->words, p->section);
+    /* of each block and section: its sums, and the size of its gradients */
+    vec *all = tritonbnn_workspace(WORKSPACE_PARTS,
+                                   blocks * sections * (count + 1) * sizeof(vec));
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t i = 0; i < blocks * sections; i++) {
+        vec *sums = all + i * (count + 1);
+        vec *scratch = tritonbnn_workspace(WORKSPACE_OWN, count * sizeof(vec));
+        job j = {i / sections * LANES, 0, p->taps};
+        sums[count] = sum_section(p, j, i % sections, 0, sums, scratch);
+    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t i = 0; i < blocks * p->taps; i++) {
+        int64_t block = i / p->taps, tap = i % p->taps;
+        vec *sums = tritonbnn_workspace(WORKSPACE_OWN, 3 * channels * sizeof(vec));
+        vec *first = all + block * sections * (count + 1), size = first[count];
+        memcpy(sums, first + tap * channels, channels * sizeof(vec));
+        for (int64_t section = 1; section < sections; section++) {
+            const vec *more = first + section * (count + 1);
+            size += more[count];
+            for (int64_t c = 0; c < channels; c++) add_vec(sums + c, more + tap * channels + c);
         }
-        int64_t at = out * d->strides.out_channel + tap / k * d->strides.row +
-                     tap % k * d->strides.column;
-        write_tap(p->g, d, at, smaller(LANES, p->g->out_channels - out), of_tap);
+        finish(p, d, (job){block * LANES, tap, tap + 1}, size, sums, sums + channels);
     }
 }
 
@@ -260,17 +279,17 @@ static void block_grad(const problem *p, const destination *d, int64_t out, int6
 EXPORT void tritonbnn_weight_grad(const void *grad, int64_t grad_type, const uint32_t *signs,
                                   float *result, const float *clip_by, const geometry *g,
                                   const weight_strides *strides, int64_t threads) {
-    problem p = {g, grad, grad_type, 0, g->images * g->out_height * g->out_width,
-                 g->kernel_size * g->kernel_size};
-    destination d = {result, clip_by, *strides};
+    problem p = {.g = g, .grad = grad, .grad_type = grad_type};
+    p.pixels = g->images * g->out_height * g->out_width;
+    p.taps = g->kernel_size * g->kernel_size;
+    p.words = table_words(p.pixels);
+    p.section = larger(1, ceil_div(ceil_div(p.words, SPAN), SECTIONS)) * SPAN;
     p.index = make_index(&p, signs, threads);
+    destination d = {result, clip_by, *strides};
     int64_t blocks = ceil_div(g->out_channels, LANES);
-    /* Taps are parted only where there are few blocks for the threads: each part makes its own
-       tables. No sum is parted, so its bits are the same. */
-    int64_t parts = smaller(p.taps, ceil_div(threads, larger(blocks, 1)));
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t job = 0; job < blocks * parts; job++) {
-        int64_t part = job % parts;
-        block_grad(&p, &d, job / parts * LANES, part * p.taps / parts, (part + 1) * p.taps / parts);
-    }
+    /* Either way no sum is parted but at its sections, so its bits are the same. */
+    if (blocks < threads && p.words > p.section && g->channels < FEW_CHANNELS)
+        share_sections(&p, &d, blocks, threads);
+    else
+        share_taps(&p, &d, blocks, threads);
 }

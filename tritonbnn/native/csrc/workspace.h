@@ -8,6 +8,7 @@ enum workspace_slot {
     WORKSPACE_SHARED, /* of the calling thread, read by all threads of a call */
     WORKSPACE_PADDED, /* a padded map of packed signs, of the calling thread too */
     WORKSPACE_OWN,    /* of each thread of a call */
+    WORKSPACE_PARTS,  /* of long sums, of the calling thread */
     /* Of a whole unit, of the calling thread. */
     WORKSPACE_MOMENTS,
     WORKSPACE_CONVOLVED,
