@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from tests.helpers import activation, gradient, plus_minus, vectors
 from tests.test_ops import compare
 from tritonbnn import ops, reference
-from tritonbnn.nn import BinaryConv1d, BinaryConv2d, BinaryUnit, RPReLU, RSign
+from tritonbnn.nn import BinaryConv1d, BinaryConv2d, BinaryUnit, RPReLU, RSign, pack_weights_
 
 # of x and weight, and how they are convolved
 WINDOWS = {
@@ -177,6 +177,7 @@ REFUSED = [
     (lambda: BinaryConv2d(8, 8, 3, padding_mode="reflect"), "torch.nn.functional.pad before"),
     (lambda: BinaryConv2d(0, 8, 3), "in_channels must be an int, at least 1, not 0"),
     (lambda: BinaryConv1d(8, 8, (3, 3)), "kernel_size must be an int, at least 1"),
+    (lambda: pack_weights_(BinaryConv1d(8, 8, 3)), "use a BinaryConv2d with a kernel of one row"),
     (lambda: RSign(0), "num_features must be an int, at least 1, not 0"),
     (lambda: RPReLU(8.0), "num_features must be an int, at least 1, not 8.0"),
     (lambda: BinaryUnit(8, 12, 3), "does not lead from 8 to 12 channels: give it 8 or 16"),

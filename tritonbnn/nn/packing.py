@@ -23,7 +23,8 @@ def pack_weights_(model: nn.Module) -> int:
         How many layers have packed weights now.
 
     Raises:
-        ValueError: a weight is parametrised or pruned, or there is no binary weight.
+        ValueError: a weight is parametrised or pruned, or of a BinaryConv1d, or there is no binary
+            weight.
     """
     packed: dict[Tensor, nn.Parameter] = {}
     count = 0
@@ -33,6 +34,11 @@ def pack_weights_(model: nn.Module) -> int:
         weight = layer._parameters.get("weight")
         if weight is None:
             raise ValueError(f"{name} is parametrised or pruned: remove that before packing it")
+        if weight.dim() == 3:
+            raise ValueError(
+                f"{name} is of a BinaryConv1d, whose weights cannot be packed: "
+                "use a BinaryConv2d with a kernel of one row"
+            )
         count += 1
         if isinstance(weight, PackedWeight):
             continue
