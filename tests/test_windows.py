@@ -21,6 +21,7 @@ WINDOWS = {
     "grouped": ((2, 6, 5, 4), (9, 2, 3, 3), {"padding": 1, "groups": 3}),
     "depthwise": ((2, 5, 5, 4), (5, 1, 3, 3), {"padding": 1, "groups": 5}),
     "packed_same": ((2, 33, 5, 4), (7, 33, 3, 3), {"padding": "same"}),
+    "lists": ((2, 9, 6, 5), (4, 9, 3, 3), {"padding": [1, 0], "stride": [1, 2]}),
     "packed_pairs": ((2, 33, 5, 4), (7, 33, 3, 3), {"padding": (1, 1), "stride": (2, 2)}),
 }
 

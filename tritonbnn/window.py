@@ -12,50 +12,33 @@ class Window(NamedTuple):
     """What is convolved with a kernel of two dimensions, beside the kernel itself.
 
     Attributes:
+        kernel_size: height and width.
         stride: down and to the right.
         padding: zeros on each side, above and below, left and right.
         extra: more zeros, below and on the right: "same" pads unevenly for an even kernel.
         dilation: the distance between the kernel's elements.
         groups: parts of the channels that are convolved separately.
+        least: height and width that an image must have at least.
+        packed: whether the launchers convolve packed signs by it: 1x1 or 3x3, padded to "same".
     """
 
+    kernel_size: tuple[int, int]
     stride: tuple[int, int]
     padding: tuple[int, int]
     extra: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
+    least: tuple[int, int]
+    packed: bool
 
-    def output_size(self, kernel_size: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
-        """Height and width of the output for an image of ``size``.
-
-        Raises:
-            ValueError: the image is smaller than the kernel, or has no pixels.
-        """
-        out = []
-        sides = zip(size, kernel_size, *self[:4], strict=True)
-        for pixels, taps, stride, padding, extra, dilation in sides:
-            reach = pixels + 2 * padding + extra - dilation * (taps - 1) - 1
-            if pixels < 1 or reach < 0:
-                raise ValueError(
-                    f"an image of {_times(size)} is too small for a kernel of "
-                    f"{_times(kernel_size)}, dilation {_times(self.dilation)} "
-                    f"and padding {_times(self.padding)}"
-                )
-            out.append(reach // stride + 1)
-        return out[0], out[1]
-
-    def is_packed(self, kernel_size: Sequence[int]) -> bool:
-        """Whether the launchers convolve packed signs by it: 1x1 or 3x3, padded to "same"."""
-        height, width = kernel_size
-        return (
-            height == width
-            and height in (1, 3)
-            and self.stride in ((1, 1), (2, 2))
-            and self.padding == (height // 2, height // 2)
-            and self.extra == (0, 0)
-            and (height == 1 or self.dilation == (1, 1))
-            and self.groups == 1
-        )
+    def check(self, height: int, width: int) -> None:
+        """Raise ValueError if an image is smaller than the kernel, or has no pixels."""
+        if height < self.least[0] or width < self.least[1]:
+            raise ValueError(
+                f"an image of {height} x {width} is too small for a kernel of "
+                f"{_times(self.kernel_size)}, dilation {_times(self.dilation)} "
+                f"and padding {_times(self.padding)}"
+            )
 
 
 def window(
@@ -71,9 +54,24 @@ def window(
         ValueError: an argument is not a number, or as many as there are dimensions, or out of
             range; an unknown word for ``padding``; "same" with a stride.
     """
+    height, width = kernel_size
     strides, steps = sizes("stride", stride, 2), sizes("dilation", dilation, 2)
-    padding, extra = _padding(kernel_size, strides, padding, steps)
-    return Window(_pair(strides), _pair(padding), _pair(extra), _pair(steps), groups)
+    zeros, extra = _padding(kernel_size, strides, padding, steps)
+    sides = zip(kernel_size, zeros, extra, steps, strict=True)
+    least = [step * (taps - 1) + 1 - 2 * pad - more for taps, pad, more, step in sides]
+    packed = (
+        height == width
+        and height in (1, 3)
+        and strides in ((1, 1), (2, 2))
+        and zeros == (height // 2, height // 2)
+        and extra == (0, 0)
+        and (height == 1 or steps == (1, 1))
+        and groups == 1
+    )
+    return Window(
+        *((height, width), _pair(strides), _pair(zeros), _pair(extra), _pair(steps)),
+        *(groups, (max(1, least[0]), max(1, least[1])), packed),
+    )
 
 
 def sizes(name: str, value: Size, dimensions: int, least: int = 1) -> tuple[int, ...]:

@@ -40,7 +40,15 @@ class AnyWindow(torch.autograd.Function):
         ctx.window, ctx.binary_weight, ctx.may_be_binary = window, binary_weight, may_be_binary
         operand, alpha = _operand(weight, x.dtype, binary_weight)
         with without_autocast(x):  # it would round sums of signs
-            y = F.conv2d(_signs(x, shift, window), operand, None, *window[:2], *window[3:])
+            y = F.conv2d(
+                _signs(x, shift, window),
+                operand,
+                None,
+                window.stride,
+                window.padding,
+                window.dilation,
+                window.groups,
+            )
             if alpha is not None:
                 y = y * alpha.view(-1, 1, 1)
         return in_format_of(y if y.dtype == x.dtype else y.to(x.dtype), x, weight)

@@ -1,5 +1,8 @@
 """The binary convolution: signs in, real numbers out, packed signs saved."""
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +16,7 @@ from tritonbnn.ops.nan import refuse_nan
 from tritonbnn.ops.once import differentiable_once
 from tritonbnn.ops.plain import scaled_conv2d
 from tritonbnn.ops.signs import clipped_weight_grad, sign_grads
-from tritonbnn.window import Size, check_weight, sizes, window
+from tritonbnn.window import Size, Window, check_weight, sizes, window
 
 
 class _BinaryConv2d(torch.autograd.Function):
@@ -103,6 +106,16 @@ exported.stand_in(
 )
 
 
+_known_window = lru_cache(maxsize=1024, typed=True)(window)
+
+
+def _window(kernel_size: torch.Size, *arguments: Any) -> Window:
+    """The window of these arguments, which for a layer are the same at each call."""
+    if torch.compiler.is_compiling() or any(isinstance(each, list) for each in arguments):
+        return window(kernel_size, *arguments)  # torch traces no cache, and a list has no hash
+    return _known_window(kernel_size, *arguments)
+
+
 def binary_conv2d(
     x: Tensor,
     weight: Tensor,
@@ -164,14 +177,13 @@ def binary_conv2d(
     checks.check_per_channel(x.shape[1], shift=shift)
     checks.check_per_channel(weight.shape[0], bias=bias)
     checks.check_same_device(x=x, weight=weight, shift=shift, bias=bias)
-    kernel_size = weight.shape[2:]
-    geometry = window(kernel_size, stride, padding, dilation, groups)
-    geometry.output_size(kernel_size, x.shape[2:])
+    geometry = _window(weight.shape[2:], stride, padding, dilation, groups)
+    geometry.check(*x.shape[2:])
     x = autocast_input(x)
     checks.check_weight_dtype(x, weight)
     refuse_nan(x)
     kinds = (binary_weight, may_be_binary)
-    if geometry.is_packed(kernel_size):
+    if geometry.packed:
         packed = (geometry.stride[0], geometry.padding[0])
         y = apply(_BinaryConv2d, x, weight, shift, *packed, *kinds)
     else:
