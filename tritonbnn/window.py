@@ -40,6 +40,15 @@ class Window(NamedTuple):
                 f"and padding {_times(self.padding)}"
             )
 
+    def output_size(self, size: Sequence[int]) -> tuple[int, int]:
+        """Height and width of what an image of ``size`` is convolved to."""
+        sides = zip(size, *self[:5], strict=True)
+        height, width = (
+            (pixels + 2 * pad + more - step * (taps - 1) - 1) // stride + 1
+            for pixels, taps, stride, pad, more, step in sides
+        )
+        return height, width
+
 
 def window(
     kernel_size: Sequence[int],
@@ -54,9 +63,22 @@ def window(
         ValueError: an argument is not a number, or as many as there are dimensions, or out of
             range; an unknown word for ``padding``; "same" with a stride.
     """
-    height, width = kernel_size
     strides, steps = sizes("stride", stride, 2), sizes("dilation", dilation, 2)
     zeros, extra = _padding(kernel_size, strides, padding, steps)
+    return padded_window(kernel_size, strides, zeros, extra, steps, groups)
+
+
+def padded_window(
+    kernel_size: Sequence[int],
+    strides: Sequence[int],
+    zeros: Sequence[int],
+    extra: Sequence[int],
+    steps: Sequence[int],
+    groups: int,
+) -> Window:
+    """A window from its own attributes, two numbers each: what is found from them is found here."""
+    height, width = kernel_size
+    strides, zeros, extra, steps = map(_pair, (strides, zeros, extra, steps))
     sides = zip(kernel_size, zeros, extra, steps, strict=True)
     least = [step * (taps - 1) + 1 - 2 * pad - more for taps, pad, more, step in sides]
     packed = (
@@ -69,8 +91,8 @@ def window(
         and groups == 1
     )
     return Window(
-        *((height, width), _pair(strides), _pair(zeros), _pair(extra), _pair(steps)),
-        *(groups, (max(1, least[0]), max(1, least[1])), packed),
+        *((height, width), strides, zeros, extra, steps, groups),
+        *((max(1, least[0]), max(1, least[1])), packed),
     )
 
 
@@ -126,14 +148,15 @@ def check_weight(weight: Tensor, channels: int, groups: int) -> None:
         channels: of its input.
         groups: as given by the caller.
     """
-    if weight.dim() != 4 or not weight.numel():
-        raise ValueError(f"weight must have shape (O, C / groups, kh, kw), not {_shape(weight)}")
+    shape = tuple(weight.shape)
+    fits = len(shape) == 4 and all(shape) and shape[1] * groups == channels
+    if fits and shape[0] % groups == 0:
+        return
     check_count("groups", groups)
-    if weight.shape[1] * groups != channels or weight.shape[0] % groups:
-        raise ValueError(
-            f"weight must have shape (O, {channels} / groups, kh, kw) for an x of {channels} "
-            f"channels, and O a multiple of groups={groups}, not {_shape(weight)}"
-        )
+    raise ValueError(
+        f"weight must have shape (O, {channels} / groups, kh, kw) for an x of {channels} channels, "
+        f"and O a multiple of groups={groups}, not {shape}"
+    )
 
 
 def _padding(
@@ -153,14 +176,10 @@ def _padding(
     return tuple(n // 2 for n in total), tuple(n % 2 for n in total)
 
 
-def _pair(values: tuple[int, ...]) -> tuple[int, int]:
+def _pair(values: Sequence[int]) -> tuple[int, int]:
     first, second = values
     return first, second
 
 
 def _times(values: Sequence[int]) -> str:
     return " x ".join(map(str, values))
-
-
-def _shape(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape))

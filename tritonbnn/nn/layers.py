@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -80,6 +81,7 @@ class _BinaryConvolution(_BinaryLayer):
     """What convolutions of any number of dimensions share."""
 
     _dimensions: int
+    _convolve: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -112,15 +114,22 @@ class _BinaryConvolution(_BinaryLayer):
         shape = (out_channels, in_channels // groups, *self.kernel_size)
         self._make_parameters(shape, in_channels, shift, bias, device, dtype)
 
-    def _options(self) -> dict[str, Any]:
-        return {
-            "bias": self.bias,
-            "stride": self.stride,
-            "padding": self.padding,
-            "dilation": self.dilation,
-            "groups": self.groups,
-            "binary_weight": self.binary_weight,
-        }
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(x, fx.Proxy):
+            return as_leaf(self, x)
+        if self.binary_weight:
+            tell_of_pruning(self)
+        return self._convolve(
+            x,
+            self.weight,
+            self.shift,
+            bias=self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            binary_weight=self.binary_weight,
+        )
 
     def extra_repr(self) -> str:
         parts = [f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"]
@@ -169,13 +178,7 @@ class BinaryConv2d(_BinaryConvolution):
     """
 
     _dimensions = 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, fx.Proxy):
-            return as_leaf(self, x)
-        if self.binary_weight:
-            tell_of_pruning(self)
-        return ops.binary_conv2d(x, self.weight, self.shift, **self._options())
+    _convolve = staticmethod(ops.binary_conv2d)
 
 
 class BinaryConv1d(_BinaryConvolution):
@@ -189,13 +192,7 @@ class BinaryConv1d(_BinaryConvolution):
     """
 
     _dimensions = 1
-
-    def forward(self, x: Tensor) -> Tensor:
-        if isinstance(x, fx.Proxy):
-            return as_leaf(self, x)
-        if self.binary_weight:
-            tell_of_pruning(self)
-        return ops.binary_conv1d(x, self.weight, self.shift, **self._options())
+    _convolve = staticmethod(ops.binary_conv1d)
 
 
 class BinaryLinear(_BinaryLayer):

@@ -17,7 +17,7 @@ from tritonbnn.ops.binarize import sign_forward
 from tritonbnn.ops.once import differentiable_once
 from tritonbnn.ops.plain import scaled_conv2d
 from tritonbnn.ops.signs import clipped_weight_grad, sign_grads
-from tritonbnn.window import Window
+from tritonbnn.window import Window, padded_window
 
 
 class AnyWindow(torch.autograd.Function):
@@ -108,8 +108,9 @@ def _window(
     x: Tensor, weight: Tensor, shift: Tensor | None, *options: Any
 ) -> tuple[Window, tuple[bool, bool]]:
     *sides, groups, binary_weight, may_be_binary = options
-    stride, padding, extra, dilation = map(tuple, sides)
-    return Window(stride, padding, extra, dilation, groups), (binary_weight, may_be_binary)
+    stride, padding, extra, dilation = sides
+    window = padded_window(weight.shape[2:], stride, padding, extra, dilation, groups)
+    return window, (binary_weight, may_be_binary)
 
 
 def _compute(x: Tensor, weight: Tensor, shift: Tensor | None, *options: Any) -> Tensor:
@@ -119,7 +120,7 @@ def _compute(x: Tensor, weight: Tensor, shift: Tensor | None, *options: Any) -> 
 
 def _fake(x: Tensor, weight: Tensor, shift: Tensor | None, *options: Any) -> Tensor:
     window, _ = _window(x, weight, shift, *options)
-    return exported.image_like(x, weight, window.output_size(weight.shape[2:], x.shape[2:]))
+    return exported.image_like(x, weight, window.output_size(x.shape[2:]))
 
 
 def _plain(

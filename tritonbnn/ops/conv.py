@@ -111,9 +111,12 @@ _known_window = lru_cache(maxsize=1024, typed=True)(window)
 
 def _window(kernel_size: torch.Size, *arguments: Any) -> Window:
     """The window of these arguments, which for a layer are the same at each call."""
-    if torch.compiler.is_compiling() or any(isinstance(each, list) for each in arguments):
-        return window(kernel_size, *arguments)  # torch traces no cache, and a list has no hash
-    return _known_window(kernel_size, *arguments)
+    if torch.compiler.is_compiling():
+        return window(kernel_size, *arguments)  # torch traces no cache
+    try:
+        return _known_window(kernel_size, *arguments)
+    except TypeError:  # a list has no hash
+        return window(kernel_size, *arguments)
 
 
 def binary_conv2d(
@@ -175,7 +178,8 @@ def binary_conv2d(
     checks.check_float("weight", weight)
     check_weight(weight, x.shape[1], groups)
     checks.check_per_channel(x.shape[1], shift=shift)
-    checks.check_per_channel(weight.shape[0], bias=bias)
+    if bias is not None:
+        checks.check_per_channel(weight.shape[0], bias=bias)
     checks.check_same_device(x=x, weight=weight, shift=shift, bias=bias)
     geometry = _window(weight.shape[2:], stride, padding, dilation, groups)
     geometry.check(*x.shape[2:])
