@@ -102,7 +102,8 @@ def sizes(name: str, value: Size, dimensions: int, least: int = 1) -> tuple[int,
     Raises:
         ValueError: it is neither an int nor one int for each dimension, or one is too small.
     """
-    given = value if isinstance(value, Sequence) else (value,) * dimensions
+    # a tuple is asked for first: an abstract class is slow to ask, and a layer's call comes here
+    given = value if isinstance(value, (tuple, Sequence)) else (value,) * dimensions
     values = tuple(given)
     if len(values) != dimensions or not all(isinstance(v, int) and v >= least for v in values):
         several = f" or {dimensions} ints" if dimensions > 1 else ""

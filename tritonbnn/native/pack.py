@@ -8,6 +8,7 @@ from tritonbnn.bits import words
 from tritonbnn.layout import channels_last, empty_channels_last
 from tritonbnn.native import library
 from tritonbnn.native.common import TYPES, pixels, runs, vector
+from tritonbnn.packed import PackedWeight
 
 
 def pack_signs(x: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -48,6 +49,19 @@ def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     shape = (filters, channels, height, width)
     library.call("pack_weight", weight, TYPES[weight.dtype], *shape, *strides, packed, alpha)
     return packed, alpha
+
+
+def weight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed signs and scale of a binary weight: stored already, or memory where C puts them."""
+    if isinstance(weight, PackedWeight):
+        return weight.packed, weight.alpha
+    filters, channels, height, width = weight.shape
+    return empty_words(filters, height, width, words(channels)), torch.empty(filters)
+
+
+def empty_words(*shape: int) -> Tensor:
+    """Memory for packed signs."""
+    return torch.empty(shape, dtype=torch.int32)
 
 
 def packed_difference(a: Tensor, b: Tensor) -> Tensor:

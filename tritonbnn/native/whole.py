@@ -14,6 +14,7 @@ from tritonbnn.native import library
 from tritonbnn.native.common import SHORTCUTS, TYPES, runs
 from tritonbnn.native.conv import Geometry, WeightStrides, geometry
 from tritonbnn.native.library import pointer
+from tritonbnn.native.pack import empty_words, weight_bits
 from tritonbnn.packed import PackedWeight
 
 _NUMBERS = ("type", "a_type", "shortcut")
@@ -124,9 +125,9 @@ def forward(
     )
     shape = (images, out_channels, out_height, out_width)
     a_type = checks.sum_dtype(weight.shape[1:].numel()) if binary else x.dtype
-    packed, alpha = _weight_bits(weight) if binary else (None, None)
+    packed, alpha = weight_bits(weight) if binary else (None, None)
     kept = Kept(
-        signs=_empty_words(images, height, width, words(channels))
+        signs=empty_words(images, height, width, words(channels))
         if signs is None
         else signs.contiguous(),
         packed=packed,
@@ -135,7 +136,7 @@ def forward(
         vectors=torch.empty((6, out_channels)),
     )
     z = empty_channels_last(shape, x.dtype, x.device)
-    next_signs = _empty_words(images, out_height, out_width, words(out_channels) * options.pack)
+    next_signs = empty_words(images, out_height, out_width, words(out_channels) * options.pack)
     mean, variance = torch.empty(out_channels), torch.empty(out_channels)
     given_mean, given_variance = (None, None) if statistics is None else statistics
     others = {
@@ -158,18 +159,6 @@ def forward(
     unit.signs_are_packed = signs is not None
     library.call("unit_whole_forward", unit)
     return (z, next_signs, mean, variance), kept
-
-
-def _weight_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed signs and scale of a binary weight: stored already, or memory where C puts them."""
-    if isinstance(weight, PackedWeight):
-        return weight.packed, weight.alpha
-    filters, channels, height, width = weight.shape
-    return _empty_words(filters, height, width, words(channels)), torch.empty(filters)
-
-
-def _empty_words(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.int32)
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -7,104 +7,12 @@ import torch
 from torch import Tensor
 
 from tritonbnn import checks
-from tritonbnn.layout import in_format_of, laid_out_as
-from tritonbnn.ops import exported, library
 from tritonbnn.ops.any_window import AnyWindow
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.autocast import autocast_input
 from tritonbnn.ops.nan import refuse_nan
-from tritonbnn.ops.once import differentiable_once
-from tritonbnn.ops.plain import scaled_conv2d
-from tritonbnn.ops.signs import clipped_weight_grad, sign_grads
+from tritonbnn.ops.packed_conv import PackedConv2d
 from tritonbnn.window import Size, Window, check_weight, sizes, window
-
-
-class _BinaryConv2d(torch.autograd.Function):
-    """y = alpha * conv(sign(x + shift), sign(w)), or conv(sign(x + shift), w).
-
-    Saved: x, which the shortcut keeps alive anyway, and the packed signs of both operands.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        x: Tensor,
-        weight: Tensor,
-        shift: Tensor | None,
-        stride: int,
-        padding: int,
-        binary_weight: bool,
-        may_be_binary: bool,
-    ) -> Tensor:
-        signs = library.pack_signs(x, shift)
-        geometry = {"stride": stride, "padding": padding}
-        packed, alpha = library.signs_and_scale(weight) if binary_weight else (None, None)
-        if binary_weight:
-            y = library.conv_packed(
-                signs, packed, alpha, channels=x.shape[1], dtype=x.dtype, **geometry
-            )
-        else:
-            y = library.conv_real(signs, weight, dtype=x.dtype, **geometry)
-        ctx.save_for_backward(x, shift, weight, signs, packed, alpha)
-        ctx.geometry, ctx.may_be_binary = geometry, may_be_binary
-        return in_format_of(y, x, weight)
-
-    @staticmethod
-    @differentiable_once
-    def backward(ctx, grad: Tensor):
-        x, shift, weight, signs, packed, alpha = ctx.saved_tensors
-        channels, height, width = x.shape[1:]
-        needs_x, needs_weight, needs_shift = ctx.needs_input_grad[:3]
-        dx = dweight = dshift = None
-        if needs_weight:
-            dweight = library.conv_weight_grad(
-                grad, signs, channels=channels, kernel_size=weight.shape[2], **ctx.geometry
-            )
-            if packed is not None:
-                dweight = clipped_weight_grad(dweight, weight)
-            dweight = laid_out_as(dweight, weight)
-        if needs_x or needs_shift:
-            operand = weight if packed is None else packed
-            size = {"channels": channels, "height": height, "width": width}
-            dsigns = library.conv_input_grad(grad, operand, alpha, **size, **ctx.geometry)
-            dx, dshift = sign_grads(dsigns, x, shift, ctx.may_be_binary and needs_x)
-        return (
-            laid_out_as(dx, x) if needs_x else None,
-            dweight,
-            dshift if needs_shift else None,
-            *(None, None, None, None),
-        )
-
-
-def _fake(
-    x: Tensor, weight: Tensor, shift: Tensor | None, stride: int, padding: int, *_: bool
-) -> Tensor:
-    size = checks.conv_output_size(x.shape[2], x.shape[3], weight.shape[2], stride, padding)
-    return exported.image_like(x, weight, size)
-
-
-def _plain(
-    x: Tensor,
-    weight: Tensor,
-    shift: Tensor | None,
-    stride: int,
-    padding: int,
-    binary_weight: bool,
-    may_be_binary: bool = False,
-) -> Tensor:
-    y = scaled_conv2d(x, weight, shift, binary_weight, stride=stride, padding=padding)
-    return in_format_of(y.to(x.dtype), x, weight)
-
-
-exported.stand_in(
-    _BinaryConv2d,
-    "binary_conv2d",
-    "Tensor x, Tensor weight, Tensor? shift, int stride, int padding, bool binary_weight, "
-    "bool may_be_binary",
-    fake=_fake,
-    plain=_plain,
-)
-
 
 _known_window = lru_cache(maxsize=1024, typed=True)(window)
 
@@ -189,7 +97,7 @@ def binary_conv2d(
     kinds = (binary_weight, may_be_binary)
     if geometry.packed:
         packed = (geometry.stride[0], geometry.padding[0])
-        y = apply(_BinaryConv2d, x, weight, shift, *packed, *kinds)
+        y = apply(PackedConv2d, x, weight, shift, *packed, *kinds)
     else:
         y = apply(AnyWindow, x, weight, shift, geometry, *kinds)
     if bias is not None:
