@@ -5,9 +5,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from html import escape
+from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from tritonbnn.cli import printable
 from tritonbnn.report.catalogue import CATALOGUE, Picture
@@ -20,7 +21,8 @@ _PAIRS = 10  # in a list of confusions
 _PIXELS = 100  # of the screen, for an inch of a picture
 _HEADS = ["run", "recipe", "model", "stage", "weights", "width", "seed", "lr", "decay", "epochs"]
 _HEADS += ["best top-1, %", "last top-1, %", "seconds"]
-_NUMBERS = 5  # columns from here on hold numbers
+_TEXTS = 5  # columns; those after them hold numbers
+_TEMPLATE = "page.html.jinja"
 
 
 def compare(runs: Sequence[RunRecord]) -> list[str]:
@@ -72,48 +74,30 @@ def page(
             f"nothing to draw for: {', '.join(empty)}; a run trained with --analysis full, with its"
             " checkpoints and its data in place, has all"
         )
-    when = made.when.strftime("%Y-%m-%d %H:%M %z")
-    parts = [f"<h1>{escape(title)}</h1>", _table(runs)]
-    parts.append(f'<p class="made">{when}: <code>{escape(printable(made.command))}</code></p>')
-    if notes:
-        items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-        parts.append(f"<h2>What is missing</h2>\n<ul>{items}</ul>")
-    parts += [_figure(picture) for picture in pictures]
-    parts += [_pairs(run, m.confused) for run, m in zip(runs, measured, strict=True) if m.confused]
-    body = "\n".join(parts)
-    return _PAGE.format(title=escape(title), style=_CSS, body=body)
+    rows = [_HEADS, *(_cells(run, stage) for run in runs for stage in run.stages.values())]
+    lists = [_pairs(r, m.confused) for r, m in zip(runs, measured, strict=True) if m.confused]
+    template = _environment().get_template(_TEMPLATE)
+    return template.render(
+        title=title,
+        rows=rows,
+        texts=_TEXTS,
+        when=made.when.strftime("%Y-%m-%d %H:%M %z"),
+        command=printable(made.command),
+        notes=notes,
+        pictures=[_shown(picture) for picture in pictures],
+        confused=lists,
+    )
 
 
-_CSS = """
-body { margin: 2em auto; max-width: 70em; padding: 0 1em; font: 16px/1.5 sans-serif; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 }
-th, td { border-bottom: 1px solid #ccc; padding: .25em .8em; text-align: left; white-space: nowrap }
-.number { text-align: right; font-variant-numeric: tabular-nums }
-.wide { overflow-x: auto }
-figure { margin: 0 } figcaption { max-width: 50em }
-h2 { margin-top: 2em }
-"""
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
-
-
-def _table(runs: Sequence[RunRecord]) -> str:
-    head = _row(_HEADS, "th")
-    body = "\n".join(_row(_cells(run, stage)) for run in runs for stage in run.stages.values())
-    return f'<div class="wide"><table>\n{head}\n{body}\n</table></div>'
+def _environment() -> Environment:
+    """Where names of runs and classes are text, whatever they hold, and a slip is an error."""
+    return Environment(
+        loader=PackageLoader("tritonbnn.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
 
 
 def _cells(run: RunRecord, stage: StageRecord) -> list[str]:
@@ -130,33 +114,26 @@ def _two_digits(value: float) -> str:
     return "" if math.isnan(value) else f"{value:.2f}"
 
 
-def _row(cells: Sequence[str], tag: str = "td") -> str:
-    kinds = [' class="number"' if index >= _NUMBERS else "" for index in range(len(cells))]
-    inner = "".join(f"<{tag}{k}>{escape(c)}</{tag}>" for k, c in zip(kinds, cells, strict=True))
-    return f"<tr>{inner}</tr>"
-
-
-def _figure(picture: Picture) -> str:
+def _shown(picture: Picture) -> dict[str, str | int]:
     """A picture at its natural size on the screen; a wide one scrolls."""
-    data = base64.b64encode(picture.png).decode()
     width = int.from_bytes(picture.png[16:20])  # where a PNG file says so
-    return (
-        f"<h2>{escape(picture.title)}</h2>\n<figure>"
-        f'<div class="wide"><img alt="{escape(picture.title)}" width="{width * _PIXELS // DPI}"'
-        f' src="data:image/png;base64,{data}"></div>\n'
-        f"<figcaption>{escape(picture.reading)}</figcaption></figure>"
-    )
+    return {
+        "title": picture.title,
+        "reading": picture.reading,
+        "width": width * _PIXELS // DPI,
+        "data": base64.b64encode(picture.png).decode(),
+    }
 
 
-def _pairs(run: RunRecord, confused: Confused) -> str:
-    """What was confused most, in words."""
-    heading = f"<h2>Most confused: {escape(run.label)}, {confused.stage}</h2>"
-    pairs = most_confused(confused.counts, _PAIRS)
-    if not pairs:
-        return f"{heading}\n<p>Nothing: every image was recognised.</p>"
-    items = "".join(
-        f"<li>{escape(confused.classes[p.label])}, taken for {escape(confused.classes[p.guess])}:"
-        f" {p.images} of {p.of} images</li>"
-        for p in pairs
-    )
-    return f"{heading}\n<ul>{items}</ul>"
+def _pairs(run: RunRecord, confused: Confused) -> dict[str, Any]:
+    """What was confused most."""
+    pairs = [
+        {
+            "label": confused.classes[pair.label],
+            "guess": confused.classes[pair.guess],
+            "images": pair.images,
+            "of": pair.of,
+        }
+        for pair in most_confused(confused.counts, _PAIRS)
+    ]
+    return {"run": run.label, "stage": confused.stage, "pairs": pairs}
