@@ -224,17 +224,8 @@ def _training(runs: Path, cuda: bool, tiny: bool, fashion: Path | None) -> Itera
     for recipe, seeds, flags in (("digits", "1" if tiny else "3", ()), ("fashion", "1", where)):
         if recipe == "fashion" and not cuda:
             continue
-        flags += small if recipe == "digits" else wide
-        ways = {"": (), "bf16": ("--precision", "bf16"), "expert": ("--expert",)}
-        if recipe == "digits":
-            ways["obvious"] = ("--obvious",)
-        for way, options in ways.items():
-            name = f"{recipe}-{way}".rstrip("-")
-            command = ("benchmarks.seeds", recipe, "--seeds", seeds, "--out", str(runs / name))
-            yield Part(
-                name,
-                (*command, *options, *device, *flags),
-                f"{name.replace('-', '_')}.json",
-                minutes=3 if recipe == "digits" else 8,
-                turns=1 if way in ("expert", "obvious") else 3,  # those two start over
-            )
+        rivals = "bf16,expert,obvious" if recipe == "digits" else "bf16,expert"
+        command = ("benchmarks.compare", recipe, "--seeds", seeds, "--rivals", rivals)
+        command += ("--out", str(runs / recipe), *device, *flags)
+        command += small if recipe == "digits" else wide
+        yield Part(recipe, command, f"compare_{recipe}.json", minutes=8, turns=6)

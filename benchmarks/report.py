@@ -22,9 +22,8 @@ from benchmarks.tables import (
     layers_table,
     overhead_line,
     peak_table,
-    runs_table,
+    runs_tables,
     steps_table,
-    study_table,
     sweep_table,
 )
 from tritonbnn import cli
@@ -114,7 +113,7 @@ def results_page(found: list[Device], base: Path) -> str:
         lines += peak_table(device)
         lines += sweep_table(device, BATCH_SWEEP, "batch")
         lines += sweep_table(device, SIZE_SWEEP, "size")
-        lines += [*runs_table(device), *study_table(device), *overhead_line(device)]
+        lines += [*runs_tables(device), *overhead_line(device)]
         for path in sorted(device.folder.glob("*.svg")):
             where = Path(os.path.relpath(path.resolve(), base.resolve())).as_posix()
             lines += [f"![{path.stem.replace('_', ' ')}]({where})", ""]

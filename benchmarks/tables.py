@@ -13,8 +13,7 @@ from benchmarks.layers import FLOAT, OURS, layer_of
 from benchmarks.measure import trouble
 from benchmarks.output import read_result
 from tritonbnn import cli
-from tritonbnn.study import summary
-from tritonbnn.study.plan import STUDIES, TWO_STEP_SGD
+from tritonbnn.compare import page
 
 MISSING = "not measured yet"
 DASH = "-"
@@ -28,9 +27,7 @@ BATCH_SWEEP, SIZE_SWEEP, PEAK = (
     "peak_memory_reactnet_a_224_batch8.json",
 )
 LAYERS = "binary_conv2d.json"
-TRAINING_RUNS = tuple(
-    f"{recipe}{way}.json" for recipe in ("digits", "fashion") for way in ("", "_bf16", "_expert")
-)
+TRAINING_RUNS = ("compare_digits.json", "compare_fashion.json")
 
 LAYER_WAYS = {
     "eval": "eval forward",
@@ -203,67 +200,26 @@ def sweep_table(device: Device, name: str, key: str) -> list[str]:
     return [*lines, *(source(result) if result else [])]
 
 
-def runs_table(device: Device) -> list[str]:
-    """Training runs to their end: accuracy over seeds, and minutes."""
-    tool = "python -m benchmarks.seeds "
-    names = [n for n, r in device.files.items() if r and r.get("command", "").startswith(tool)]
-    if not device.is_cpu:
-        names = list(dict.fromkeys([*TRAINING_RUNS, *names]))
-    rows = []
+def runs_tables(device: Device) -> list[str]:
+    """Training runs to their end, side by side: tables and verdicts, made from the seeds' numbers.
+
+    What a file has beside these numbers, such as words of the code that wrote it, is not read.
+    """
+    names = [name for name, r in device.files.items() if r and {"values", "claims"} <= r.keys()]
+    lines = ["### Recipes side by side", "", page.CELLS, ""] if names else []
     for name in names:
-        result = device.get(name)
-        if result is None:
-            rows.append(
-                [name.removesuffix(".json").replace("_", " "), MISSING, MISSING, *[DASH] * 3]
-            )
-            continue
         with device.reading(name):
-            said = result["command"].removeprefix(tool)
-            rows.append([f"`{said}`", *(accuracy(result[f"step{s}"]) for s in (1, 2))])
-            minutes = [m for s in (1, 2) for m in result[f"step{s}"]["training_minutes"].values()]
-            rows[-1].append(f"{sum(minutes) / len(minutes) * 2:.2g}")
-            rows[-1] += [str(result.get(key, DASH)) for key in ("threads", "commit")]
-    head = ["`python -m benchmarks.seeds`", "step 1, top-1", "step 2, top-1"]
-    return table([*head, "minutes a run", "threads", "commit"], rows)
-
-
-def accuracy(step: Result) -> str:
-    """The mean of the seeds' last top-1, and their range."""
-    if step["lowest"] == step["highest"]:
-        return f"{step['mean']:.2f} %"
-    return f"{step['mean']:.2f} % ({step['lowest']:.2f} to {step['highest']:.2f})"
-
-
-def study_table(device: Device) -> list[str]:
-    """Ways to train, of the paper's comparisons; nothing where they were not made."""
-    name, lines = "study_digits.json", []
-    with device.reading(name):
-        if result := device.get(name):
-            results, studies = result["results"], result["studies"]
-            variants = dict.fromkeys(v for study in studies for v in STUDIES[study].variants)
-            head = ["`python -m tritonbnn.study`", *summary.heads(results)]
-            rows = [[variant.title, *summary.cells(variant, results)] for variant in variants]
-            scale, caution = summary.scale, summary.caution
-            lines = table(head, rows)
-            lines += [f"{scale(result['settings'])} {summary.window(results)}", ""]
-            lines += [f"The paper's orders. {caution(result['settings'], studies)}", ""]
-            lines += [*summary.verdicts(studies, results), "", *_rates_line(device, result)]
+            document = device.files[name] or {}
+            result = page.Result.of(document)
+            what = f"{', '.join(dict.fromkeys(row['recipe'] for row in result.rows.values()))}"
+            lines += [*page.table(result, f"{what}, threads: {document['threads']}"), ""]
+            lines += [f"{page.spread(result)} {page.caution(result)}".rstrip(), ""]
+            lines += [*page.orders(result), ""] if len(result.rows) > 1 else []
+            lines += source(document)
+    missing = [name for name in TRAINING_RUNS if name not in device.files and not device.is_cpu]
+    for name in missing:
+        lines += [f"{name.removesuffix('.json').replace('_', ' ')}: {MISSING}.", ""]
     return lines
-
-
-def _rates_line(device: Device, result: Result) -> list[str]:
-    """SGD at learning rates other than that of the table; nothing where none was tried."""
-    names = [name for name in device.files if name.startswith("study_digits_sgd_")]
-    top1 = {}
-    for name in names:
-        with device.reading(name):
-            other = device.files[name] or {}
-            top1[other["settings"]["sgd_lr"]] = other["results"][TWO_STEP_SGD.name]["0"]["top1"]
-    if not top1:
-        return []
-    top1[result["settings"]["sgd_lr"]] = result["results"][TWO_STEP_SGD.name]["0"]["top1"]
-    said = ", ".join(f"{value:.4g} % at {rate:g}" for rate, value in sorted(top1.items()))
-    return [f"SGD at other rates, with seed 0: {said}.", ""]
 
 
 def overhead_line(device: Device) -> list[str]:

@@ -1,11 +1,10 @@
-"""The obvious network or the expert's, trained by a recipe: what ours is to match in accuracy.
+"""The obvious network trained by a recipe: what ours is to match in accuracy.
 
     python -m benchmarks.train_obvious digits --seed 0 --out runs/obvious
-    python -m benchmarks.train_obvious --expert digits --seed 0 --out runs/expert
 
 The same images in the same order, the same schedule and starting weights drawn the same way, fused
-Adam and malloc as our trainer sets it. The network is :mod:`benchmarks.baseline`'s or
-:mod:`benchmarks.expert`'s, and the loop is as one writes it first: one device, no resuming.
+Adam and malloc as our trainer sets it. The network is :mod:`benchmarks.baseline`'s, or another with
+its parameters, and the loop is as one writes it first: one device, no resuming.
 """
 
 import time
@@ -15,18 +14,17 @@ from torch import nn
 from torch.nn import functional as F
 
 from benchmarks.baseline import ObviousReActNetA
-from benchmarks.expert import ExpertReActNetA
 from tritonbnn import cli
 from tritonbnn.compute import Compute, choose_device, keep_freed_memory
 from tritonbnn.data.batches import train_batches, val_batches
 from tritonbnn.data.sources import Source
 from tritonbnn.distributed import World
-from tritonbnn.files import make_folder
 from tritonbnn.methods import evaluate
 from tritonbnn.optim import set_learning_rate
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.config import Config
 from tritonbnn.train.log import Line, write_log
+from tritonbnn.train.rundir import RunFolder
 from tritonbnn.train.stage import open_images
 
 
@@ -118,8 +116,12 @@ def _train_epoch(
 
 
 def main(argv: list[str]) -> int:
-    expert = "--expert" in argv
-    arguments = parse([word for word in argv if word != "--expert"])
+    return train(argv, ObviousReActNetA)
+
+
+def train(argv: list[str], network: type[ObviousReActNetA]) -> int:
+    """Train a network by the trainer's command line; its folder has a log, and no checkpoint."""
+    arguments = parse(argv)
     config = arguments.config
     plain = all(stage.method.name == "plain" for stage in config.stages)
     if not plain or config.names != ("step1", "step2") or config.model != "reactnet_a":
@@ -128,14 +130,13 @@ def main(argv: list[str]) -> int:
     if compute.device.type == "cpu":
         keep_freed_memory()
     source = open_images(config)
-    network = ExpertReActNetA if expert else ObviousReActNetA
-    make_folder(arguments.out)
+    folder = RunFolder(arguments.out, config, fresh=arguments.fresh, device=compute.device)
     history: list[Line] = []
     weights: dict | None = None
     for step in (config.number(stage) for stage in config.chosen):
         lines, weights = train_step(step, config, source, compute, weights, network)
         history += lines
-        write_log(arguments.out, history)
+        write_log(folder.path, history)
     return 0
 
 

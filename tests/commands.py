@@ -16,9 +16,9 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 TRAIN, EVALUATE, PREDICT = "tritonbnn.train.__main__", "tritonbnn.evaluate", "tritonbnn.predict"
-ANALYZE, STUDY = "tritonbnn.analyze", "tritonbnn.study.__main__"
+ANALYZE, COMPARE = "tritonbnn.analyze", "tritonbnn.compare.__main__"
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-PRELOADED = (TRAIN, EVALUATE, PREDICT, STUDY, "torch.utils.tensorboard")
+PRELOADED = (TRAIN, EVALUATE, PREDICT, COMPARE, "torch.utils.tensorboard")
 
 # trains both steps in about half a second, and saves after every optimiser step
 TINY = """

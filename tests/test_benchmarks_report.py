@@ -8,8 +8,8 @@ import pytest
 from benchmarks import report, tables
 from benchmarks.machine import ROOT
 from tritonbnn import cli
-from tritonbnn.study.summary import settings
-from tritonbnn.train.arguments import parse
+from tritonbnn.compare.page import Result
+from tritonbnn.compare.sets import Claim
 
 HEAD = {
     "device": "A GPU",
@@ -31,6 +31,20 @@ def row(speed, **more):
     }
 
 
+def side_by_side(claims=(), **top1):
+    """A comparison's numbers, by row and seed."""
+    one = {"recipe": "fashion", "epochs": {"step2": 20}, "published": {}}
+    rows = {name: {**one, "title": name} for name in top1}
+    values = {
+        name: {
+            str(seed): {"top1": value, "step2.top1": value, "flip_flop_sampled": 0.01}
+            for seed, value in enumerate(of_seeds)
+        }
+        for name, of_seeds in top1.items()
+    }
+    return Result([], rows, list(claims), 2, values).document()
+
+
 @pytest.fixture
 def place(tmp_path):
     """A README and the results of one GPU."""
@@ -50,9 +64,7 @@ def place(tmp_path):
     write(folder / "train_step_2.json", {**HEAD, "points": [point]})
     double = {**point, "batch": 16, "rows": {**rows, "twin": {"failed": "no compiler"}}}
     write(folder / "batch_sweep.json", {**HEAD, "points": [point, double]})
-    step = {"lowest": 92.0, "highest": 93.0, "mean": 92.5, "training_minutes": {"0": 3, "1": 5}}
-    command = "python -m benchmarks.seeds fashion --seeds 2"
-    write(folder / "fashion.json", {**HEAD, "command": command, "step1": step, "step2": step})
+    write(folder / "compare_fashion.json", {**HEAD, **side_by_side(fashion=[92.0, 93.0])})
     return tmp_path
 
 
@@ -98,9 +110,9 @@ def test_figures_come_from_the_files_and_the_rest_is_said_to_be_missing(place):
     assert "| twin | 4 ± 2% | - | 2,000 | 8.00 x | - | 3 | - |" in lines
     swept = [line for line in lines if line.startswith("| 16 | 8,000 ± 2% |")]
     assert swept[0].endswith("| out of memory; batch 4 fits | failed: no compiler |")
-    run_row = "| `fashion --seeds 2` | 92.50 % (92.00 to 93.00) | 92.50 % (92.00 to 93.00) | 8 |"
-    assert f"{run_row} 2 | abc |" in lines
-    assert "| fashion bf16 | not measured yet | not measured yet | - | - | - |" in lines
+    assert "| fashion, threads: 2 | seeds | epochs | step2, top-1, % |" in page
+    assert "| fashion | 2 | 20 | 92.5 ± 0.71 | 10 ± 0 |" in lines
+    assert "compare digits: not measured yet." in lines
     assert "| img/s by size |" in lines
     assert lines[lines.index("| img/s by size |") + 2] == "| not measured yet |"
 
@@ -134,63 +146,36 @@ def test_layers_alone_have_a_table_where_they_were_measured(place, cpu):
 
 def test_verdicts_are_derived_when_the_page_is_written(place):
     """From the seeds' numbers; a sentence in the file, of whatever code wrote it, is not read."""
-    top1 = {"two-step-sgd": [80, 81, 82], "two-step-adam": [83, 84, 85]}
-    results = {
-        name: {
-            str(seed): {"top1": value, "flip_flop_sampled": 0.01} for seed, value in enumerate(v)
-        }
-        for name, v in top1.items()
-    }
-    config = parse(["digits", "--epochs", "4"]).config
-    document = {**HEAD, "settings": settings(config, 3, 0.025), "studies": ["optimizers"]}
-    document |= {"results": results, "caution": "A stale sentence.", "failed": {}}
-    path = place / "results" / "a-gpu" / "study_digits.json"
-    claim = "- That Adam is more accurate than SGD: "
+    path = place / "results" / "a-gpu" / "paper_digits.json"
+    claims = [Claim("Adam is better", "top1", ("sgd", "adam"))]
+    claims.append(Claim("Adam flips more", "flip_flop", ("sgd", "adam")))
     for value, expected in (
-        (83, "reproduces at this scale."),
+        (93, "holds."),
         (79, "so in the means, but the seeds overlap."),
         (-9, "not so in the means, but the seeds overlap."),
     ):
-        results["two-step-adam"]["0"]["top1"] = value
-        write(path, document)
+        numbers = side_by_side(claims, sgd=[80, 81, 82], adam=[value, 94, 95])
+        stale = {"summary": {"orders": [{"verdict": "A stale sentence."}]}}
+        write(path, {**HEAD, **numbers, **stale})
         assert run(place) == 0
-        readme = (place / "docs" / "results.md").read_text()
-        assert f"{claim}{expected}\n" in readme
-    for said in (
-        "| `python -m tritonbnn.study` | top-1, % | FF ratio (sampled), 1e-3 | C2I (2p - 1) |",
-        "| two steps, SGD, decay 5e-6 then 0 | 81 ± 1 | 10 ± 0 |  |",
-        "3 seeds at 4 + 4 epochs decide nothing",
-        "a better one than 0.025 may bring SGD nearer to Adam.",
-    ):
-        assert said in readme
-    assert "stale" not in readme
-    assert "SGD at other" not in readme
+        page = (place / "docs" / "results.md").read_text()
+        assert f"- Adam is better: {expected}\n" in page
+        assert "- Adam flips more: not decided: runs are missing, or do not tell it.\n" in page
+        assert "| FF ratio (sampled), 1e-3 |" in page
+        assert "stale" not in page
 
 
-def test_sgd_at_other_rates_stands_beside_the_table_s(place):
-    folder = place / "results" / "a-gpu"
-    config = parse(["digits", "--epochs", "4"]).config
-    for rate, top1 in ((0.025, [75.0, 80.0]), (0.0125, [77.75]), (0.1, [55.0])):
-        runs = {str(seed): {"top1": value} for seed, value in enumerate(top1)}
-        document = {"settings": settings(config, len(runs), rate), "studies": ["optimizers"]}
-        document |= {**HEAD, "results": {"two-step-sgd": runs}, "failed": {}}
-        name = "study_digits" if rate == 0.025 else f"study_digits_sgd_{rate}"
-        write(folder / f"{name}.json", document)
-    assert run(place) == 0
-    said = "SGD at other rates, with seed 0: 77.75 % at 0.0125, 75 % at 0.025, 55 % at 0.1."
-    assert f"\n{said}\n" in (place / "docs" / "results.md").read_text()
-
-
-def test_the_study_s_file_holds_no_sentence():
-    [path] = (ROOT / "benchmarks" / "results").glob("*/study_digits.json")
-    result = json.loads(path.read_text())
-    numbers = [
-        x for runs in result["results"].values() for run in runs.values() for x in run.values()
-    ]
-    assert {type(number) for number in numbers} == {float}
-    assert {key for key, value in result.items() if isinstance(value, str)} == {
-        *("device", "python", "torch", "triton", "commit", "command"),
-    }
+def test_the_committed_comparisons_hold_numbers_and_no_verdict():
+    folder = ROOT / "benchmarks" / "results"
+    found = [json.loads(path.read_text()) for path in folder.glob("*/*.json")]
+    found = [result for result in found if "values" in result]
+    assert found
+    for result in found:
+        runs = [run for of_seeds in result["values"].values() for run in of_seeds.values()]
+        assert {type(value) for run in runs for value in run.values()} == {float}
+        assert Result.of(result).verdicts() is not None
+        words = {key for key, value in result.items() if isinstance(value, str)}
+        assert words <= {"device", "cpu", "python", "torch", "triton", "commit", "command", "code"}
 
 
 def test_the_readme_sets_ours_against_the_best_expert_and_twin(place):

@@ -49,7 +49,7 @@ def test_the_readmes_figures_are_a_suite_of_their_own(tmp_path, capsys):
         assert f"{tmp_path}/{name}" in out
     assert "benchmarks.report" in out
     assert "tests-kernels" not in out
-    assert "benchmarks.seeds" not in out
+    assert "benchmarks.compare" not in out
 
 
 def test_the_real_thing_at_a_tiny_size_and_again(tmp_path, capfd):

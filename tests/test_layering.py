@@ -44,7 +44,7 @@ ALLOWED = {
     "networks": {"deploy", "train", *JOB, *BASE},
     "export": {"deploy", "train", "data", *JOB, *BASE},
     "evaluate": {"networks", "train", "methods", "models", "nn", "data", *JOB, *BASE},
-    "study": {"train", "data", *JOB, *BASE},
+    "compare": {"report", "train", "data", "caches", *JOB, *BASE},
     "predict": {"networks", "train", "methods", "models", "nn", "data", *JOB, *BASE},
     "report": {"train", "analysis", "data", *JOB, *BASE},
     "analyze": {"report", "train", "data", "caches", *JOB, *BASE},

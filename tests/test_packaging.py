@@ -21,6 +21,7 @@ NEEDED = {
     "tritonbnn/native/csrc/cpu.c",
     "tritonbnn/native/csrc/vector.h",
     "tritonbnn/report/page.html.jinja",
+    *(f"tritonbnn/compare/sets/{name}.toml" for name in ("decay", "optimisers", "steps")),
     *(
         f"tritonbnn/train/recipes/{name}.toml"
         for name in ("cifar10", "cifar100", "digits", "fashion", "images", "imagenet")

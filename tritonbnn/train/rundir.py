@@ -1,9 +1,11 @@
 """A run's folder: created, numbered, locked, and checked against what it was begun with."""
 
 import dataclasses
+import hashlib
 import json
 import platform
 import sys
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,6 +21,9 @@ from tritonbnn.train.recipe import read_recipe, resolve, stage_names
 
 CONFIG = "config.toml"
 ENVIRONMENT = "environment.json"
+# Parts of the package that a run never sees.
+_NO_PART_OF_A_RUN = ("compare", "deploy", "report")
+_SOURCES = (".py", ".c", ".h", ".npz")
 
 
 class RunFolder:
@@ -38,7 +43,7 @@ class RunFolder:
     """
 
     def __init__(self, out: Path, config: Config, *, fresh: bool, device: torch.device) -> None:
-        self.path = _numbered(out) if fresh else out
+        self.path = numbered(out) if fresh else out
         make_folder(self.path)
         self._lock = FolderLock(self.path)
         remove_leftovers(self.path)
@@ -69,7 +74,22 @@ def stage_folder(run: Path, name: str) -> Path:
     return run / name
 
 
-def _numbered(out: Path) -> Path:
+@cache
+def code_version() -> str:
+    """What code a run is of: torch's version, and a hash of the sources that train.
+
+    Two runs whose versions differ may differ for that alone.
+    """
+    root = Path(tritonbnn.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(p for p in root.rglob("*") if p.suffix in _SOURCES):
+        name = path.relative_to(root)
+        if name.parts[0] not in _NO_PART_OF_A_RUN:
+            digest.update(name.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+    return f"{digest.hexdigest()[:12]} with torch {torch.__version__}"
+
+
+def numbered(out: Path) -> Path:
     """The first of out, out-2, out-3, ... that does not exist.
 
     What torchrun restarts was fresh in its first attempt: it goes on in the last that does.
@@ -108,6 +128,7 @@ def _environment(config: Config, device: torch.device) -> str:
         "device_name": name or platform.machine(),
         "threads": torch.get_num_threads(),
         "tritonbnn": tritonbnn.__version__,
+        "code": code_version(),
         "torch": torch.__version__,
         "torchvision": torchvision.__version__,
         "cuda": torch.version.cuda,

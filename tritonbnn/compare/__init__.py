@@ -1,0 +1,1 @@
+"""Recipes side by side, several seeds each: ``python -m tritonbnn.compare``."""

@@ -1,1 +1,0 @@
-"""AdamBNN's comparisons (2106.11309) as small grids of runs."""
