@@ -6,11 +6,14 @@ from pathlib import Path
 import pytest
 
 from tests.commands import EVALUATE, ROOT, TRAIN, run, write_tiny
+from tritonbnn.compare.__main__ import parse as parse_comparison
+from tritonbnn.compare.plan import make_plan
 from tritonbnn.train.arguments import parse
 
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 FILES = dict(re.findall(r"<!-- file: (\S+) -->\n```python\n(.*?)```", EXTENDING, re.DOTALL))
 TRAINING = (ROOT / "docs" / "training.md").read_text()
+COMPARING = (ROOT / "docs" / "comparing.md").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -48,3 +51,29 @@ def test_a_recipe_of_the_docs_is_read(tmp_path: Path, text: str):
         text += '\n[[stage]]\nname = "all"\n'
     (tmp_path / "mine.toml").write_text(text)
     assert parse([str(tmp_path / "mine.toml")]).config.stages
+
+
+def test_a_set_of_the_docs_is_read(tmp_path: Path):
+    [text] = re.findall(r"```toml\n(.*?)```", COMPARING, re.DOTALL)
+    (tmp_path / "set.toml").write_text(text)
+    plan = make_plan([str(tmp_path / "set.toml")], [], seeds=1, out=tmp_path)
+    assert [config.stage("step2").lr for config in plan.configs.values()] == [1e-3, 1e-2]
+    assert [config.stage("step2").epochs for config in plan.configs.values()] == [4, 4]
+    assert plan.claims[0].rising == ("low", "high")
+
+
+def test_the_comparisons_of_the_docs_are_planned(tmp_path: Path):
+    (tmp_path / "mine.toml").write_text('[[stage]]\nname = "all"\n')
+    found = re.findall(r"^python -m tritonbnn.compare (.*)$", COMPARING, re.MULTILINE)
+    assert len(found) == 4
+    for line in found:
+        words = line.replace("mine.toml", str(tmp_path / "mine.toml")).split()
+        given, flags = parse_comparison(words)
+        plan = make_plan(
+            given.recipes,
+            flags,
+            seeds=given.seeds,
+            out=tmp_path,
+            total_epochs=given.total_epochs,
+        )
+        assert len(plan.runs) == given.seeds * len(plan.rows)

@@ -222,7 +222,7 @@ def orders(result: Result) -> list[str]:
         if not result.claims and said.steps:  # every two rows: the difference says it all
             lines.append(f"- {_difference(said.steps[0], claim.quantity)}")
             continue
-        text = claim.text[:1].upper() + claim.text[1:]
+        text = claim.text[:1].upper() + claim.text[1:] if result.claims else claim.text
         lines.append(f"- {text}: {said.words}.")
         lines += [f"  - {_difference(step, claim.quantity)}" for step in said.steps]
     return lines
