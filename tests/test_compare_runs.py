@@ -128,6 +128,24 @@ def test_a_run_that_fails_is_named_and_the_rest_goes_on(place: Path, compared, t
     assert "not decided: runs are missing" in result.output
 
 
+def test_a_run_ends_when_the_pipe_from_its_comparison_closes(tmp_path: Path):
+    (tmp_path / "forever.py").write_text(
+        "import time\n\ndef main(argv):\n    print(*argv, flush=True)\n    time.sleep(100)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tritonbnn.compare.child", "forever", "--seed", "3"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "--seed 3\n"
+    assert process.poll() is None
+    process.stdin.close()
+    assert process.wait(60) == -signal.SIGTERM
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGKILL"])
 def test_a_killed_comparison_goes_on(place: Path, compared, tmp_path: Path, name: str):
     """As from a shell: its run ends with it, and the next one takes its place."""

@@ -24,13 +24,16 @@ from tritonbnn.compare.statistics import (
     verdict,
 )
 
-COLUMNS = ("loss", "flip_flop", "flip_flop_sampled", "c2i_half", "minutes")
+COLUMNS = (
+    *("loss", "flip_flop", "flip_flop_sampled", "c2i_half"),
+    *("saturation", "dead", "minutes"),
+)
 """Beside the top-1 of each stage; loss only where nothing is classified."""
 
 CELLS = (
-    "A cell is a mean ± the sample deviation over seeds, of last epochs. The FF ratio and C2I are"
-    " of the last stage: the ratio is the mean over its epochs in which weights move, so a shorter"
-    " stage has the larger one, and C2I is against the weights that it started from."
+    "A cell is a mean ± the sample deviation over seeds, of last epochs. All but top-1 and"
+    " minutes is of the last stage. The FF ratio is the mean over its epochs in which weights move,"
+    " so a shorter stage has the larger one. C2I is against the weights that it started from."
 )
 CAUTION = (
     "The paper's numbers are of ImageNet. Runs as small as these say nothing about ImageNet,"
