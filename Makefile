@@ -8,16 +8,25 @@ BIN := $(VENV)/bin
 NEWEST := .venv-newest
 OLDEST := .venv-oldest
 
-.PHONY: train test test-all test-newest test-oldest fuzz kills sanitize test-gpu gpu lint clean
+# Other people's programs, with our modules in them.
+CLIENTS := .venv-clients
+
+.PHONY: train test test-all test-newest test-oldest test-clients compile fuzz kills sanitize test-gpu
+.PHONY: gpu lint clean
 
 train: $(VENV)/.ready
 	$(BIN)/python -m tritonbnn.train $(ARGS)
 
 # One thread a worker: tests are small, and two pools of threads on two cores fight.
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+	    -m "not compile" $(ARGS)
 
-test-all: test sanitize fuzz kills
+test-all: test compile sanitize fuzz kills
+
+# What compiles for minutes, by compilers that are not ours.
+compile: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m compile $(ARGS)
 
 # What a user's files may hold by accident, 2,000 of each kind.
 fuzz: $(VENV)/.ready
@@ -33,6 +42,10 @@ test-newest: $(NEWEST)/.ready
 
 test-oldest: $(OLDEST)/.ready
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+
+# Left out by "make test", which skips what is not installed.
+test-clients: $(CLIENTS)/.ready
+	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
 
 # The launchers in C again, compiled to stop at a wrong address and at undefined behaviour. Python
 # is not, so the sanitizers' library must come before all others, with C++'s, whose exceptions it
@@ -72,5 +85,11 @@ $(OLDEST)/.ready: pyproject.toml oldest.txt
 	    -e . build hypothesis pytest pytest-xdist 'setuptools>=77,<81'
 	touch $@
 
+$(CLIENTS)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check --upgrade \
+	    -e '.[clients]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(NEWEST) $(OLDEST) build dist *.egg-info
+	rm -rf $(VENV) $(NEWEST) $(OLDEST) $(CLIENTS) build dist *.egg-info

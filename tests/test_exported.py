@@ -5,10 +5,13 @@ import io
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils import cpp_extension
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from tests.helpers import assert_runs_silently, gradient
@@ -18,6 +21,8 @@ from tritonbnn.contract import Options
 from tritonbnn.models import build_model
 from tritonbnn.nn import BinaryConv2d, BinaryUnit
 from tritonbnn.ops import exported, exported_unit
+
+COMPILER = shutil.which("g++") or shutil.which("c++")
 
 
 def network(name="reactnet_a"):
@@ -177,23 +182,46 @@ def test_a_decomposed_program_computes_the_same_in_torchs_own_operators(dtype, t
         assert_close_to_signs(program.module()(x), twin(x))
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++"))), reason="needs a C++ compiler")
-def test_a_compiled_package_runs_without_this_package(tmp_path):
-    """As from C++, where there is no Python to bring the operators."""
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A unit compiled ahead of time, with an input and what the unit makes of it."""
+    if COMPILER is None:
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("package")
     unit, x = BinaryUnit(8, 16, 1).eval(), gradient(1, 8, 4, 4)
     program = torch.export.export(unit, (x,)).run_decompositions(ops.decompositions())
-    package = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "unit.pt2")
-    )
-    torch.save((x, unit(x).detach()), tmp_path / "io.pt")
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(folder / "unit.pt2"))
+    return path, x, unit(x).detach()
+
+
+@pytest.mark.compile
+def test_a_compiled_package_runs_without_this_package(package, tmp_path):
+    path, x, y = package
+    torch.save((x, y), tmp_path / "io.pt")
     code = (
         "import sys, torch\n"
         f"x, y = torch.load({str(tmp_path / 'io.pt')!r})\n"
-        f"run = torch._inductor.aoti_load_package({package!r})\n"
+        f"run = torch._inductor.aoti_load_package({path!r})\n"
         "torch.testing.assert_close(run(x), y)\n"
         "assert 'tritonbnn' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+@pytest.mark.compile
+def test_a_compiled_package_runs_from_cpp(package, tmp_path):
+    path, x, y = package
+    source, program = Path(__file__).parent / "run_package.cpp", tmp_path / "run_package"
+    command = [COMPILER, "-std=c++17", source, "-o", program]
+    command += [f"-I{folder}" for folder in cpp_extension.include_paths()]
+    for folder in cpp_extension.library_paths():
+        command += [f"-L{folder}", f"-Wl,-rpath,{folder}"]
+    subprocess.run([*command, "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-lc10"], check=True)
+    x.numpy().tofile(tmp_path / "x")
+    sizes = [str(size) for size in x.shape]
+    subprocess.run([program, path, tmp_path / "x", tmp_path / "y", *sizes], check=True)
+    found = np.fromfile(tmp_path / "y", dtype=np.float32)
+    torch.testing.assert_close(torch.from_numpy(found).view(y.shape), y)
 
 
 def test_a_unit_whose_processes_share_statistics_is_not_exported():

@@ -46,6 +46,7 @@ ALLOWED = {
     "evaluate": {"networks", "train", "methods", "models", "nn", "data", *JOB, *BASE},
     "compare": {"report", "train", "data", "caches", *JOB, *BASE},
     "predict": {"networks", "train", "methods", "models", "nn", "data", *JOB, *BASE},
+    "timm": {"models", "cli"},
     "report": {"train", "analysis", "data", *JOB, *BASE},
     "analyze": {"report", "train", "data", "caches", *JOB, *BASE},
 }
