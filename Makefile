@@ -26,7 +26,7 @@ test-all: test compile sanitize fuzz kills
 
 # What compiles for minutes, by compilers that are not ours.
 compile: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m compile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m compile $(ARGS)
 
 # What a user's files may hold by accident, 2,000 of each kind.
 fuzz: $(VENV)/.ready
