@@ -251,3 +251,24 @@ def test_input_without_a_batch(name):
     one = module(x[0])
     assert one.stride() == module(x)[0].stride()
     torch.testing.assert_close(one, module(x)[0])
+
+
+NO_TENSORS = [(torch.zeros(3),), [1.0], "text", torch.zeros(3, 8, 6, 4).numpy()]
+
+
+@pytest.mark.parametrize("given", NO_TENSORS, ids=lambda x: type(x).__name__)
+@MODULE
+def test_what_is_no_tensor_is_named(name, given):
+    """As a hook of the module before may return it."""
+    module = nn.Sequential(nn.Identity(), built(name))
+    module[0].register_forward_hook(lambda m, args, y: given)
+    with pytest.raises(TypeError, match=f"must be .*not {type(given).__name__}"):
+        module(activation(*MODULES[name][1]))
+
+
+@pytest.mark.parametrize("part", ["stem", "blocks"])
+def test_a_part_of_a_network_whose_hook_returns_no_tensor_is_named(part):
+    model, x = subject("reactnet_a")
+    model.get_submodule(part).register_forward_hook(lambda m, args, y: (y,))
+    with pytest.raises(TypeError, match=f"the network's {part} must return a tensor, not tuple"):
+        model(x)

@@ -296,6 +296,51 @@ def test_averages_on_another_device_are_named():
         unit(gradient(2, CHANNELS, 4, 4))
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_averages_of_another_shape_are_named(training):
+    unit = BinaryUnit(CHANNELS, CHANNELS, 3).train(training)
+    unit.bn.running_var = torch.ones(CHANNELS - 2)
+    with pytest.raises(ValueError, match=r"running (average|variance) .* \(9,\).*not \(7,\)"):
+        unit(gradient(2, CHANNELS, 4, 4))
+
+
+def test_averages_on_another_device_are_named_in_training():
+    unit = BinaryUnit(CHANNELS, CHANNELS, 3)
+    unit.bn.running_mean = unit.bn.running_mean.to("meta")
+    with pytest.raises(ValueError, match=r"must be \(9,\) on cpu, not \(9,\) on meta"):
+        unit(gradient(2, CHANNELS, 4, 4))
+
+
+@pytest.mark.parametrize("norm", [lambda c: torch.relu, lambda c: None])
+def test_a_norm_that_is_no_module_is_refused(norm):
+    with pytest.raises(TypeError, match="norm must make a module, not a "):
+        BinaryUnit(CHANNELS, CHANNELS, 3, norm=norm)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_compiled_unit_sees_buffers_and_norms_that_are_swapped(training):
+    unit, twin = (unit_of(nn.BatchNorm2d, 1).float().train(training) for _ in range(2))
+    run = torch.compile(unit, backend="aot_eager")
+    x = gradient(4, CHANNELS, 6, 4)
+    run(x), twin(x)
+
+    def averages(unit):
+        unit.bn.running_mean, unit.bn.running_var = gradient(2, CHANNELS).square() + 0.5
+
+    def none(unit):
+        unit.bn.running_mean = unit.bn.running_var = None
+
+    def other(unit):
+        unit.bn = nn.GroupNorm(3, CHANNELS)
+
+    for swap in (averages, none, other):
+        swap(unit)
+        swap(twin)
+        torch.testing.assert_close(run(x), twin(x))
+        for a, b in zip(unit.buffers(), twin.buffers(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("name", ["batch", "group", "channel", "instance", "identity", "frozen"])
 @pytest.mark.parametrize("fused", [True, False], ids=["fused", "composed"])
 def test_under_autocast_a_unit_returns_its_dtype(name, fused):

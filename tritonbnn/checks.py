@@ -10,8 +10,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def check_float(name: str, x: Tensor) -> None:
     """Raise TypeError unless ``x`` is a floating-point tensor of a supported dtype."""
-    if x.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, not {x.dtype}")
+    if getattr(x, "dtype", None) in FLOATS:
+        return
+    given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+    raise TypeError(
+        f"{name} must be a tensor of float32, bfloat16, float16 or float64, not {given}"
+    )
 
 
 def check_activation(

@@ -58,6 +58,14 @@ def checked_images(x: Tensor, channels: int, multiple: int) -> Tensor:
     return x
 
 
+@fx.wrap
+def checked_stream(x: Tensor, source: str) -> Tensor:
+    """``x``, if it is a tensor, which a hook may have made something else; else raise TypeError."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"the network's {source} must return a tensor, not {type(x).__name__}")
+    return x
+
+
 class BinaryNetwork(nn.Module):
     """A stem, binary blocks, global average pooling, and a real linear head.
 
@@ -114,7 +122,8 @@ class BinaryNetwork(nn.Module):
         """Images (N, 1 or 3, H, W) to the last stream, (N, num_features, H', W')."""
         x = checked_images(x, self.in_channels, self.size_multiple)
         # once for all units, which keep it
-        stream = self.stem(x).contiguous(memory_format=torch.channels_last)
+        stream = checked_stream(self.stem(x), "stem")
+        stream = stream.contiguous(memory_format=torch.channels_last)
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
             return self.blocks(stream)
         for block in self.blocks:
@@ -128,6 +137,7 @@ class BinaryNetwork(nn.Module):
             x: (N, num_features, H', W').
             pre_logits: return what reaches the classifier, (N, num_features).
         """
+        x = checked_stream(x, "blocks")
         x = x.mean(dim=(2, 3)) if self._pooled else x
         return x if pre_logits else self.fc(x)
 

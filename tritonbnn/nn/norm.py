@@ -89,6 +89,9 @@ def count_batch(bn: _BatchNorm, statistics: tuple[Tensor, Tensor] | None) -> Non
         bn: in training mode, and tracking.
         statistics: mean and unbiased variance, (O,) each, without a gradient; None for a batch
             without values.
+
+    Raises:
+        ValueError: an average has another shape, or is elsewhere.
     """
     counter, moving = bn.num_batches_tracked, averages(bn)
     if counter is not None:
@@ -104,4 +107,10 @@ def count_batch(bn: _BatchNorm, statistics: tuple[Tensor, Tensor] | None) -> Non
         return
     for average, value in zip(moving, statistics, strict=True):
         weight = step.to(average.dtype) if isinstance(step, Tensor) else step
-        average.lerp_(value.to(average.dtype), weight)
+        try:
+            average.lerp_(value.to(average.dtype), weight)
+        except RuntimeError as error:
+            raise ValueError(
+                f"a running average of the norm must be {tuple(value.shape)} on {value.device}, "
+                f"not {tuple(average.shape)} on {average.device}"
+            ) from error

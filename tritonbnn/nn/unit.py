@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from tritonbnn import ops
+from tritonbnn.checks import check_float
 from tritonbnn.nn.activations import INITIAL_SLOPE
 from tritonbnn.nn.layers import initialise_weight, new_weight, tell_of_pruning
 from tritonbnn.nn.leaf import as_leaf
@@ -79,6 +80,7 @@ class BinaryUnit(nn.Module):
         channels_last memory where the input or the weight is, else contiguous.
 
     Raises:
+        TypeError: ``norm`` makes no module.
         ValueError: an argument is out of range, or no shortcut follows from the shapes.
     """
 
@@ -116,6 +118,8 @@ class BinaryUnit(nn.Module):
         place = {"device": device, "dtype": dtype}
         self.weight = new_weight(out_channels, in_channels, kernel_size, kernel_size, **place)
         self.bn = norm(out_channels)
+        if not isinstance(self.bn, nn.Module):
+            raise TypeError(f"norm must make a module, not a {type(self.bn).__name__}")
         if any(place.values()):  # under a FakeTensorMode even a move to the same place fails
             self.bn.to(**place)
         vectors = {"shift_in": in_channels}
@@ -244,6 +248,7 @@ class BinaryUnit(nn.Module):
         return output
 
     def _composed(self, x: Tensor, weight: Tensor, shortcut: Tensor | None) -> Tensor:
+        check_float("x", x)
         x = autocast_input(x)
         a = ops.binary_conv2d(
             x,
@@ -306,6 +311,7 @@ def _check_unit(
 
 
 def _check_even(x: Tensor) -> None:
+    check_float("x", x)
     if x.shape[2] % 2 or x.shape[3] % 2:
         raise ValueError(
             f"a unit of stride 2 needs even height and width, not {tuple(x.shape[2:])}"

@@ -80,7 +80,7 @@ def binary_conv2d(
             float32 beside a narrower x.
         ValueError: the shapes do not match, a window that does not fit, several devices.
     """
-    unbatched = x.dim() == 3
+    unbatched = isinstance(x, Tensor) and x.dim() == 3
     x = x[None] if unbatched else x
     checks.check_activation("x", x, dims=(4,), or_unbatched=True)
     checks.check_float("weight", weight)
@@ -139,6 +139,8 @@ def binary_conv1d(
         TypeError: as there.
         ValueError: as there.
     """
+    checks.check_float("x", x)
+    checks.check_float("weight", weight)
     if x.dim() not in (2, 3) or weight.dim() != 3:
         raise ValueError(
             "x must have shape (N, C, L) or (C, L), and weight (O, C / groups, k), "
