@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import EVALUATE, PREDICT, TRAIN, run, write_tiny, write_tree
+from tests.commands import COMPARE, EVALUATE, PREDICT, TRAIN, run, write_tiny, write_tree
 from tritonbnn.data.sources import SampleKey, open_source
 from tritonbnn.train.weights import load_network
 
@@ -86,7 +86,7 @@ def test_predict_with_few_classes_names_them_all(tmp_path: Path):
     assert len(re.findall(r"[ab] \d+\.\d %", result.output.replace("%", " %"))) == 2
 
 
-@pytest.mark.parametrize("module", [TRAIN, EVALUATE, PREDICT])
+@pytest.mark.parametrize("module", [TRAIN, EVALUATE, PREDICT, COMPARE])
 def test_help(module: str, tmp_path: Path):
     result = run(module, "--help", cwd=tmp_path)
     assert result.code == 0

@@ -209,6 +209,16 @@ def test_other_settings_or_other_code_in_the_folder_are_refused(place: Path, com
     assert result.code == 2
     assert "tiny-seed1 is a run of other code (0123456789ab with torch 1.0 and not" in result.output
     assert len(result.output.splitlines()) == 1
+    path = compared[0] / "single-seed0" / "config.toml"
+    kept = path.read_text()
+    try:
+        path.write_text(kept[:-9])
+        result = side_by_side(place, *argv)
+    finally:
+        path.write_text(kept)
+    assert result.code == 2
+    assert "single-seed0 is no run that can be read (" in result.output
+    assert len(result.output.splitlines()) == 1
     assert (compared[0] / "compare.json").read_bytes() == before
 
 
@@ -247,6 +257,8 @@ ROW = 'title = "x"\n[[row]]\nname = "a"\nrecipe = "digits"\n'
         ("digits tiny.toml", "scores on different images do not compare"),
         ("single.toml copy.toml", "copy and single are the same run: leave one out"),
         ("single.toml --seeds 0", "--seeds: must be a whole number of at least 1, not '0'"),
+        ("single.toml --seeds 100000", "--seeds: must be at most 1000, not 100000"),
+        ("single.toml --recipe digits", "--recipe is for sets, and only recipes are named"),
         ("single.toml --seed 3", "--seed is what a comparison sets itself"),
         ("steps --epochs 4", "--epochs is what row one-step-decay-5e-6 sets itself: use --total"),
         ("steps --step1.weight-decay=1", "--step1.weight-decay is what row"),

@@ -20,6 +20,7 @@ from tritonbnn.compare.page import Result, markdown, summary
 from tritonbnn.compare.plan import Plan, check_begun, make_plan, split_flags
 from tritonbnn.compare.runs import is_finished, log_of, measured, train
 from tritonbnn.compare.sets import Row, shipped_sets
+from tritonbnn.compare.statistics import MOST_SEEDS
 from tritonbnn.distributed import launched
 from tritonbnn.files import FolderLock, make_folder, update, writable, write_atomically, write_json
 from tritonbnn.stop import Stopped, StopSignals
@@ -95,7 +96,7 @@ def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
         help=f"recipes ({', '.join(shipped_recipes())}), sets of recipes with a paper's claims"
         f" ({', '.join(shipped_sets())}), or .toml files of either",
     )
-    parser.add_argument("--seeds", type=at_least(1), default=3, help="how many, from 0")
+    parser.add_argument("--seeds", type=at_least(1, MOST_SEEDS), default=3, help="how many, from 0")
     parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/compare-...)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
     parser.add_argument(

@@ -117,6 +117,8 @@ def make_plan(
         UserError: something is no recipe, is there twice, does not go together or cannot be parsed.
     """
     sets = [read(word, recipe) for word in words]
+    if recipe and not any(each.title for each in sets):
+        raise UserError("--recipe is for sets, and only recipes are named: leave it out")
     rows = _distinct([row for each in sets for row in each.rows], words)
     rows += [row for row in more if row not in rows]
     if total_epochs is not None:
