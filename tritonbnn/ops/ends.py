@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tritonbnn import native
+from tritonbnn.layout import channels_last
 from tritonbnn.native import ends
 from tritonbnn.ops import backend, library
 from tritonbnn.ops.norm import Affine, batch_affine, norm_grads
@@ -62,6 +63,7 @@ class _BatchNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         values = x.numel() // x.shape[1]
+        x = channels_last(x)  # once: each launcher below would copy what is not
         moments = library.channel_moments(x)
         affine, statistics = batch_affine(moments, values, None, gamma, beta, eps, None)
         constant = affine.offset - affine.centre * affine.scale
@@ -76,6 +78,7 @@ class _BatchNorm(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, gamma, vectors = ctx.saved_tensors
+        grad = channels_last(grad)
         affine = Affine(*vectors)
         statistics = (affine.centre, affine.scale, affine.offset)
         _, sums = library.unit_activation_backward(

@@ -20,17 +20,13 @@ INLINE float clipped(const destination *d, int64_t at, float grad) {
     return w <= 1 && w >= -1 ? grad : 0;
 }
 
-/* Four output channels by four channels that lie side by side. */
-INLINE void write_quads(const destination *d, int64_t at, const vec *sums, int64_t lane) {
-    const float *from[4];
-    float rows[4][4], *to[4];
-    for (int i = 0; i < 4; i++) {
-        from[i] = (const float *)(sums + i) + lane;
-        to[i] = rows[i];
-    }
-    transpose_quads(from, to);
-    for (int i = 0; i < 4; i++, at += d->strides.out_channel)
-        for (int c = 0; c < 4; c++) d->values[at + c] = clipped(d, at + c, rows[i][c]);
+/* Four channels that lie side by side, of 16 output channels. */
+INLINE void write_quads(const destination *d, int64_t at, const vec *sums) {
+    float values[LANES][4], *rows[LANES];
+    for (int lane = 0; lane < LANES; lane++) rows[lane] = values[lane];
+    write_quads_of(sums, 0, rows, 1);
+    for (int lane = 0; lane < LANES; lane++, at += d->strides.out_channel)
+        for (int c = 0; c < 4; c++) d->values[at + c] = clipped(d, at + c, values[lane][c]);
 }
 
 /* Write the sums of a tap, [channel] by lanes, of 16 output channels from out on. */
@@ -40,9 +36,7 @@ static inline void write_tap(const geometry *g, const destination *d, int64_t ou
     int64_t lanes = smaller(LANES, g->out_channels - out), k = g->kernel_size;
     int64_t at = out * s.out_channel + tap / k * s.row + tap % k * s.column;
     int64_t quads = s.channel == 1 && lanes == LANES ? g->channels / 4 * 4 : 0;
-    for (int64_t lane = 0; lane < lanes; lane += 4)
-        for (int64_t c = 0; c < quads; c += 4)
-            write_quads(d, at + lane * s.out_channel + c, sums + c, lane);
+    for (int64_t c = 0; c < quads; c += 4) write_quads(d, at + c, sums + c);
     for (int64_t first = quads; first < g->channels; first += BLOCK)
         for (int64_t lane = 0; lane < lanes; lane++)
             for (int64_t c = first; c < smaller(first + BLOCK, g->channels); c++) {
