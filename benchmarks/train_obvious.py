@@ -23,9 +23,8 @@ from tritonbnn.methods import evaluate
 from tritonbnn.optim import set_learning_rate
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.config import Config
+from tritonbnn.train.job import RunFolder, open_images
 from tritonbnn.train.log import Line, write_log
-from tritonbnn.train.rundir import RunFolder
-from tritonbnn.train.stage import open_images
 
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict]:

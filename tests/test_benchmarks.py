@@ -24,7 +24,7 @@ from tritonbnn import cli
 from tritonbnn.kernels.problems.network import model_layers
 from tritonbnn.native import clock, library
 from tritonbnn.train.arguments import parse
-from tritonbnn.train.stage import open_images
+from tritonbnn.train.job import open_images
 
 CPU = torch.device("cpu")
 TINY = ["--size", "32", "--width", "0.25", "--rounds", "2", "--device", "cpu"]

@@ -21,8 +21,7 @@ from tritonbnn.files import FolderLock, make_folder, write_atomically
 from tritonbnn.models import build_model
 from tritonbnn.nn import binary_weights
 from tritonbnn.optim import build_optimizer
-from tritonbnn.train.checkpoint import State, encode, read
-from tritonbnn.train.elsewhere import is_foreign
+from tritonbnn.train.checkpoint import State, encode, is_foreign, read
 
 CPU = torch.device("cpu")
 

@@ -371,6 +371,7 @@ CHANGED = {
     "device": "cuda",
     "workers": 3,
     "data_dir": "elsewhere",
+    "skip_bad_images": True,
     "only": "one",
     "log_interval": 7,
     "save_minutes": 1.5,

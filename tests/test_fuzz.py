@@ -31,8 +31,7 @@ from tritonbnn.report.page import Made, compare, page
 from tritonbnn.report.read import read_runs
 from tritonbnn.train.arguments import read_recipe, resolve
 from tritonbnn.train.checkpoint import encode
-from tritonbnn.train.elsewhere import Told
-from tritonbnn.train.weights import load_network
+from tritonbnn.train.weights import Told, load_network
 
 fuzzed = settings(
     max_examples=int(os.environ.get("FUZZ_EXAMPLES", "60")),

@@ -14,8 +14,7 @@ from tests.commands import EVALUATE, TRAIN, run, write_tree
 from tests.test_bad_input import assert_one_line
 from tests.test_published import Malicious
 from tritonbnn.models import build_model, load_adambnn
-from tritonbnn.train.checkpoint import encode, read
-from tritonbnn.train.elsewhere import is_foreign
+from tritonbnn.train.checkpoint import encode, is_foreign, read
 
 CLASSES = "abc"
 NORMALISE = tv.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

@@ -13,7 +13,7 @@ from tests.pictures import random_image
 from tritonbnn.cli import UserError
 from tritonbnn.compute import Compute
 from tritonbnn.train.arguments import parse
-from tritonbnn.train.stage import open_images
+from tritonbnn.train.job import open_images
 
 
 @pytest.fixture

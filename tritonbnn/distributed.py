@@ -1,7 +1,8 @@
 """The processes of one job, as torchrun starts them. Alone, all of this does nothing."""
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any, TypeVar
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from tritonbnn.cli import UserError
-from tritonbnn.meeting import meet
+from tritonbnn.meeting import exchange, meet
+from tritonbnn.stop import Stopped
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 T = TypeVar("T")
@@ -26,11 +28,13 @@ class World:
         rank: number of this process.
         size: number of processes.
         control: a group for small facts on the host, which never waits for a GPU.
+        store: where they met; None alone.
     """
 
     rank: int = 0
     size: int = 1
     control: dist.ProcessGroup | None = None
+    store: dist.Store | None = None
 
     @property
     def leads(self) -> bool:
@@ -88,6 +92,79 @@ class World:
             raise UserError(mistake)
         return result
 
+    def everywhere(self, name: str, action: Callable[[], T]) -> T:
+        """Do ``action`` in every process, and wait until all have done it.
+
+        This may take minutes, and one process longer than another. All waiting can be stopped.
+
+        Args:
+            name: of what is done; no two calls may have the same.
+            action: what to do.
+
+        Raises:
+            UserError: a process met a mistake of the user. All say the same, and whose it was.
+            Stopped: a process was asked to stop.
+        """
+        if self.store is None:
+            return action()
+        said: dict[str, Any] = {}
+        try:
+            result = action()
+        except UserError as error:
+            said = {"mistake": str(error)}
+        except Stopped as stopped:
+            self.store.set(f"{name}/{self.rank}", json.dumps({"signal": int(stopped.signal)}))
+            raise
+        texts = exchange(self.store, name, self.rank, self.size, json.dumps(said))
+        answers = [json.loads(text) for text in texts]
+        for answer in answers:
+            if "signal" in answer:
+                raise Stopped(answer["signal"])
+        mistakes = [answer.get("mistake") for answer in answers]
+        for rank, mistake in enumerate(mistakes):
+            if mistake is not None:
+                alike = all(other == mistake for other in mistakes)
+                raise UserError(mistake if alike else f"process {rank}: {mistake}")
+        return result
+
+    def compare(self, facts: Mapping[str, Any]) -> None:
+        """Refuse facts that are not the same in every process.
+
+        Args:
+            facts: by name, in JSON's types.
+
+        Raises:
+            UserError: naming the first process that has another one, and which fact it is.
+        """
+        store = self.store
+        if store is None:
+            return
+        mine = json.loads(json.dumps(facts))
+        if self.leads:
+            store.set("facts", json.dumps(facts))
+
+        def look() -> None:
+            theirs = json.loads(store.get("facts"))
+            for name in dict.fromkeys((*theirs, *mine)):
+                if mine.get(name) != theirs.get(name):
+                    raise UserError(_difference(name, mine.get(name), theirs.get(name)))
+
+        self.everywhere("compare", look)
+
+
+def _difference(name: str, mine: Any, theirs: Any) -> str:
+    """How a fact differs from that of process 0; of lists the first entry that does."""
+    if isinstance(mine, list) and isinstance(theirs, list):
+        if len(mine) != len(theirs):
+            mine, theirs = f"{len(mine)} entries", f"{len(theirs)} entries"
+        else:
+            place = next(i for i, (a, b) in enumerate(zip(mine, theirs, strict=True)) if a != b)
+            name, mine, theirs = f"{name} number {place}", mine[place], theirs[place]
+    return (
+        f"{name} is {mine!r}, and {theirs!r} in process 0: start all processes with the same"
+        " command, the same versions and the same data"
+    )
+
 
 def launched() -> bool:
     """Whether torchrun started this process.
@@ -137,7 +214,7 @@ def join(device: torch.device) -> World:
             world_size=size,
             device_id=device if on_gpu else None,
         )
-        return World(rank, size, dist.new_group(backend="gloo"))
+        return World(rank, size, dist.new_group(backend="gloo"), store)
     except RuntimeError as error:
         raise UserError(
             f"process {rank} cannot reach the others ({str(error).strip().splitlines()[0]}):"

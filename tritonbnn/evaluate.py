@@ -15,10 +15,9 @@ from tritonbnn.data.batches import check_fits_memory, check_shared_memory, val_b
 from tritonbnn.data.classes import CLASS_ORDERS
 from tritonbnn.distributed import World
 from tritonbnn.methods import evaluate
-from tritonbnn.networks import add_engine, open_network
+from tritonbnn.networks import add_engine, add_told, open_network
 from tritonbnn.train.config import MOST_IMAGES, MOST_WORKERS
-from tritonbnn.train.elsewhere import Told, add_told
-from tritonbnn.train.weights import open_data
+from tritonbnn.train.weights import Told, open_data
 
 
 def main(argv: list[str]) -> int:

@@ -13,9 +13,9 @@ from tritonbnn.deploy import file
 from tritonbnn.deploy.fold import FoldError, fold
 from tritonbnn.deploy.packed import Packed
 from tritonbnn.files import writable
+from tritonbnn.networks import add_told
 from tritonbnn.train.checkpoint import Checkpoint
-from tritonbnn.train.elsewhere import Told, add_told
-from tritonbnn.train.weights import network_with_weights, read_any
+from tritonbnn.train.weights import Told, network_with_weights, read_any
 
 FLOAT_BYTES = 4
 

@@ -25,6 +25,8 @@ _QUIET = 1  # seconds of waiting that are not worth a line
 _PAUSE = 0.1  # seconds between looks
 _TRY = 10  # seconds for one attempt to connect
 _NAMED = 8  # processes in a message
+_LOOK = 0.02  # seconds between looks at what is there in a moment
+_READ_SECONDS = 10  # in which all read what is there
 
 T = TypeVar("T")
 
@@ -63,6 +65,43 @@ def meet(rank: int, size: int) -> dist.Store:
         ) from error
     own.set_timeout(timedelta(seconds=_SECONDS))
     return own
+
+
+def exchange(store: dist.Store, name: str, rank: int, size: int, text: str) -> list[str]:
+    """The texts of all processes, by rank. A signal ends the wait for them.
+
+    There is no limit to it, as nobody knows how long a process reads its data.
+
+    Args:
+        store: from :func:`meet`.
+        name: of the exchange; no two may have the same.
+        rank: of this process.
+        size: how many processes they are.
+        text: of this process.
+
+    Raises:
+        UserError: process 0 has left.
+    """
+    keys = [f"{name}/{number}" for number in range(size)]
+    began, told = time.monotonic(), False
+    try:
+        store.set(keys[rank], text)
+        while not store.check(keys):
+            if not told and time.monotonic() - began > _QUIET:
+                told = True
+                late = [str(number) for number, key in enumerate(keys) if not store.check([key])]
+                logger.info("waiting for process %s, which is not as far", ", ".join(late[:_NAMED]))
+            time.sleep(_LOOK)
+        texts = [store.get(key).decode() for key in keys]
+        readers = store.add(f"{name}/read", 1)
+        # with process 0 the store would go, before others have read
+        until = time.monotonic() + _READ_SECONDS
+        while rank == 0 and readers < size and time.monotonic() < until:
+            time.sleep(_LOOK)
+            readers = store.add(f"{name}/read", 0)
+    except dist.DistError as error:
+        raise UserError("process 0 has left: see what it says, and start all again") from error
+    return texts
 
 
 class _Waiting:

@@ -12,8 +12,7 @@ from tritonbnn.deploy.engine import Engine
 from tritonbnn.deploy.fold import FoldError, fold
 from tritonbnn.deploy.packed import Packed
 from tritonbnn.train.checkpoint import Checkpoint
-from tritonbnn.train.elsewhere import NOTHING, Told
-from tritonbnn.train.weights import network_with_weights, read_any
+from tritonbnn.train.weights import NOTHING, Told, network_with_weights, read_any
 
 ENGINES = ("auto", "packed", "torch")
 _DATA = ("name", "dir", "classes", "channels", "image_size", "augment")
@@ -71,6 +70,21 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         choices=ENGINES,
         default="auto",
         help="packed is the engine that runs packed files, on a CPU in float32",
+    )
+
+
+def add_told(parser: argparse.ArgumentParser) -> None:
+    """The flags for what :class:`~tritonbnn.train.weights.Told` holds."""
+    parser.add_argument(
+        "--step",
+        type=int,
+        choices=(1, 2),
+        help="of weights from elsewhere: 1 takes them as they are, 2 binarises them",
+    )
+    parser.add_argument(
+        "--recipe",
+        help="of weights from elsewhere: whose data and size of images they are for (default:"
+        " imagenet)",
     )
 
 

@@ -20,11 +20,10 @@ from tritonbnn.data.batches import read_batches
 from tritonbnn.data.listing import list_images
 from tritonbnn.data.sources import canonical, eval_reader
 from tritonbnn.methods.scores import TOP
-from tritonbnn.networks import add_engine, open_network
+from tritonbnn.networks import add_engine, add_told, open_network
 from tritonbnn.train.checkpoint import Checkpoint
 from tritonbnn.train.config import MOST_IMAGES, MOST_WORKERS
-from tritonbnn.train.elsewhere import Told, add_told
-from tritonbnn.train.weights import open_data
+from tritonbnn.train.weights import Told, open_data
 
 
 def main(argv: list[str]) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from tritonbnn import caches, cli
 from tritonbnn.cli import Parser, UserError, at_least, printable
@@ -24,8 +24,8 @@ from tritonbnn.compare.statistics import MOST_SEEDS
 from tritonbnn.distributed import launched
 from tritonbnn.files import FolderLock, make_folder, update, writable, write_atomically, write_json
 from tritonbnn.stop import Stopped, StopSignals
+from tritonbnn.train.job import code_version, numbered
 from tritonbnn.train.recipe import shipped_recipes
-from tritonbnn.train.rundir import code_version, numbered
 
 logger = logging.getLogger("tritonbnn.compare")
 

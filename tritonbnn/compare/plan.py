@@ -9,11 +9,11 @@ from pathlib import Path
 from tritonbnn.cli import UserError
 from tritonbnn.compare.sets import Claim, Row, read
 from tritonbnn.train.arguments import parse
-from tritonbnn.train.checkpoint import has_begun
+from tritonbnn.train.checkpoint import has_begun, stage_folder
 from tritonbnn.train.config import SHARED_FIELDS, STAGE_FIELDS, Config, differences
+from tritonbnn.train.job import CONFIG, ENVIRONMENT, code_version
 from tritonbnn.train.log import LOG
 from tritonbnn.train.recipe import read_recipe, resolve, stage_names
-from tritonbnn.train.rundir import CONFIG, ENVIRONMENT, code_version, stage_folder
 
 _SWITCHES = {
     key.replace("_", "-")

@@ -1,5 +1,6 @@
 """Trees of image files: ``train/CLASS/...`` and ``val/CLASS/...``, as torchvision's ImageFolder."""
 
+import hashlib
 import logging
 import os
 import threading
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from tritonbnn.cli import UserError
 from tritonbnn.data.classes import CLASS_ORDERS, odd_class
@@ -31,6 +32,7 @@ CHANNELS = 3
 VAL_NAMES = ("val", "valid", "validation", "test")
 _SCAN_BLOCK = 64
 _LAYOUT = "an image tree has train/CLASS/*.jpg and val/CLASS/*.jpg"
+_SIZES = 1 << 16  # files whose size is part of a digest; of more it would take its time
 _LOOKED_AT = 64  # images, for their white level
 _BITS = (8, 10, 12, 14, 16)  # that cameras and scanners have
 
@@ -67,6 +69,15 @@ class FolderImages:
         if self._decoded is not None:
             return self._decoded.image(index)
         return load_image(self.path(index), CHANNELS, self.decoding)
+
+    def digest(self) -> str:
+        """Of the files' paths below the root, and of the sizes of 65,536 of them, or of all."""
+        some = np.linspace(0, len(self) - 1, min(_SIZES, len(self))).astype(int)
+        # 0 for what is gone since it was listed: reading it says so
+        sizes = [p.stat().st_size if (p := self.path(i)).exists() else 0 for i in some]
+        found = hashlib.sha256(b"\0".join(self.paths.tolist()))
+        found.update(np.array(sizes, "<i8").data)
+        return found.hexdigest()
 
     def load(self) -> None:
         """Decode all images into memory, if they are small. Bad ones are met here."""

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from tritonbnn.data.images import pixels_of
 from tritonbnn.data.splits import Picture

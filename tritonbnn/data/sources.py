@@ -123,6 +123,11 @@ class Source:
         """The same images with the training views of another step; nothing is read again."""
         return replace(self, train=replace(self.train, step=step))
 
+    def identity(self) -> dict[str, Any]:
+        """Which images these are, in JSON's types: of each split how many, and a digest."""
+        splits = {"train": self.train.images, "val": self.val.images}
+        return {k: {"images": len(v.labels), "digest": v.digest()} for k, v in splits.items()}
+
     def load(self) -> None:
         """Decode both splits into memory where they are small: reading a file takes longer."""
         self.train.images.load()

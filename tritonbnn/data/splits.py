@@ -1,5 +1,6 @@
 """What an opened data set consists of, and what every opener of one offers."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,9 @@ class Images(Protocol):
     def image(self, index: int) -> Picture:
         """One image as 8-bit RGB or grey."""
 
+    def digest(self) -> str:
+        """Says which images these are: others, or the same in another order, have another one."""
+
     def load(self) -> None:
         """Decode all images into memory, if that is small enough to be worth it."""
 
@@ -45,6 +49,12 @@ class ArrayImages:
     def image(self, index: int) -> Tensor:
         """One image, (C, H, W) uint8."""
         return torch.from_numpy(self.pixels[index])
+
+    def digest(self) -> str:
+        """Of all pixels and labels."""
+        found = hashlib.sha256(np.ascontiguousarray(self.pixels).data)
+        found.update(np.ascontiguousarray(self.labels).data)
+        return found.hexdigest()
 
     def load(self) -> None:
         """They are in memory."""

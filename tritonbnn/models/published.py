@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tritonbnn.models.blocks import BinaryNetwork
 from tritonbnn.models.foreign import bare_names, read_tensors
 from tritonbnn.models.reactnet import STEM_CHANNELS
+from tritonbnn.models.registry import build_model, network_of_weights
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +139,29 @@ def adambnn_network(published: dict[str, Tensor]) -> dict[str, Any]:
         "in_channels": published[_FIRST].shape[1],
         "small_images": False,
     }
+
+
+def network_in(
+    state: dict[str, Tensor], *, small_images: bool
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The network that weights from elsewhere are of, and the weights by our names.
+
+    Args:
+        state: AdamBNN's published tensors, or those of a network of ours.
+        small_images: what no shape tells.
+
+    Returns:
+        The arguments of ``build_model``, and a state dict for what it builds.
+
+    Raises:
+        ValueError: they are of another network.
+    """
+    if not is_adambnn(state):
+        return network_of_weights(state, small_images=small_images), state
+    network = {**adambnn_network(state), "small_images": small_images}
+    model = build_model(**network)
+    load_adambnn(model, state)
+    return network, dict(model.state_dict())
 
 
 def _published_names(model: nn.Module, published: dict[str, Tensor]) -> dict[str, tuple[str, ...]]:

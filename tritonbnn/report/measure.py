@@ -13,9 +13,8 @@ from tritonbnn.data.batches import val_batches
 from tritonbnn.data.sources import EvalSet, SampleKey
 from tritonbnn.report.confusion import Confused, confusion
 from tritonbnn.report.read import RunRecord
-from tritonbnn.train.checkpoint import BEST
+from tritonbnn.train.checkpoint import BEST, stage_folder
 from tritonbnn.train.log import Bar
-from tritonbnn.train.rundir import stage_folder
 from tritonbnn.train.weights import load_network, open_data
 
 _BATCH = 128

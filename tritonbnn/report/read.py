@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 
 from tritonbnn.cli import UserError
 from tritonbnn.files import utf_8_name
-from tritonbnn.train.checkpoint import with_stage
+from tritonbnn.train.checkpoint import stage_folder, with_stage
+from tritonbnn.train.job import CONFIG
 from tritonbnn.train.log import ANALYSIS, LOG, Line
 from tritonbnn.train.recipe import stage_names
-from tritonbnn.train.rundir import CONFIG, stage_folder
 
 EDGES = "histogram.edges"
 _NAMED = 3  # epochs, of those with a bad number

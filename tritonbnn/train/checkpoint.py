@@ -21,6 +21,7 @@ from tritonbnn.distributed import World
 from tritonbnn.files import utf_8_name
 from tritonbnn.methods import Method
 from tritonbnn.methods.scores import TrainMeter
+from tritonbnn.models.foreign import is_torch_file
 from tritonbnn.optim import optimizer_state, restore_optimizer
 
 # The files in a stage's folder: where to go on, where before that, and the best weights.
@@ -53,6 +54,11 @@ class Checkpoint:
         return {k.removeprefix(start): v for k, v in self.tensors.items() if k.startswith(start)}
 
 
+def stage_folder(run: Path, name: str) -> Path:
+    """Where a stage's checkpoints are."""
+    return run / name
+
+
 def encode(tensors: dict[str, Tensor], facts: dict[str, Any]) -> bytes:
     """The bytes of a checkpoint file."""
     # safetensors knows no strides: a channels_last tensor is stored as NCHW
@@ -80,6 +86,17 @@ def read(path: Path) -> Checkpoint:
     if not whole:
         raise _damaged(path)
     return Checkpoint(path, tensors, _with_names(facts))
+
+
+def is_foreign(path: Path) -> bool:
+    """Whether a file holds tensors and is no checkpoint of this package."""
+    try:
+        if is_torch_file(path):
+            return True
+        with utf_8_name(path) as name, safe_open(name, framework="pt") as file:
+            return FACTS not in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False  # who reads it says why it cannot be read
 
 
 def has_begun(folder: Path) -> bool:
@@ -181,6 +198,12 @@ class State:
             meter=TrainMeter(task.compute.device),
             analysis=analysis or Recorder(model, optimizer),
         )
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Stand before the first optimiser step of an epoch, with nothing counted of it."""
+        self.epoch, self.batch, self.seconds = epoch, 0, 0.0
+        self.meter.clear()
+        self.analysis.begin_epoch()
 
     def tensors(self, world: World) -> dict[str, Tensor]:
         """All tensors by name; every process must call this, as each has its own random numbers."""

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +15,19 @@ from tritonbnn.methods import METHODS, Stage
 from tritonbnn.models import MODELS
 from tritonbnn.ops.unit import PLANS
 from tritonbnn.optim import OPTIMIZERS, SCHEDULES
-from tritonbnn.settings import Choice, fields_of, setting
+from tritonbnn.settings import fields_of, setting
 
 # More is a slip of the finger, which would end in a machine out of memory or out of processes.
 MOST_IMAGES = 1 << 20  # of a batch
 MOST_WORKERS = 1024
 # A run may go on with another value of these. The epochs of a stage may grow too.
 MAY_CHANGE_ON_RESUME = (
-    *("device", "workers", "data_dir", "only"),
+    *("device", "workers", "data_dir", "only", "skip_bad_images"),
     *("log_interval", "save_minutes", "plan", "analysis", "analysis_interval"),
 )
 OF_STAGE_MAY_CHANGE = ("published_top1",)
+# The processes of a job may each have their own.
+OF_A_PROCESS = ("device", "workers", "data_dir", "recipe")
 # What --init-from says where there is no checkpoint, and the weights shall start at random.
 SCRATCH = "scratch"
 
@@ -140,27 +142,35 @@ def _key(key: str) -> str:
     return key if _BARE.fullmatch(key) else _toml(key)
 
 
+def flat(config: Config) -> dict[str, Any]:
+    """Every setting by the name of its flag, as in ``step1.optimizer.eps``."""
+    found = {key: getattr(config, key) for key in SHARED_FIELDS}
+    for stage in config.stages:
+        found |= {f"{stage.name}.{key}": getattr(stage, key) for key in STAGE_FIELDS}
+        for key in CHOICES:
+            table = getattr(stage, key).table()
+            found[f"{stage.name}.{key}"] = table.pop("name")
+            found |= {f"{stage.name}.{key}.{name}": value for name, value in table.items()}
+    return found
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """What forbids going on with ``new`` in a run of ``old``, one phrase a key."""
     if old.names != new.names:
         return [f"stages were {', '.join(old.names)} and are {', '.join(new.names)}"]
-    keys = [key for key in SHARED_FIELDS if key not in (*MAY_CHANGE_ON_RESUME, "recipe")]
-    changed = [(key, getattr(old, key), getattr(new, key)) for key in keys]
-    for before, after in zip(old.stages, new.stages, strict=True):
-        for key in STAGE_FIELDS:
-            a, b = getattr(before, key), getattr(after, key)
-            grows = key == "epochs" and b > a
-            if not grows and key not in OF_STAGE_MAY_CHANGE:
-                changed.append((f"{before.name}.{key}", a, b))
-        for key in CHOICES:
-            changed += _of_choice(f"{before.name}.{key}", getattr(before, key), getattr(after, key))
-    return [f"{key} was {a!r} and is {b!r}" for key, a, b in changed if a != b]
+    before, after = flat(old), flat(new)
+    changed = [key for key in dict.fromkeys((*before, *after)) if before.get(key) != after.get(key)]
+    return [
+        f"{key} was {before.get(key)!r} and is {after.get(key)!r}"
+        for key in changed
+        # another choice has other settings; it says enough
+        if key.rpartition(".")[0] not in changed and not _may_change(key, before, after)
+    ]
 
 
-def _of_choice(path: str, before: Choice, after: Choice) -> Iterator[tuple[str, Any, Any]]:
-    if before.name != after.name:
-        yield path, before.name, after.name
-        return
-    old, new = before.table(), after.table()
-    for key in dict.fromkeys((*old, *new)):
-        yield f"{path}.{key}", old.get(key), new.get(key)
+def _may_change(key: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
+    stage, *rest = key.split(".")
+    if not rest:
+        return stage in (*MAY_CHANGE_ON_RESUME, "recipe")
+    grows = rest == ["epochs"] and after[key] > before[key]
+    return grows or rest[0] in OF_STAGE_MAY_CHANGE

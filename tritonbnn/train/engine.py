@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -38,6 +37,7 @@ def train_one_epoch(
     bad: FirstBad,
     *,
     after_step: Callable[[], Any],
+    watch: Callable[[Iterable[list[MicroBatch]]], Iterable[list[MicroBatch]]] = iter,
 ) -> None:
     """Train to the end of the epoch, from wherever in it ``state`` is.
 
@@ -47,9 +47,10 @@ def train_one_epoch(
         batches: the rest of this epoch.
         bad: notes the first loss that is not finite, by the optimiser step within the epoch.
         after_step: called when an optimiser step is done; may raise to leave.
+        watch: hands on the parts of each optimiser step, between two of which ``state`` is whole.
     """
     network.train()
-    for parts in optimiser_steps(batches):
+    for parts in watch(optimiser_steps(batches)):
         with state.method.passes(state.model, state.optimizer):
             for part in parts:
                 _forward_and_backward(state, network, part, bad)
@@ -58,17 +59,18 @@ def train_one_epoch(
         after_step()
 
 
-def optimiser_steps(batches: Iterable[MicroBatch]) -> Iterator[Iterator[MicroBatch]]:
-    """The parts of each optimiser step, read as they are needed."""
-    iterator = iter(batches)
+def optimiser_steps(batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]:
+    """The parts of each optimiser step.
 
-    def rest(part: MicroBatch) -> Iterator[MicroBatch]:
-        while not part.last:
-            part = next(iterator)
-            yield part
-
-    for first in iterator:
-        yield chain([first], rest(first))
+    All are read before the first is computed: an image that cannot be read then leaves no step half
+    done.
+    """
+    parts: list[MicroBatch] = []
+    for part in batches:
+        parts.append(part)
+        if part.last:
+            yield parts
+            parts = []
 
 
 def _forward_and_backward(

@@ -4,11 +4,12 @@ import logging
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 
 from tritonbnn.cli import UserError
+from tritonbnn.data.classes import odd_class, other_order
 from tritonbnn.distributed import World
 from tritonbnn.files import make_folder, write_atomically
 from tritonbnn.optim import optimizer_state
@@ -43,6 +44,38 @@ def read_latest(folder: Path) -> Checkpoint | None:
             ) from error
         logger.warning("%s is damaged: going on from the one before, %s", last, previous.name)
         return read(previous)
+
+
+def other_data(checkpoint: Checkpoint, identity: dict[str, Any]) -> dict[str, str]:
+    """What of the data is not as a checkpoint was trained on, in words, for each split.
+
+    Args:
+        checkpoint: of a run.
+        identity: what a checkpoint made now would say, see :class:`Keeper`.
+
+    Raises:
+        UserError: the classes are others, or in another order.
+    """
+    path, facts = checkpoint.path, checkpoint.facts
+    names, now = facts.get("data", {}).get("classes"), identity["data"]["classes"]
+    if names is not None:
+        odd = odd_class(now, names, "the data", "the checkpoint") or other_order(now, names)
+        if odd:
+            raise UserError(
+                f"the data have other classes than {path}: they differ in {odd}: give the data that"
+                " it was trained on, or start over with --fresh"
+            )
+    if "images" not in facts:
+        logger.info("%s does not say which images it has seen: these are taken for the same", path)
+        return {}
+    changes = {}
+    for split, before in facts["images"].items():
+        after = identity["images"][split]
+        if after["images"] != before["images"]:
+            changes[split] = f"{split} has {after['images']} images after {before['images']}"
+        elif after != before:
+            changes[split] = f"{split} has other images, {after['images']} as before"
+    return changes
 
 
 class Keeper:
@@ -80,11 +113,18 @@ class Keeper:
         self._optimizer_is_checked = False
         world.lead(lambda: make_folder(folder))
 
-    def resume(self) -> Checkpoint | None:
-        """Take up the state that was saved, if one was."""
+    def resume(self, epochs: int) -> Checkpoint | None:
+        """Take up the state that was saved, if one was.
+
+        An epoch that was begun with other images begins anew: its order is one of their numbers.
+
+        Args:
+            epochs: of the stage.
+        """
         checkpoint = read_latest(self.folder)
         if checkpoint is None:
             return None
+        changes = other_data(checkpoint, self.identity)
         check_same_network(checkpoint, self.identity["network"])
         try:
             self.state.restore(checkpoint, self._world)
@@ -93,6 +133,8 @@ class Keeper:
                 f"{checkpoint.path} holds no state to go on from ({error} is missing):"
                 " start over with --fresh, or from its weights with --init-from"
             ) from error
+        if changes and self.state.epoch < epochs:
+            self._begin_epoch_anew(changes)
         before = checkpoint.facts["world_size"]
         if before != self._world.size and self._world.leads:
             logger.warning(
@@ -102,6 +144,17 @@ class Keeper:
                 before,
             )
         return checkpoint
+
+    def _begin_epoch_anew(self, changes: dict[str, str]) -> None:
+        state = self.state
+        told = "; ".join(changes.values())
+        logger.warning(
+            "%s: the data have changed: %s; epoch %d begins anew",
+            *(state.stage, told, state.epoch + 1),
+        )
+        state.begin_epoch(state.epoch)
+        if "val" in changes:  # what was best on others is compared with nothing
+            state.best = None
 
     def after_step(self) -> None:
         """Look at the loss, save, or stop, as the time has come."""
@@ -118,17 +171,38 @@ class Keeper:
             self.check_loss()
 
     def watch(self, batches: Iterable[T]) -> Iterator[T]:
-        """``batches``, broken off by a request to stop. Processes may have unequal numbers."""
+        """``batches``, broken off by a request to stop, or where one of them cannot be had.
+
+        Before either the state is saved. Processes may have unequal numbers of batches.
+        """
         iterator = iter(batches)
         while True:
-            batch = next(iterator, None)
-            number, more = self._world.agree(self._signals.number, int(batch is not None))
+            batch, error = None, None
+            try:
+                batch = next(iterator, None)
+            except Exception as caught:
+                error = caught
+            facts = (self._signals.number, int(error is not None), int(batch is not None))
+            number, failed, more = self._world.agree(*facts)
+            if failed:
+                self._leave_whole(error)
             if number:
                 self._stop(number)
             if batch is not None:
                 yield batch
             if not more:
                 return
+
+    def _leave_whole(self, error: Exception | None) -> NoReturn:
+        """End because of an error that has left the state as it was after the last step."""
+        self.save()
+        logger.info(
+            "%s: saved after %d optimiser steps of epoch %d",
+            *(self.state.stage, self.state.batch, self.state.epoch + 1),
+        )
+        if error is None:
+            raise UserError("another process has no images to go on with: see what it says")
+        raise error
 
     def _stop(self, number: int) -> None:
         self.save()

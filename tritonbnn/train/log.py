@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from tritonbnn.files import cannot_write, update
 from tritonbnn.methods import Stage
@@ -27,7 +27,7 @@ _PUBLISHED_RECIPE, _PUBLISHED_CLASSES = "imagenet", 1000
 # How a run may differ from that recipe, and still be compared with its numbers.
 _IMMATERIAL = (
     *MAY_CHANGE_ON_RESUME,
-    *("recipe", "seed", "skip_bad_images", "accumulation", "channels_last", "compile", "sync_bn"),
+    *("recipe", "seed", "accumulation", "channels_last", "compile", "sync_bn"),
 )
 
 

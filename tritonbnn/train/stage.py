@@ -14,25 +14,17 @@ from torch import nn
 from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
 from tritonbnn.cli import UserError
 from tritonbnn.compute import Compute
-from tritonbnn.data.batches import (
-    check_fits_memory,
-    check_shared_memory,
-    train_batches,
-    train_steps,
-    val_batches,
-)
-from tritonbnn.data.classes import warn_of_numbers
-from tritonbnn.data.sources import Source, open_source
+from tritonbnn.data.batches import train_batches, train_steps, val_batches
+from tritonbnn.data.sources import Source
 from tritonbnn.distributed import World, exchanging_gradients
 from tritonbnn.methods import Method, Stage, Task, make_method
 from tritonbnn.optim import describe_groups, set_learning_rate
 from tritonbnn.stop import StopSignals
-from tritonbnn.train.checkpoint import BEST, State, has_begun, history, read
-from tritonbnn.train.config import SCRATCH, Config, data_settings, to_toml
+from tritonbnn.train.checkpoint import BEST, State, has_begun, history, read, stage_folder
+from tritonbnn.train.config import SCRATCH, Config, to_toml
 from tritonbnn.train.engine import FirstBad, train_one_epoch
-from tritonbnn.train.keeper import Keeper, read_latest
+from tritonbnn.train.keeper import Keeper, other_data, read_latest
 from tritonbnn.train.log import Bar, Board, Line, describe, write_analysis, write_log
-from tritonbnn.train.rundir import stage_folder
 from tritonbnn.train.weights import build, check_same_network, initialise_from, load_strictly
 
 logger = logging.getLogger(__name__)
@@ -47,6 +39,7 @@ class Run:
     Attributes:
         config: of the run.
         source: of its images.
+        images: which ones they are, see :meth:`Source.identity`.
         folder: of the run.
         compute: device and precision.
         world: the processes of the job.
@@ -55,6 +48,7 @@ class Run:
 
     config: Config
     source: Source
+    images: dict[str, Any]
     folder: Path
     compute: Compute
     world: World
@@ -72,14 +66,14 @@ def train_stage(stage: Stage, run: Run) -> list[Line]:
     keeper = Keeper(
         place,
         state,
-        _identity(task, source, config),
+        _identity(task, run),
         FirstBad(run.compute.device),
         world=world,
         signals=run.signals,
         save_minutes=config.save_minutes,
         log_interval=config.log_interval,
     )
-    before = keeper.resume()
+    before = keeper.resume(stage.epochs)
     if before is None:
         _begin(state, task, run)
     elif world.leads and state.epoch < stage.epochs:
@@ -122,32 +116,6 @@ def train_stage(stage: Stage, run: Run) -> list[Line]:
     return lines
 
 
-def open_images(config: Config) -> Source:
-    """The run's data set; all stages use it."""
-    source = open_source(
-        config.dataset,
-        image_size=config.image_size,
-        augment=config.augment,
-        lighting=config.lighting,
-        seed=config.seed,
-        step=config.number(config.chosen[0]),
-        **data_settings(config),
-    )
-    check_fits_memory(source, config.batch_size // config.accumulation)
-    check_shared_memory(source, config.batch_size, config.workers)
-    if _takes_weights(config):
-        warn_of_numbers(source.classes)
-    source.load()
-    return source
-
-
-def _takes_weights(config: Config) -> bool:
-    """Whether weights from elsewhere bring an order of classes with them."""
-    starts = [stage.start for stage in config.chosen if stage.start not in config.names]
-    teachers = [getattr(stage.method.settings, "teacher", "none") for stage in config.chosen]
-    return config.init_from not in ("", SCRATCH) or any(starts) or set(teachers) != {"none"}
-
-
 def _network(config: Config, source: Source, stage: Stage) -> dict[str, Any]:
     return {
         "name": config.model,
@@ -159,13 +127,14 @@ def _network(config: Config, source: Source, stage: Stage) -> dict[str, Any]:
     }
 
 
-def _identity(task: Task, source: Source, config: Config) -> dict[str, Any]:
+def _identity(task: Task, run: Run) -> dict[str, Any]:
     """What tells of a checkpoint how its network was built, and what it was shown."""
     return {
         "network": dict(task.network),
         "method": task.stage.method.table(),
-        "data": source.facts,
-        "config": to_toml(config),
+        "data": run.source.facts,
+        "images": run.images,
+        "config": to_toml(run.config),
     }
 
 
@@ -245,6 +214,9 @@ def _take_over(state: State, before: Stage, task: Task, run: Run) -> None:
             f" run --stage {before.name} first"
         )
     best = read(folder / BEST)
+    if changes := other_data(best, _identity(task, run)):
+        told = "; ".join(changes.values())
+        logger.warning("%s takes over weights of other data: %s", task.stage.name, told)
     check_same_network(best, dict(task.network))
     load_strictly(state.model, best)
 
@@ -294,7 +266,9 @@ def _train_epoch(
     bar = Bar(title, steps, state.batch, show=world.leads)
     after_step = _after_step(state, keeper, bar, run)
     try:
-        train_one_epoch(state, network, batches, keeper.bad, after_step=after_step)
+        train_one_epoch(
+            state, network, batches, keeper.bad, after_step=after_step, watch=keeper.watch
+        )
     finally:
         bar.close()
 
@@ -359,7 +333,5 @@ def _end_epoch(state: State, keeper: Keeper, line: Line) -> None:
         state.best = {"epoch": line["epoch"], what: merit}
         keeper.save_best()
     state.history.append(line)
-    state.epoch, state.batch, state.seconds = state.epoch + 1, 0, 0.0
-    state.meter.clear()
-    state.analysis.begin_epoch()
+    state.begin_epoch(state.epoch + 1)
     keeper.save()

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,35 @@ from tritonbnn.cli import UserError
 from tritonbnn.data.classes import odd_class, other_order, warn_of_numbers
 from tritonbnn.data.sources import Source, open_again
 from tritonbnn.methods import METHODS, Method
+from tritonbnn.models import network_in
+from tritonbnn.models.foreign import read_tensors
 from tritonbnn.settings import filled
-from tritonbnn.train.checkpoint import BEST, Checkpoint, read
-from tritonbnn.train.elsewhere import NOTHING, Told, is_foreign, read_foreign
+from tritonbnn.train.arguments import parse
+from tritonbnn.train.checkpoint import BEST, Checkpoint, is_foreign, read
 from tritonbnn.train.recipe import stage_names
 
 logger = logging.getLogger(__name__)
 
 _HEAD = "fc."
 _SHOWN = 300  # characters of a reason
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a user tells of weights whose file does not.
+
+    Attributes:
+        step: 1 or 2, or None. Both steps save real weights by the same names, and step 2 binarises
+            them as it computes.
+        recipe: whose data and views they are for, and whether their network is for small images;
+            None for the imagenet recipe's.
+    """
+
+    step: int | None = None
+    recipe: str | None = None
+
+
+NOTHING = Told()
 
 
 def find_checkpoint(place: Path) -> Path:
@@ -113,6 +134,42 @@ def read_any(place: Path, told: Told = NOTHING) -> Checkpoint:
             " leave it out"
         )
     return checkpoint
+
+
+def read_foreign(path: Path, told: Told) -> Checkpoint:
+    """Weights from elsewhere as a checkpoint of ours: their files know neither data nor step.
+
+    Args:
+        path: the file, with AdamBNN's published weights or those of a network of ours. No code in
+            it is run.
+        told: what the file does not say.
+
+    Raises:
+        UserError: the file is damaged or of another network, or there is no step.
+    """
+    config = parse([told.recipe or "imagenet"]).config
+    try:
+        network, tensors = network_in(read_tensors(path), small_images=config.small_images)
+    except ValueError as error:
+        told_of = str(error) if str(path) in str(error) else f"{path}: {error}"
+        remedy = "" if "convert it" in told_of else "; use another checkpoint"
+        raise UserError(f"{told_of}{remedy}") from error
+    if told.step is None:
+        raise UserError(
+            f"{path} does not say which step its weights are of: give --step 1 to use them as they"
+            " are, or --step 2 to binarise them"
+        )
+    network["binary_weights"] = told.step == 2
+    data = {
+        "name": config.dataset,
+        "dir": config.data_dir,
+        "classes": None,
+        "channels": network["in_channels"],
+        "image_size": config.image_size,
+        "augment": config.augment,
+    }
+    tensors = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    return Checkpoint(path, tensors, {"network": network, "data": data})
 
 
 def open_data(
