@@ -111,9 +111,23 @@ def run(
 
 
 def run_two(
-    module: str, *argv: object, cwd: Path, mishap: str | None = None, at_step: int = 0
+    module: str,
+    *argv: object,
+    cwd: Path,
+    mishap: str | None = None,
+    at_step: int = 0,
+    second: Sequence[object] = (),
 ) -> list[Result]:
-    """Run a command in two processes that meet as under torchrun; rank 1 meets the mishap."""
+    """Run a command in two processes that meet as under torchrun.
+
+    Args:
+        module: whose ``main`` it is.
+        argv: arguments of both.
+        cwd: the folder to run it in.
+        mishap: what rank 1 meets, as in :func:`run`.
+        at_step: which optimiser step meets it.
+        second: more arguments for rank 1.
+    """
     environ = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
@@ -124,6 +138,7 @@ def run_two(
         {
             "environ": {**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             "mishap": mishap if rank == 1 else None,
+            "argv": [str(word) for word in second] if rank == 1 else [],
             "output": str(cwd / f"output-{rank}.txt"),
             "stdout": "",
         }

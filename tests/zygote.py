@@ -97,7 +97,7 @@ def obey(order: dict, process: dict, calls_out: int) -> None:
     real_write = os.write
     faults = Faults(process["mishap"], order["at_call"], order["at_step"], order["at_file"])
     main = importlib.import_module(order["module"]).main
-    sys.argv = [order["module"], *order["argv"]]
+    sys.argv = [order["module"], *order["argv"], *process.get("argv", ())]
     code = 1
     try:
         cli.run(main)
