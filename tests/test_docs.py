@@ -77,3 +77,12 @@ def test_the_comparisons_of_the_docs_are_planned(tmp_path: Path):
             total_epochs=given.total_epochs,
         )
         assert len(plan.runs) == given.seeds * len(plan.rows)
+
+
+def test_a_notebooks_code_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    [code] = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "stopping.md").read_text(), re.DOTALL
+    )
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("epochs=2", "epochs=1"))
+    assert "runs/notebook/step2/best.safetensors" in capsys.readouterr().out
