@@ -15,7 +15,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils import signal_handling
 
 from tritonbnn.cli import UserError
 from tritonbnn.data.sources import SampleKey, Source
@@ -238,6 +239,9 @@ def read_batches(
         indices: of each batch.
         workers: reading processes; 0 reads in this one.
         pin_memory: put tensors in page-locked memory.
+
+    Raises:
+        UserError: a worker has died.
     """
     loader = DataLoader(
         dataset,
@@ -250,12 +254,23 @@ def read_batches(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the loader draws a seed from the global one
     )
-    with _stop_signals_blocked():
+    deaths = ExitStack()
+    with _signals_blocked():
         iterator = iter(loader)
-    try:
-        yield from iterator
-    finally:
-        del iterator  # ends the workers now; a traceback would keep them
+        deaths.enter_context(_deaths_met_in_reading())
+    with deaths:
+        try:
+            yield from iterator
+        except (RuntimeError, EOFError, ConnectionError) as error:
+            # it may die in the middle of handing a batch over, and the connection with it
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raise
+            raise UserError(
+                "a process that reads images has died, most often because memory or shared memory"
+                " ran out: use fewer --workers, and run the same command again"
+            ) from error
+        finally:
+            del iterator  # ends the workers now; a traceback would keep them
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,19 +295,40 @@ def _unchanged(batch: object) -> object:
 
 
 @contextmanager
-def _stop_signals_blocked() -> Iterator[None]:
+def _signals_blocked() -> Iterator[None]:
     """Workers started here inherit the block, so that a Ctrl-C or a kill of the group spares them.
 
-    The trainer decides when to stop, and needs batches until then.
+    The trainer decides when to stop, and needs batches until then. The death of a worker waits
+    until it can be met, see :func:`_deaths_met_in_reading`.
     """
     if not _SHIELDED:
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOP_SIGNALS, signal.SIGCHLD))
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _deaths_met_in_reading() -> Iterator[None]:
+    """Let the death of a worker be noticed where its batch is waited for, and nowhere else.
+
+    torch hears of it by a signal, and raises wherever its process is: in the middle of an optimiser
+    step, which leaves nothing worth saving. Whoever waits for a batch looks after the workers too.
+    """
+    number = getattr(signal, "SIGCHLD", None)
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(number) if number and main else None
+    of_torch = getattr(handler, "__module__", "") == signal_handling.__name__
+    if of_torch:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        if of_torch:
+            signal.signal(signal.SIGCHLD, handler)
 
 
 def _obey_parent_alone(worker: int) -> None:
