@@ -49,10 +49,10 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m tritonbnn.analyze", description=__doc__)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("runs", type=cli.path, nargs="+", metavar="RUN", help="a run's folder")
     parser.add_argument(
         "--out",
-        type=Path,
+        type=cli.path,
         metavar="FILE.html",
         help=f"the page (default: {_NAME} in the first RUN)",
     )
@@ -70,7 +70,7 @@ def _parser() -> Parser:
         default=True,
         help="count what the network confuses on all validation images",
     )
-    parser.add_argument("--data-dir", type=Path, help="where the data are now")
+    parser.add_argument("--data-dir", type=cli.path, help="where the data are now")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--precision", choices=list(PRECISIONS), default="fp32", help="of activations"

@@ -63,6 +63,13 @@ def at_least(least: int, most: float = math.inf) -> Callable[[str], int]:
     return number
 
 
+def path(text: str) -> Path:
+    """The type of a flag that is a path. A shell leaves the ``~`` in ``--out=~/runs`` as it is."""
+    with suppress(RuntimeError):  # ~NAME, where there is no such user: a name like any other
+        return Path(text).expanduser()
+    return Path(text)
+
+
 class _OneLine(logging.Formatter):
     """The bare message: a name in it can neither end the line nor command the terminal."""
 

@@ -6,7 +6,6 @@ a state dict of a network of this package, or AdamBNN's:
 """
 
 import math
-from pathlib import Path
 
 from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, at_least, printable
@@ -48,10 +47,10 @@ def main(argv: list[str]) -> int:
 def _parser() -> Parser:
     parser = Parser(prog="python -m tritonbnn.evaluate", description=__doc__)
     parser.add_argument(
-        "checkpoint", type=Path, metavar="RUN|FILE", help="a run's folder, or a checkpoint file"
+        "checkpoint", type=cli.path, metavar="RUN|FILE", help="a run's folder, or a checkpoint file"
     )
     add_told(parser)
-    parser.add_argument("--data-dir", type=Path, help="where the data are now")
+    parser.add_argument("--data-dir", type=cli.path, help="where the data are now")
     parser.add_argument(
         "--class-order",
         choices=list(CLASS_ORDERS),

@@ -74,9 +74,9 @@ def _megabytes(count: int) -> str:
 def _parser() -> Parser:
     parser = Parser(prog="python -m tritonbnn.export", description=__doc__)
     parser.add_argument(
-        "checkpoint", type=Path, metavar="RUN|FILE", help="a run's folder, or a checkpoint file"
+        "checkpoint", type=cli.path, metavar="RUN|FILE", help="a run's folder, or a checkpoint file"
     )
-    parser.add_argument("--out", type=Path, required=True, help="the packed file to write")
+    parser.add_argument("--out", type=cli.path, required=True, help="the packed file to write")
     add_told(parser)
     parser.add_argument(
         "--half-ends", action="store_true", help="keep the stem and the head in float16"

@@ -83,14 +83,14 @@ class _Files(Dataset):
 def _parser() -> Parser:
     parser = Parser(prog="python -m tritonbnn.predict", description=__doc__)
     parser.add_argument(
-        "checkpoint", type=Path, metavar="RUN|FILE", help="a run's folder, or a checkpoint file"
+        "checkpoint", type=cli.path, metavar="RUN|FILE", help="a run's folder, or a checkpoint file"
     )
     parser.add_argument(
-        "images", type=Path, nargs="+", metavar="IMAGE", help="image files, or folders of them"
+        "images", type=cli.path, nargs="+", metavar="IMAGE", help="image files, or folders of them"
     )
     add_told(parser)
     parser.add_argument(
-        "--data-dir", type=Path, help="data whose classes name those of weights from elsewhere"
+        "--data-dir", type=cli.path, help="data whose classes name those of weights from elsewhere"
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from tritonbnn import cli
 from tritonbnn.cli import UserError
 
 T = TypeVar("T")
@@ -33,7 +34,8 @@ def setting(default: Any, help_text: str, **limits: Any) -> Any:
         default: its value where neither recipe nor command line sets it.
         help_text: what it means, for ``--help`` and for whoever reads the class.
         limits: ``choices``, ``least`` and ``most`` (bounds that are legal), ``above`` and ``below``
-            (bounds that are not). Of a tuple they hold for each number.
+            (bounds that are not). Of a tuple they hold for each number. ``path`` makes a relative
+            path absolute; it is a tuple of words that are no path.
     """
     return field(default=default, metadata={"help": help_text, **limits})
 
@@ -105,7 +107,15 @@ def checked(key: str, value: Any, spec: dataclasses.Field) -> Any:
         raise UserError(f"{name} {value}: {choose_from(str(value), limits['choices'])}")
     for number in value if isinstance(value, tuple) else (value,):
         _check_limits(name, number, limits)
+    if "path" in limits and value not in ("", *limits["path"]):
+        return absolute(value)
     return value
+
+
+def absolute(text: str) -> str:
+    """A path that means the same from any folder: a run may go on from another one."""
+    path = cli.path(text).absolute()
+    return str(path.resolve() if ".." in path.parts else path)
 
 
 def choose_from(word: str, known: Iterable[Any]) -> str:

@@ -30,10 +30,10 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m tritonbnn.sort_val", description=__doc__)
-    parser.add_argument("val", type=Path, metavar="VAL", help="the folder with the images")
+    parser.add_argument("val", type=cli.path, metavar="VAL", help="the folder with the images")
     parser.add_argument(
         "--labels",
-        type=Path,
+        type=cli.path,
         metavar="FILE",
         help="lines of IMAGE CLASS, or of classes alone in the images' order; not needed where"
         " val_annotations.txt, LOC_val_solution.csv or ILSVRC2012_validation_ground_truth.txt lies"
@@ -41,13 +41,13 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--class-names",
-        type=Path,
+        type=cli.path,
         metavar="FILE",
         help="where the labels are numbers from 1 on: line N begins with the name of class N, or"
         " meta.mat of ImageNet's development kit",
     )
     parser.add_argument(
-        "--out", type=Path, help="make the class folders here, and leave VAL as it is"
+        "--out", type=cli.path, help="make the class folders here, and leave VAL as it is"
     )
     return parser
 

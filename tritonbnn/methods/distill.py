@@ -22,7 +22,9 @@ class Distill(Method):
     class Settings:
         """Of learning from a teacher."""
 
-        teacher: str = setting("resnet34", "resnet34, or a file with its weights")
+        teacher: str = setting(
+            "resnet34", "resnet34, or a file with its weights", path=("resnet34", "none")
+        )
 
     teacher: nn.Module
 

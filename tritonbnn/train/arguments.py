@@ -10,6 +10,7 @@ from dataclasses import Field, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError
 from tritonbnn.methods import method_class
 from tritonbnn.optim import check_optimizer
@@ -65,7 +66,7 @@ def parse(argv: list[str]) -> Arguments:
         _parser(config).print_help()
         raise SystemExit(0)
     _check_own_classes(config)
-    return Arguments(config, Path(out or f"runs/{config.recipe}"), fresh)
+    return Arguments(config, cli.path(out or f"runs/{config.recipe}"), fresh)
 
 
 def _check_own_classes(config: Config) -> None:

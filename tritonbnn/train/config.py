@@ -20,6 +20,7 @@ from tritonbnn.settings import fields_of, setting
 # More is a slip of the finger, which would end in a machine out of memory or out of processes.
 MOST_IMAGES = 1 << 20  # of a batch
 MOST_WORKERS = 1024
+MOST_SEED = 2**64 - 1  # of torch's generators
 # A run may go on with another value of these. The epochs of a stage may grow too.
 MAY_CHANGE_ON_RESUME = (
     *("device", "workers", "data_dir", "only", "skip_bad_images"),
@@ -49,7 +50,9 @@ class Config:
 
     recipe: str = setting("", "name of the recipe that this came from")
     dataset: str = setting("digits", "data set", choices=tuple(SOURCES))
-    data_dir: str = setting("", "folder with train/ and val/, or with the data set's own files")
+    data_dir: str = setting(
+        "", "folder with train/ and val/, or with the data set's own files", path=()
+    )
     skip_bad_images: bool = setting(False, "count and list unreadable images, do not stop")
     class_order: str = setting("name", "of a tree's classes", choices=tuple(CLASS_ORDERS))
     white_level: int = setting(
@@ -77,9 +80,10 @@ class Config:
         "",
         "checkpoint (a published one of AdamBNN too) or run whose weights the first stage starts"
         " from, or scratch: random weights, as convolutions in torch begin",
+        path=(SCRATCH,),
     )
     only: str = setting("", "the one stage to run; empty: all of them")
-    seed: int = setting(0, "of weights, order and views", least=0)
+    seed: int = setting(0, "of weights, order and views", least=0, most=MOST_SEED)
     device: str = setting("auto", "cpu, cuda, cuda:N, or auto: cuda where there is one")
     workers: int = setting(
         0, "processes that read images; 0 reads in the trainer itself", least=0, most=MOST_WORKERS

@@ -16,7 +16,7 @@ import torch
 import torchvision
 
 import tritonbnn
-from tritonbnn import distributed
+from tritonbnn import cli, distributed
 from tritonbnn.cli import UserError
 from tritonbnn.compute import Compute, choose_device, keep_freed_memory
 from tritonbnn.data.batches import check_fits_memory, check_shared_memory
@@ -25,8 +25,9 @@ from tritonbnn.data.sources import Source, open_source
 from tritonbnn.distributed import World
 from tritonbnn.files import FolderLock, make_folder, remove_leftovers, update
 from tritonbnn.meeting import attempt
+from tritonbnn.methods import Stage
 from tritonbnn.stop import Stopped, StopSignals
-from tritonbnn.train.checkpoint import BEST, has_begun, stage_folder
+from tritonbnn.train.checkpoint import BEST, has_begun, history, stage_folder
 from tritonbnn.train.config import (
     OF_A_PROCESS,
     SCRATCH,
@@ -109,7 +110,7 @@ def run(config: Config, out: Path | str | None = None, *, fresh: bool = False) -
         Stopped: another signal. All is saved.
     """
     try:
-        return train(config, Path(out or default_folder(config)), fresh=fresh)
+        return train(config, cli.path(str(out or default_folder(config))), fresh=fresh)
     except Stopped as stopped:
         if stopped.signal == signal.SIGINT:
             raise KeyboardInterrupt(str(stopped)) from None
@@ -281,21 +282,45 @@ def numbered(out: Path) -> Path:
 
 
 def _check(before: Config, config: Config, path: Path) -> None:
+    """Refuse other settings, and say what more epochs do to the learning rate."""
     changed = differences(before, config)
-    if not changed:
-        changed = [
-            f"{old.name}.epochs was {old.epochs} and is {new.epochs}, but {later.name} has begun"
-            for old, new in zip(before.stages, config.stages, strict=True)
-            for later in config.stages
-            if old.epochs != new.epochs
-            and later.start == new.name
-            and has_begun(stage_folder(path, later.name))
-        ]
     if changed:
         raise UserError(
             f"{path} is a run with other settings: {'; '.join(changed)};"
             " repeat the old ones to go on, or start over with --fresh"
         )
+    grown = [
+        (old, new)
+        for old, new in zip(before.stages, config.stages, strict=True)
+        if old.epochs != new.epochs and has_begun(stage_folder(path, new.name))
+    ]
+    for old, new in grown:
+        begun = [x for x in config.stages if x.start == new.name and has_begun(path / x.name)]
+        if begun:
+            raise UserError(_too_late(old, new, begun[0], path))
+    for _, new in grown:
+        logger.warning("%s", _jump(new, path))
+
+
+def _too_late(old: Stage, new: Stage, later: Stage, path: Path) -> str:
+    """Why a stage cannot have more epochs, and which one can."""
+    done = len(history(stage_folder(path, later.name), later.name))
+    longer = dataclasses.replace(later, epochs=max(later.epochs, new.epochs, done + 1))
+    return (
+        f"{path} is a run with other settings: {new.name}.epochs was {old.epochs} and is"
+        f" {new.epochs}, but {later.name} has begun from its weights: give more epochs to"
+        f" {later.name} alone, --{later.name}.epochs {longer.epochs} ({_jump(longer, path)}),"
+        " or start over with --fresh"
+    )
+
+
+def _jump(stage: Stage, path: Path) -> str:
+    """What the learning rate does where a stage goes on with more epochs than before."""
+    lines = history(stage_folder(path, stage.name), stage.name)
+    rate = stage.lr * stage.schedule.settings(len(lines), stage.epochs)
+    told = f"{stage.name}, now of {stage.epochs} epochs, has the learning rate {rate:g}"
+    before = f", after {lines[-1]['lr']:g} in the one before" if lines else ""
+    return f"{told} in epoch {len(lines) + 1}{before}"
 
 
 def _environment(config: Config, device: torch.device) -> str:

@@ -7,16 +7,19 @@ whose tables of single stages stand under ``own``, by name.
 import os
 import re
 import tomllib
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from tritonbnn import cli
 from tritonbnn.cli import UserError
 from tritonbnn.data.sources import canonical, make_opener
 from tritonbnn.methods import Stage
 from tritonbnn.settings import (
     Choice,
     Options,
+    absolute,
     checked,
     choose_from,
     did_you_mean,
@@ -28,7 +31,6 @@ from tritonbnn.settings import (
 from tritonbnn.train.config import (
     CHOICES,
     CHOSEN_BY_DEFAULT,
-    SCRATCH,
     SHARED_FIELDS,
     STAGE_FIELDS,
     Config,
@@ -74,14 +76,18 @@ def read_recipe(name: str) -> Layer:
 
 def _read_file(name: str) -> str:
     try:
-        # a path in it may hold bytes that are not UTF-8, and config.toml keeps them as they are
-        return Path(name).read_text("utf-8", errors="surrogateescape")
+        content = cli.path(name).read_bytes()
     except (OSError, ValueError) as error:
         if os.sep in name or name.endswith(".toml"):
             raise UserError(f"cannot read recipe {name}: {error}") from error
         raise UserError(
             f"unknown recipe {name!r}: {choose_from(name, shipped_recipes())}, or name a .toml file"
         ) from error
+    # as editors and shells of Windows write it: every other byte of plain text is 0 then
+    if content.startswith((BOM_UTF16_LE, BOM_UTF16_BE)) or b"\0" in content:
+        raise UserError(f"cannot read recipe {name}: it is in UTF-16, or no text: save it as UTF-8")
+    # a path in it may hold bytes that are not UTF-8, and config.toml keeps them as they are
+    return content.removeprefix(BOM_UTF8).decode(errors="surrogateescape")
 
 
 def _with_stages(content: Layer) -> Layer:
@@ -217,18 +223,13 @@ class _Draft:
         only = self.shared.get("only", "")
         if only and only not in self.stages:
             raise UserError(f"--stage {only}: {choose_from(only, self.stages)}")
-        shared = dict(self.shared)
-        for key in ("data_dir", "init_from"):
-            # a run may go on from another folder
-            if shared.get(key, "") not in ("", SCRATCH):
-                shared[key] = str(Path(shared[key]).absolute())
         stages: list[Stage] = []
         for name, fields in self.stages.items():
             choices = {key: _choice(key, fields[key]) for key in CHOICES}
             before = [stage.name for stage in stages]
             start = self._start(name, fields.get("start", ""), before)
             stages.append(Stage(name=name, **{**fields, **choices, "start": start}))
-        config = Config(**shared, stages=tuple(stages))
+        config = Config(**self.shared, stages=tuple(stages))
         make_opener(config.dataset, data_settings(config))  # what does not fit is refused here
         return config
 
@@ -241,12 +242,12 @@ class _Draft:
                 f"stage {name} starts from {start}, which does not come before it:"
                 " put it later, or start from another"
             )
-        if os.sep not in start and not Path(start).exists():
+        if os.sep not in start and not cli.path(start).exists():
             raise UserError(
                 f"stage {name} starts from {start!r}, which is neither a stage before it nor a"
                 f" checkpoint{did_you_mean(start, before)}"
             )
-        return str(Path(start).absolute())
+        return absolute(start)
 
 
 def _chosen(key: str, before: dict[str, Any], given: Any, path: str) -> dict[str, Any]:
