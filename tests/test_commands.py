@@ -1,6 +1,7 @@
 """``python -m tritonbnn.evaluate`` and ``.predict``, and the package as it is installed."""
 
 import json
+import logging
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from tests.commands import COMPARE, EVALUATE, PREDICT, TRAIN, run, write_tiny, write_tree
 from tritonbnn.data.sources import SampleKey, open_source
+from tritonbnn.train.log import Bar
 from tritonbnn.train.weights import load_network
 
 SEVEN = "abcdefg"
@@ -120,7 +122,7 @@ def bar_on(terminal: bool) -> str:
     code = (
         "from tritonbnn.train.log import Bar\n"
         "bar = Bar('step 1 epoch 2/3', 4, 1, show=True)\n"
-        "bar.advance(); bar.tell(0.25, 87.5, 1234.0); bar.close()"
+        "bar.advance(); bar.tell(2, 0.5, (154.25, 539.875, 617)); bar.close()"
     )
     reader, writer = os.openpty() if terminal else os.pipe()
     if terminal:
@@ -139,3 +141,36 @@ def test_the_bar_is_for_the_eye():
     assert "2/4" in shown
     assert "loss 0.250, top-1 87.5 %, 1234 img/s" in shown
     assert bar_on(terminal=False) == "\n"
+
+
+def test_lines_tell_of_the_progress_where_there_is_no_terminal(place: Path, tmp_path: Path):
+    """At every --log-interval, but no more often than asked: once a minute."""
+    argv = ("tiny.toml", "--epochs", 1, "--batch-size", 3, "--log-interval", 2)  # of 16 images
+    result = run(TRAIN, *argv, "--log-minutes", 0, "--out", tmp_path / "run", cwd=place)
+    assert result.code == 0, result.output
+    told = re.findall(
+        r"^(step[12]) epoch 1/1: step (\d)/6: loss \d+\.\d{3}, top-1 \d+\.\d %, (\d+) img/s,"
+        r" (\d\d:\d\d) left$",
+        result.output,
+        re.MULTILINE,
+    )
+    assert [line[:2] for line in told] == [(s, n) for s in ("step1", "step2") for n in "246"]
+    assert all(int(speed) > 0 for _, _, speed, _ in told)
+    assert [left for _, number, _, left in told if number == "6"] == ["00:00"] * 2
+    quiet = run(TRAIN, *argv, "--out", tmp_path / "quiet", cwd=place)
+    assert "left" not in quiet.output
+
+
+def test_the_time_that_is_left_is_that_of_the_steps_that_are(caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("tritonbnn"), "propagate", True)
+    with caplog.at_level(logging.INFO, "tritonbnn"):
+        bar = Bar("all epoch 2/9", 5000, 1000, show=True, minutes=0)
+        assert bar.due
+        bar.tell(1500, 1800.0, (2400.0, 300.0, 1200.0))
+        bar.tell(4000, 4800.0, (2400.0, float("nan"), 1200.0))
+        assert not Bar("", 5, 0, show=False, minutes=0).due
+        assert not Bar("", 5, 0, show=True, minutes=1).due
+    assert caplog.messages == [
+        "all epoch 2/9: step 1500/5000: loss 2.000, top-1 25.0 %, 1 img/s, 1:10:00 left",
+        "all epoch 2/9: step 4000/5000: loss 2.000, 0 img/s, 20:00 left",
+    ]

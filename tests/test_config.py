@@ -105,13 +105,17 @@ def test_another_choice_forgets_the_settings_of_the_one_before(tmp_path: Path):
     [
         ("digits", "plain", {"label_smoothing": 0.0}),
         ("digits --teacher none", "plain", {"label_smoothing": 0.0}),
-        ("digits --teacher a.pth", "distill", {"teacher": "a.pth"}),
+        ("digits --teacher a.pth", "distill", {"teacher": str(Path("a.pth").absolute())}),
         ("imagenet", "distill", {"teacher": "resnet34"}),
-        ("imagenet --teacher a.pth", "distill", {"teacher": "a.pth"}),
+        ("imagenet --teacher a.pth", "distill", {"teacher": str(Path("a.pth").absolute())}),
         ("imagenet --teacher none", "plain", {"label_smoothing": 0.0}),
         ("imagenet --teacher none --label-smoothing 0.2", "plain", {"label_smoothing": 0.2}),
         ("imagenet --method plain", "plain", {"label_smoothing": 0.0}),
-        ("digits --method distill --method.teacher a.pth", "distill", {"teacher": "a.pth"}),
+        (
+            "digits --method distill --method.teacher a.pth",
+            "distill",
+            {"teacher": str(Path("a.pth").absolute())},
+        ),
     ],
 )
 def test_a_teacher_is_the_short_name_of_a_method(line: str, name: str, settings: dict):
@@ -374,6 +378,7 @@ CHANGED = {
     "skip_bad_images": True,
     "only": "one",
     "log_interval": 7,
+    "log_minutes": 0.5,
     "save_minutes": 1.5,
     "plan": "keep",
     "analysis": "full",

@@ -24,7 +24,7 @@ MOST_SEED = 2**64 - 1  # of torch's generators
 # A run may go on with another value of these. The epochs of a stage may grow too.
 MAY_CHANGE_ON_RESUME = (
     *("device", "workers", "data_dir", "only", "skip_bad_images"),
-    *("log_interval", "save_minutes", "plan", "analysis", "analysis_interval"),
+    *("log_interval", "log_minutes", "save_minutes", "plan", "analysis", "analysis_interval"),
 )
 OF_STAGE_MAY_CHANGE = ("published_top1",)
 # The processes of a job may each have their own.
@@ -90,6 +90,9 @@ class Config:
     )
     save_minutes: float = setting(10.0, "time between checkpoints within an epoch", least=0)
     log_interval: int = setting(50, "optimiser steps between looks at the loss", least=1)
+    log_minutes: float = setting(
+        1.0, "time between lines within an epoch where the output is no terminal", least=0
+    )
     analysis: str = setting("light", "what is measured of flips and the like", choices=LEVELS)
     analysis_interval: int = setting(10, "optimiser steps from one look at gradients on", least=1)
     stages: tuple[Stage, ...] = ()

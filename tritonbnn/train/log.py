@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import math
+import time
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -112,16 +113,21 @@ class Board:
 
 
 class Bar:
-    """The progress of an epoch on a terminal; elsewhere nothing.
+    """The progress of an epoch: a bar on a terminal, and elsewhere a line now and then.
 
     Args:
         title: what it is.
         steps: optimiser steps of the epoch.
         done: how many of them are done.
         show: whether this process talks.
+        minutes: between lines where there is no terminal.
     """
 
-    def __init__(self, title: str, steps: int, done: int, *, show: bool) -> None:
+    def __init__(
+        self, title: str, steps: int, done: int, *, show: bool, minutes: float = math.inf
+    ) -> None:
+        self._title, self._steps, self._talks = title, steps, show
+        self._pause, self._told_at = 60 * minutes, time.monotonic()
         self._bar = tqdm(
             total=steps,
             initial=done,
@@ -132,18 +138,33 @@ class Bar:
         )
 
     @property
-    def shown(self) -> bool:
-        """Whether anybody sees it."""
-        return not self._bar.disable
+    def due(self) -> bool:
+        """Whether it is time for numbers. To have them takes a wait for the device."""
+        late = time.monotonic() - self._told_at >= self._pause
+        return not self._bar.disable or (self._talks and late)
 
     def advance(self) -> None:
         """One more step is done."""
         self._bar.update()
 
-    def tell(self, loss: float, top1: float, images_per_second: float) -> None:
-        """Put the numbers beside it; top-1 is NaN where nothing is classified."""
-        right = "" if math.isnan(top1) else f" top-1 {top1:.1f} %,"
-        self._bar.set_postfix_str(f"loss {loss:.3f},{right} {images_per_second:.0f} img/s")
+    def tell(self, done: int, seconds: float, sums: Sequence[float]) -> None:
+        """Show numbers of the epoch so far.
+
+        Args:
+            done: optimiser steps.
+            seconds: that they took.
+            sums: of their images: loss, right answers and how many they are. Right answers are NaN
+                where nothing is classified.
+        """
+        loss, right, images = sums
+        top1 = "" if math.isnan(right) else f" top-1 {100 * right / images:.1f} %,"
+        numbers = f"loss {loss / images:.3f},{top1} {images / seconds:.0f} img/s"
+        if not self._bar.disable:
+            self._bar.set_postfix_str(numbers)
+            return
+        self._told_at = time.monotonic()
+        left = tqdm.format_interval(round(seconds / done * (self._steps - done)))
+        logger.info("%s: step %d/%d: %s, %s left", self._title, done, self._steps, numbers, left)
 
     def close(self) -> None:
         """Take it away."""

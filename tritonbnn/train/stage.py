@@ -263,7 +263,7 @@ def _train_epoch(
     )
     steps = train_steps(len(source.train), config.batch_size)
     title = f"{stage.name} epoch {state.epoch + 1}/{stage.epochs}"
-    bar = Bar(title, steps, state.batch, show=world.leads)
+    bar = Bar(title, steps, state.batch, show=world.leads, minutes=config.log_minutes)
     after_step = _after_step(state, keeper, bar, run)
     try:
         train_one_epoch(
@@ -280,10 +280,9 @@ def _after_step(state: State, keeper: Keeper, bar: Bar, run: Run) -> Callable[[]
     def after_step() -> None:
         state.seconds = before + time.monotonic() - began
         bar.advance()
-        if bar.shown and state.batch % run.config.log_interval == 0:
-            loss, right, images = state.meter.sums.tolist()
-            speed = images * run.world.size / state.seconds
-            bar.tell(loss / images, 100 * right / images, speed)
+        if state.batch % run.config.log_interval == 0 and bar.due:
+            sums = state.meter.sums * run.world.size  # about; the others have as many images
+            bar.tell(state.batch, state.seconds, sums.tolist())
         keeper.after_step()
 
     return after_step
