@@ -45,6 +45,22 @@ def test_evaluate_gives_the_logged_score(place: Path, step: int):
     )
 
 
+def test_top5_is_not_told_of_five_classes(tmp_path: Path):
+    write_tiny(tmp_path)
+    write_tree(tmp_path / "five", train=2, val=1, classes="abcde")
+    argv = ("tiny.toml", "--data-dir", "five", "--out", "run", "--epochs", 1)
+    trained = run(TRAIN, *argv, cwd=tmp_path)
+    assert trained.code == 0, trained.output
+    scored = run(EVALUATE, "run", cwd=tmp_path)
+    assert scored.code == 0, scored.output
+    assert "validation top-1" in trained.output
+    assert "top-1" in scored.output
+    heads, *rows = [text for text in trained.output.splitlines() if "  " in text][-3:]
+    assert "last top-5" in heads
+    assert [row.split()[-2] for row in rows] == ["-", "-"]
+    assert "top-5" not in (trained.output + scored.output).replace(heads, "")
+
+
 def test_evaluate_a_run_takes_its_second_step(place: Path):
     result = run(EVALUATE, "run", cwd=place)
     assert "step2/best.safetensors: 1-bit weights" in result.output

@@ -171,9 +171,13 @@ def test_evaluation_counts_every_image_once():
     assert score.loss == pytest.approx(float(expected), rel=1e-12)
 
 
-def test_with_few_classes_top5_is_all():
-    sums = evaluation_sums(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
-    assert sums[2:].tolist() == [4, 4]
+@pytest.mark.parametrize(("classes", "known"), [(2, False), (5, False), (6, True)])
+def test_top5_of_no_more_than_five_classes_is_no_result(classes: int, known: bool):
+    logits, labels = torch.randn(40, classes), torch.arange(40) % classes
+    assert evaluation_sums(logits, labels)[3] == 40
+    score = evaluate(nn.Identity(), [(logits, labels)], Compute(CPU), World())
+    assert (score.top5 is not None) == known
+    assert score.top1 is not None
 
 
 def test_evaluation_restores_nothing_and_trains_nothing():

@@ -36,10 +36,10 @@ def main(argv: list[str]) -> int:
             " fp32, or use another checkpoint"
         )
     weights = "1-bit" if checkpoint.facts["network"]["binary_weights"] else "real"
+    five = "" if score.top5 is None else f", top-5 {score.top5:.2f} %"
     print(
         f"{printable(checkpoint.path)}: {weights} weights, {score.images} images of the"
-        f" data set {source.name}: top-1 {score.top1:.2f} %, top-5 {score.top5:.2f} %,"
-        f" loss {score.loss:.4f}"
+        f" data set {source.name}: top-1 {score.top1:.2f} %{five}, loss {score.loss:.4f}"
     )
     return 0
 

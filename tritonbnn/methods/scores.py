@@ -48,7 +48,8 @@ class Evaluation:
         loss: mean cross-entropy with the labels.
         top1: percent of the images whose label is the first guess; None where nothing is
             classified. The least loss makes the best checkpoint then.
-        top5: percent whose label is among the first five, or among all where there are fewer.
+        top5: percent whose label is among the first five guesses; None where there are no more than
+            five classes, as every label is among these.
         images: how many were counted.
     """
 
@@ -81,18 +82,21 @@ def evaluate(
 ) -> Evaluation:
     """Score the model on batches that, over all processes, hold every image once."""
     model.eval()
+    classes = 0
     sums = torch.zeros(4, dtype=torch.float64, device=compute.device)
     for images, labels in batches:
         images, labels = compute.to_device(images, labels)
         with compute.autocast():
             logits = model(images)
         sums += evaluation_sums(logits, labels)
+        classes = logits.shape[1]
     loss, first, five, images_seen = world.total(sums.cpu()).tolist()
+    [classes] = world.agree(classes)  # a process may have had no images
     if not images_seen:
         raise ValueError("there are no images to evaluate on")
     return Evaluation(
         loss=loss / images_seen,
         top1=100 * first / images_seen,
-        top5=100 * five / images_seen,
+        top5=100 * five / images_seen if classes > TOP else None,
         images=int(images_seen),
     )

@@ -180,7 +180,9 @@ def describe(line: Line, epochs: int) -> str:
     if line["val_top1"] is None:
         scored = f"loss {line['val_loss']:.4f}"
     else:
-        scored = f"top-1 {line['val_top1']:.2f} %, top-5 {line['val_top5']:.2f} %"
+        scored = f"top-1 {line['val_top1']:.2f} %"
+        if line["val_top5"] is not None:
+            scored += f", top-5 {line['val_top5']:.2f} %"
     return (
         f"{line['stage']} epoch {line['epoch']}/{epochs}: {trained}; validation {scored};{flips}"
         f" {line['images_per_second']:.0f} img/s"
