@@ -16,9 +16,9 @@ from torch.utils.data import Dataset
 from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, at_least, printable
 from tritonbnn.compute import Compute, choose_device
-from tritonbnn.data.batches import read_batches
 from tritonbnn.data.listing import list_images
 from tritonbnn.data.sources import canonical, eval_reader
+from tritonbnn.data.workers import read_batches
 from tritonbnn.methods.scores import TOP
 from tritonbnn.networks import add_engine, add_told, open_network
 from tritonbnn.train.checkpoint import Checkpoint

@@ -12,27 +12,21 @@ can enter an epoch at any optimiser step.
 
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data._utils import signal_handling
+from torch.utils.data import Dataset
 
 from tritonbnn.cli import UserError
 from tritonbnn.data.sources import SampleKey, Source
+from tritonbnn.data.workers import FETCHED_AHEAD, read_batches
 
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHARED_MEMORY = Path("/dev/shm")  # on Linux
-_FETCHED_AHEAD = 2  # batches a worker, torch's default
-_SHIELDED = hasattr(signal, "sigwaitinfo")  # not on macOS and Windows
 
 
 class Batched(Protocol):
@@ -83,6 +77,17 @@ def train_steps(size: int, batch_size: int) -> int:
     return -(-size // batch_size)
 
 
+def smallest_part(size: int, batch_size: int, accumulation: int = 1, world_size: int = 1) -> int:
+    """Images of the smallest micro-batch of an epoch, as :func:`train_batches` cuts it."""
+    batches = {min(batch_size, size), size % batch_size or batch_size}
+    smallest = []
+    for batch in batches:
+        parts = min(accumulation, -(-batch // world_size))
+        # where there is none, one is borrowed
+        smallest.append(max(1, batch // world_size // parts))
+    return min(smallest)
+
+
 def check_fits_memory(source: Source, batch_size: int) -> None:
     """Refuse a batch whose images alone take more than all memory, before any of them is read.
 
@@ -120,7 +125,7 @@ def check_shared_memory(source: Source, batch_size: int, workers: int) -> None:
         return
     images = max(1, min(batch_size, max(len(source.train), len(source.val))))
     batch = images * source.channels * source.val.transform.size**2 * torch.float32.itemsize
-    needed = (_FETCHED_AHEAD * workers + 1) * batch
+    needed = (FETCHED_AHEAD * workers + 1) * batch
     free = shutil.disk_usage(_SHARED_MEMORY).free
     if needed > free:
         raise UserError(
@@ -229,50 +234,6 @@ def _load(
         yield batch
 
 
-def read_batches(
-    dataset: Dataset, indices: list[np.ndarray], workers: int, pin_memory: bool = False
-) -> Iterator[Any]:
-    """``dataset[batch]`` for each batch of indices in order, read by workers that obey us alone.
-
-    Args:
-        dataset: gives a whole batch; a user's mistake as a value.
-        indices: of each batch.
-        workers: reading processes; 0 reads in this one.
-        pin_memory: put tensors in page-locked memory.
-
-    Raises:
-        UserError: a worker has died.
-    """
-    loader = DataLoader(
-        dataset,
-        sampler=indices,
-        batch_size=None,
-        collate_fn=_unchanged,
-        num_workers=workers,
-        prefetch_factor=_FETCHED_AHEAD if workers else None,
-        worker_init_fn=_obey_parent_alone if _SHIELDED else None,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # else the loader draws a seed from the global one
-    )
-    deaths = ExitStack()
-    with _signals_blocked():
-        iterator = iter(loader)
-        deaths.enter_context(_deaths_met_in_reading())
-    with deaths:
-        try:
-            yield from iterator
-        except (RuntimeError, EOFError, ConnectionError) as error:
-            # it may die in the middle of handing a batch over, and the connection with it
-            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                "a process that reads images has died, most often because memory or shared memory"
-                " ran out: use fewer --workers, and run the same command again"
-            ) from error
-        finally:
-            del iterator  # ends the workers now; a traceback would keep them
-
-
 @dataclass(frozen=True, eq=False)
 class _Batches(Dataset):
     """A data set of whole batches. A user's mistake is handed over as a value.
@@ -288,56 +249,3 @@ class _Batches(Dataset):
             return self.dataset.batch([SampleKey(self.epoch, int(index)) for index in indices])
         except UserError as error:
             return error
-
-
-def _unchanged(batch: object) -> object:
-    return batch
-
-
-@contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """Workers started here inherit the block, so that a Ctrl-C or a kill of the group spares them.
-
-    The trainer decides when to stop, and needs batches until then. The death of a worker waits
-    until it can be met, see :func:`_deaths_met_in_reading`.
-    """
-    if not _SHIELDED:
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOP_SIGNALS, signal.SIGCHLD))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _deaths_met_in_reading() -> Iterator[None]:
-    """Let the death of a worker be noticed where its batch is waited for, and nowhere else.
-
-    torch hears of it by a signal, and raises wherever its process is: in the middle of an optimiser
-    step, which leaves nothing worth saving. Whoever waits for a batch looks after the workers too.
-    """
-    number = getattr(signal, "SIGCHLD", None)
-    main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(number) if number and main else None
-    of_torch = getattr(handler, "__module__", "") == signal_handling.__name__
-    if of_torch:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        if of_torch:
-            signal.signal(signal.SIGCHLD, handler)
-
-
-def _obey_parent_alone(worker: int) -> None:
-    """Let a worker end on a blocked stop signal only where the loader's own process sent it."""
-    parent = os.getppid()
-
-    def wait() -> None:
-        while signal.sigwaitinfo(_STOP_SIGNALS).si_pid != parent:
-            pass
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()

@@ -1,5 +1,6 @@
 """The loop: train for one epoch. Nothing in it waits for the device."""
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -9,8 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from tritonbnn.data.batches import MicroBatch
+from tritonbnn.cli import UserError
+from tritonbnn.data.batches import MicroBatch, smallest_part
+from tritonbnn.data.sources import Source
+from tritonbnn.distributed import World
 from tritonbnn.train.checkpoint import State
+from tritonbnn.train.config import MOST_IMAGES, Config
 
 
 class FirstBad:
@@ -28,6 +33,55 @@ class FirstBad:
         """Its index, or None. Waits for the device."""
         index = int(self._index)
         return None if index < 0 else index
+
+
+def check_parts(model: nn.Module, source: Source, config: Config, world: World) -> None:
+    """Refuse a batch size that leaves a part of one image, where the network needs two.
+
+    BatchNorm cannot train where one pixel is left of one image: a single value has no variance.
+
+    Args:
+        model: the network, on the CPU.
+        source: of the images.
+        config: of the run.
+        world: the processes of the job.
+
+    Raises:
+        UserError: naming a batch size that can be.
+    """
+
+    size = len(source.train)
+
+    def smallest(batch_size: int) -> int:
+        return smallest_part(size, batch_size, config.accumulation, world.size)
+
+    shared = config.sync_bn and world.size > 1
+    if (
+        shared
+        or smallest(config.batch_size) > 1
+        or _trains_on_one(model, source.channels, config.image_size)
+    ):
+        return
+    most = min(size, MOST_IMAGES)
+    near = sorted(range(world.size, most + 1), key=lambda b: (abs(b - config.batch_size), b))
+    good = next((b for b in near if smallest(b) > 1), None)
+    raise UserError(
+        f"{size} training images in batches of {config.batch_size} leave a part of one image, and"
+        f" the network needs two, as it makes one pixel of {config.image_size} x"
+        f" {config.image_size}: use"
+        + (f" --batch-size {good}" if good else " more images, fewer processes or fewer parts")
+    )
+
+
+@torch.no_grad()
+def _trains_on_one(model: nn.Module, channels: int, side: int) -> bool:
+    trial = copy.deepcopy(model).train()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            trial(torch.zeros(1, channels, side, side))
+    except ValueError:
+        return False
+    return True
 
 
 def train_one_epoch(

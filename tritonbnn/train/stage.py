@@ -22,7 +22,7 @@ from tritonbnn.optim import describe_groups, set_learning_rate
 from tritonbnn.stop import StopSignals
 from tritonbnn.train.checkpoint import BEST, State, has_begun, history, read, stage_folder
 from tritonbnn.train.config import SCRATCH, Config, to_toml
-from tritonbnn.train.engine import FirstBad, train_one_epoch
+from tritonbnn.train.engine import FirstBad, check_parts, train_one_epoch
 from tritonbnn.train.keeper import Keeper, other_data, read_latest
 from tritonbnn.train.log import Bar, Board, Line, describe, write_analysis, write_log
 from tritonbnn.train.weights import build, check_same_network, initialise_from, load_strictly
@@ -153,6 +153,7 @@ def _build(method: Method, run: Run) -> nn.Module:
         if run.compute.device.type != "cuda":
             raise UserError("--sync-bn needs CUDA: leave it out")
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    check_parts(model, run.source, config, run.world)
     run.compute.place(model)
     return model
 
