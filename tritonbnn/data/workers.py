@@ -1,10 +1,12 @@
 """Processes that read images: they obey the trainer alone, and die where it can notice."""
 
+import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from multiprocessing import connection
 from typing import Any
 
 import numpy as np
@@ -106,12 +108,23 @@ def _deaths_met_in_reading() -> Iterator[None]:
 
 
 def _obey_parent_alone(worker: int) -> None:
-    """Let a worker end on a blocked stop signal only where the loader's own process sent it."""
-    parent = os.getppid()
+    """Let a worker end on a blocked stop signal only where the loader's own process sent it.
 
-    def wait() -> None:
-        while signal.sigwaitinfo(_STOP_SIGNALS).si_pid != parent:
+    It ends with that process too. Which one that is, multiprocessing knows: the parent that the
+    system names is another one where a fork server starts the workers.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent
+    signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
+
+    def obey() -> None:
+        while signal.sigwaitinfo(_STOP_SIGNALS).si_pid != parent.pid:
             pass
         os._exit(0)
 
-    threading.Thread(target=wait, daemon=True).start()
+    def follow() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    for work in (obey, follow):
+        threading.Thread(target=work, daemon=True).start()
