@@ -12,7 +12,6 @@ import importlib
 import runpy
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,7 +35,7 @@ def main(argv: list[str]) -> int:
         UserError: there is no such script, or timm is not installed.
     """
     parser = cli.Parser(prog="python -m tritonbnn.timm", description=__doc__.splitlines()[0])
-    parser.add_argument("script", type=Path, help="a script that uses timm, as timm's train.py")
+    parser.add_argument("script", type=cli.path, help="a script that uses timm, as timm's train.py")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what the script is given")
     given = parser.parse_args(argv)
     if not given.script.is_file():

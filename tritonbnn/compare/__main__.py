@@ -97,8 +97,10 @@ def parse(argv: list[str]) -> tuple[Namespace, list[str]]:
         f" ({', '.join(shipped_sets())}), or .toml files of either",
     )
     parser.add_argument("--seeds", type=at_least(1, MOST_SEEDS), default=3, help="how many, from 0")
-    parser.add_argument("--out", type=Path, help="folder of the runs (default: runs/compare-...)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result there too")
+    parser.add_argument(
+        "--out", type=cli.path, help="folder of the runs (default: runs/compare-...)"
+    )
+    parser.add_argument("--json", type=cli.path, metavar="FILE", help="write the result there too")
     parser.add_argument(
         "--total-epochs",
         type=at_least(1),
