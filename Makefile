@@ -11,7 +11,7 @@ OLDEST := .venv-oldest
 # Other people's programs, with our modules in them.
 CLIENTS := .venv-clients
 
-.PHONY: train test test-all test-newest test-oldest test-clients compile fuzz kills sanitize test-gpu
+.PHONY: train test test-all test-newest test-oldest test-clients test-heavy fuzz kills sanitize test-gpu
 .PHONY: gpu lint clean
 
 train: $(VENV)/.ready
@@ -20,22 +20,22 @@ train: $(VENV)/.ready
 # One thread a worker: tests are small, and two pools of threads on two cores fight.
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
-	    -m "not compile" $(ARGS)
+	    -m "not compile and not bench" $(ARGS)
 
-test-all: test compile sanitize fuzz kills
+test-all: test test-heavy sanitize fuzz kills
 
-# What compiles for minutes, by compilers that are not ours.
-compile: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m compile $(ARGS)
+# What compiles for minutes, by compilers that are not ours, and the benchmarks' own commands.
+test-heavy: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "compile or bench" $(ARGS)
 
 # What a user's files may hold by accident, 2,000 of each kind.
 fuzz: $(VENV)/.ready
 	FUZZ_EXAMPLES=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
 
-# 25 runs of each of four optimisers, killed at random moments.
+# 25 runs of each of four optimisers, killed at random moments, and one at every write.
 kills: $(VENV)/.ready
 	KILLS=25 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 \
-	    tests/test_resume.py -k random_moment $(ARGS)
+	    tests/test_resume.py -k "random_moment or death_at_every" $(ARGS)
 
 test-newest: $(NEWEST)/.ready
 	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)

@@ -152,6 +152,7 @@ def test_the_one_bit_core_is_fed_by_wide_loads(rows):
     assert all(loop["BMMA"] / sum(loop.values()) > 0.3 for loop in loops)
 
 
+@pytest.mark.compile
 def test_no_kernel_of_a_unit_spills_at_any_layer(tmp_path):
     """Those under pressure, for both steps; bf16 on sm_90 has spilled where others had not."""
     path = tmp_path / "rows.json"

@@ -94,6 +94,7 @@ def result(tmp_path_factory):
     return json.loads(path.read_text())
 
 
+@pytest.mark.bench
 def test_a_sweep_is_a_row_of_points(tmp_path):
     path = tmp_path / "sweep.json"
     sweep = ["--batches", "2,3", "--sizes", "64", "--no-details", "--rivals", "twin"]
@@ -113,6 +114,7 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.mark.bench
 def test_a_recipe_gives_network_batch_and_images(tmp_path, threads):
     path = tmp_path / "digits.json"
     flags = ["--recipe", "digits", "--batch", "4", "--rivals", "expert,twin", "--no-details"]
@@ -140,6 +142,7 @@ def test_every_rival_takes_the_digits(name):
     assert (stem.in_channels, stem.out_channels, stem.stride) == (1, 8, (1, 1))
 
 
+@pytest.mark.compile
 def test_what_a_compiled_network_saves_is_counted_without_making_code():
     point = Point("reactnet_a", 2, 4, 32, 0.25, CPU, 1, True, 10)
     saved = {
@@ -150,6 +153,7 @@ def test_what_a_compiled_network_saves_is_counted_without_making_code():
     assert saved["expert+compile"] < 0.9 * saved["expert"]
 
 
+@pytest.mark.bench
 def test_a_row_says_what_was_measured(result):
     assert result["command"].endswith("--rivals ours+bf16,obvious+channels_last,twin --floor")
     assert result["own_processes"]
@@ -167,6 +171,7 @@ def test_a_row_says_what_was_measured(result):
             assert set(row["moved_mb"]) == set(row["time_ms"])
 
 
+@pytest.mark.bench
 def test_shares_are_of_the_floor_in_the_same_dtype(result):
     for point in result["points"]:
         for name, dtype in (("ours+bf16", "bf16"), ("twin", "fp32")):
@@ -181,6 +186,7 @@ def test_shares_are_of_the_floor_in_the_same_dtype(result):
             )
 
 
+@pytest.mark.bench
 def test_our_step_is_shown_by_pass(result):
     if not library.available():
         pytest.skip(library.reason())
@@ -220,6 +226,7 @@ def test_the_bound_of_a_pass_is_its_bytes_or_its_products():
         assert roofs.nanoseconds(taken) == bound
 
 
+@pytest.mark.bench
 def test_only_binary_networks_pack(result):
     rows = result["points"][0]["rows"]
     assert [name for name, row in rows.items() if "pack" in row["time_ms"]] == ["ours+bf16"]
@@ -353,6 +360,7 @@ def test_kernels_count_once_under_what_launched_them():
     assert times == {FORWARD: 3, ELEMENTWISE: 4, GRADIENTS: 7}
 
 
+@pytest.mark.bench
 def test_the_whole_loop_names_its_bottleneck(tmp_path, capsys):
     write_tree(tmp_path / "images", train=5, val=1)
     torch.save(resnet34(num_classes=2).state_dict(), tmp_path / "teacher.pth")

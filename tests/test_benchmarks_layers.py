@@ -53,6 +53,7 @@ def test_a_call_computes_what_its_way_says(name, monkeypatch):
         )
 
 
+@pytest.mark.bench
 def test_the_command_times_both_and_says_so(tmp_path, threads, capsys):
     path = tmp_path / "new" / "layers.json"
     flags = ["--layers", "3x3:33@6,1x1:8@5", "--batch", "2", "--rounds", "3", "--calls", "2"]

@@ -89,6 +89,7 @@ def test_a_launch_takes_the_longer_of_its_two():
         assert row["images_per_second"] == pytest.approx(4 / row["ms"] * 1e3, rel=1e-2)
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize("step", [1, 2])
 @pytest.mark.parametrize(
     ("word", "plan"),

@@ -52,6 +52,7 @@ def test_the_readmes_figures_are_a_suite_of_their_own(tmp_path, capsys):
     assert "benchmarks.compare" not in out
 
 
+@pytest.mark.bench
 def test_the_real_thing_at_a_tiny_size_and_again(tmp_path, capfd):
     """A part runs once, is not run again, and is run again if its result is gone."""
     flags = [*TINY, "--out", str(tmp_path), "--only", "layers-forward"]
@@ -85,6 +86,7 @@ def test_a_changed_source_or_table_makes_a_part_stale(tmp_path, monkeypatch):
     assert suite.fingerprint(tuned=False) != before[1]
 
 
+@pytest.mark.bench
 def test_a_failing_part_stops_no_other_and_is_named(tmp_path, capfd):
     todo = [
         Part("bad", timeit("raise ValueError")),
@@ -100,6 +102,7 @@ def test_a_failing_part_stops_no_other_and_is_named(tmp_path, capfd):
     assert [part.name for part in todo if again.is_done(part)] == ["good"]
 
 
+@pytest.mark.bench
 def test_a_part_out_of_time_is_stopped_with_its_children(tmp_path, capfd):
     note = tmp_path / "child"
     code = (

@@ -127,6 +127,7 @@ def race(tmp_path_factory):
     return rows, passes, time.perf_counter() - start
 
 
+@pytest.mark.bench
 def test_times_and_page_faults_are_those_of_the_steps(race):
     rows, _, elapsed = race
     row = rows["steady"]
@@ -139,6 +140,7 @@ def test_times_and_page_faults_are_those_of_the_steps(race):
     assert rows["second"]["page_faults"] < PAGES / 2
 
 
+@pytest.mark.bench
 def test_rivals_take_turns_in_processes_of_their_own(race):
     _, passes, _ = race
     names = [name for name, _, _ in passes if name in ("steady", "second")]
@@ -151,6 +153,7 @@ def test_rivals_take_turns_in_processes_of_their_own(race):
     assert {threads for _, _, threads in passes} == {str(THREADS)}
 
 
+@pytest.mark.bench
 def test_a_rival_in_trouble_has_a_row_that_says_so(race):
     rows, _, _ = race
     troubles = {
@@ -200,6 +203,7 @@ def test_in_one_process_they_take_turns_too(monkeypatch, tmp_path):
     assert [name for name, _, _ in passes] == expected
 
 
+@pytest.mark.bench
 @pytest.mark.parametrize("ending", ["Ctrl-C", "killed"])
 def test_no_process_outlives_the_command(ending):
     flags = ["--size", "32", "--width", "0.25", "--batch", "2", "--device", "cpu"]

@@ -349,6 +349,7 @@ for call in calls():
 """
 
 
+@pytest.mark.compile
 def test_kernels_compile_without_spills():
     rows = [line.split() for line in run_python(COMPILED).splitlines()]
     assert {(name, target) for name, target, *_ in rows} == {

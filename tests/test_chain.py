@@ -222,6 +222,7 @@ def test_what_changes_a_stream_in_place_is_seen_without_a_graph_too(change, cont
 COMPILED = [nothing, module_inside, in_place_between, hook_on_a_unit, hook_in_place, own_unit]
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("change", COMPILED)
 def test_a_changed_chain_compiles_in_one_graph(change):
     torch.compiler.reset()

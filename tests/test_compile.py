@@ -30,6 +30,7 @@ def compilations(monkeypatch):
     torch.compiler.reset()
 
 
+@pytest.mark.compile
 def test_a_compiled_run_trains_resumes_and_is_evaluated(
     compilations, monkeypatch, tmp_path, capsys
 ):
@@ -57,6 +58,7 @@ class Teacher(nn.Sequential):
         return super().forward(x)
 
 
+@pytest.mark.compile
 def test_a_compiled_teacher_teaches_the_same(compilations):
     torch.manual_seed(0)
     teacher = Teacher(nn.Conv2d(3, 5, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())

@@ -143,7 +143,7 @@ CASES = [
     *[("aot_eager", dtype, "nothing") for dtype in (torch.float32, torch.bfloat16, torch.float64)],
     *[("eager", torch.float32, frozen) for frozen in FROZEN],
     ("aot_eager", torch.float32, "all_but_shifts"),
-    ("inductor", torch.float32, "nothing"),
+    pytest.param("inductor", torch.float32, "nothing", marks=pytest.mark.compile),
 ]
 
 

@@ -101,7 +101,7 @@ CASES = [
     (Everything, "aot_eager", None, True),
     (Units, "eager", None, True),
     (Units, "aot_eager", True, False),
-    (Tied, "inductor", True, True),
+    pytest.param(Tied, "inductor", True, True, marks=pytest.mark.compile),
 ]
 """What is compiled, how, torch.compile's ``dynamic`` (None: what has changed), training mode."""
 

@@ -76,6 +76,7 @@ def test_launchers_keep_to_what_operators_may_return(launchers, device, name):
     library.OPERATORS[name](*args, **kwargs)
 
 
+@pytest.mark.compile
 def test_a_whole_network_compiles_without_a_graph_break():
     """Forward and backward, against the same network not compiled; in float64, so bits agree."""
     torch.manual_seed(0)
