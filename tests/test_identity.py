@@ -75,6 +75,13 @@ def test_step_2_says_that_it_takes_over_weights_of_other_images(place: Path):
     assert words in result.output.splitlines()
 
 
+def test_step_2_without_the_best_of_step_1_names_what_is_missing(place: Path):
+    assert train(place, "--stage", "step1").code == 0
+    (place / "run" / "step1" / "best.safetensors").unlink()
+    words = "there is no checkpoint run/step1/best.safetensors: name another one, or start over"
+    assert_one_line(train(place), words)
+
+
 def test_another_order_of_the_same_classes_is_refused(place: Path):
     write_tree(place / "numbers", classes=["1", "2", "10"])
     assert train(place, data="numbers", mishap="SIGTERM", at_step=1).code == 75

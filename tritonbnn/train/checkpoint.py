@@ -74,7 +74,9 @@ def read(path: Path) -> Checkpoint:
         UserError: there is none, it is damaged, or it is not one of ours.
     """
     if not path.is_file():
-        raise UserError(f"there is no checkpoint {path}")
+        raise UserError(
+            f"there is no checkpoint {path}: name another one, or start over with --fresh"
+        )
     try:
         with utf_8_name(path) as name, safe_open(name, framework="pt") as file:
             header = (file.metadata() or {})[FACTS]
