@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from multiprocessing import connection
 from typing import Any
 
@@ -47,11 +47,9 @@ def read_batches(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # else the loader draws a seed from the global one
     )
-    deaths = ExitStack()
-    with _signals_blocked():
-        iterator = iter(loader)
-        deaths.enter_context(_deaths_met_in_reading())
-    with deaths:
+    with _deaths_met_in_reading(workers):
+        with _stop_signals_blocked():
+            iterator = iter(loader)
         try:
             yield from iterator
         except (RuntimeError, EOFError, ConnectionError) as error:
@@ -71,16 +69,15 @@ def _unchanged(batch: object) -> object:
 
 
 @contextmanager
-def _signals_blocked() -> Iterator[None]:
+def _stop_signals_blocked() -> Iterator[None]:
     """Workers started here inherit the block, so that a Ctrl-C or a kill of the group spares them.
 
-    The trainer decides when to stop, and needs batches until then. The death of a worker waits
-    until it can be met, see :func:`_deaths_met_in_reading`.
+    The trainer decides when to stop, and needs batches until then.
     """
     if not _SHIELDED:
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*_STOP_SIGNALS, signal.SIGCHLD))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP_SIGNALS)
     try:
         yield
     finally:
@@ -88,15 +85,18 @@ def _signals_blocked() -> Iterator[None]:
 
 
 @contextmanager
-def _deaths_met_in_reading() -> Iterator[None]:
+def _deaths_met_in_reading(workers: int) -> Iterator[None]:
     """Let the death of a worker be noticed where its batch is waited for, and nowhere else.
 
     torch hears of it by a signal, and raises wherever its process is: in the middle of an optimiser
     step, which leaves nothing worth saving. Whoever waits for a batch looks after the workers too.
     """
-    number = getattr(signal, "SIGCHLD", None)
     main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(number) if number and main else None
+    if not (workers and main and hasattr(signal, "SIGCHLD")):
+        yield
+        return
+    signal_handling._set_SIGCHLD_handler()  # as its first loader would, and then no other does
+    handler = signal.getsignal(signal.SIGCHLD)
     of_torch = getattr(handler, "__module__", "") == signal_handling.__name__
     if of_torch:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
