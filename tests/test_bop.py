@@ -298,7 +298,7 @@ def test_bad_input_is_named():
         Bop([weight], gamma=2)
     with pytest.raises(ValueError, match="sigma must be from 0 to 1, not nan"):
         Bop2ndOrder([weight], sigma=torch.nan)
-    with pytest.raises(TypeError, match="Bop's parameter must be float32"):
+    with pytest.raises(TypeError, match="Bop's parameter must be a tensor of float32"):
         Bop([torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))])
     elsewhere = torch.nn.Parameter(torch.ones(3, device="meta"))
     with pytest.raises(ValueError, match="Bop's parameters are on cpu and meta: move them"):

@@ -183,7 +183,7 @@ def test_double_backward_raises(name):
 
 X, W = torch.zeros(2, 8, 4, 4), torch.zeros(8, 8, 3, 3)
 BAD = [
-    (lambda: ops.binarize(X.int()), TypeError, "x must be float32"),
+    (lambda: ops.binarize(X.int()), TypeError, "x must be a tensor of float32"),
     (lambda: ops.binarize(X[0, 0, 0, 0]), ValueError, r"channel_dim is 1, which .* \(\) does not"),
     (lambda: ops.binarize(X[:, :0]), ValueError, "at least one channel"),
     (lambda: ops.binarize(X, torch.zeros(7)), ValueError, "x must have 7 channels in dimension 1"),
@@ -194,7 +194,7 @@ BAD = [
     (lambda: ops.binary_conv2d(X, W[:, :4], padding=1), ValueError, r"\(O, 8 / groups, kh, kw\)"),
     (lambda: ops.binary_conv2d(X, W[:7, :4], groups=2), ValueError, "multiple of groups=2"),
     (lambda: ops.binary_conv2d(X[0, 0], W), ValueError, "3 or 4 dimensions"),
-    (lambda: ops.binary_conv2d(X, W.int(), padding=1), TypeError, "weight must be float32"),
+    (lambda: ops.binary_conv2d(X, W.int(), padding=1), TypeError, "weight must be a tensor of float32"),
     (lambda: ops.binary_conv2d(X, W, padding=-1), ValueError, "padding must be an int or 2 ints"),
     (lambda: ops.binary_conv2d(X, W, padding=(1,)), ValueError, r"or 2 ints, .* not \(1,\)"),
     (lambda: ops.binary_conv2d(X, W, padding="full"), ValueError, "'same' or 'valid', not 'full'"),
@@ -204,7 +204,7 @@ BAD = [
     (lambda: ops.binary_conv2d(X, W, bias=torch.ones(7)), ValueError, r"bias must have shape \(8"),
     (lambda: ops.binary_conv1d(X, W[0]), ValueError, r"x must have shape \(N, C, L\)"),
     (lambda: ops.binary_linear(X, W[0, 0]), ValueError, "must share K"),
-    (lambda: ops.pack_signs(X.long()), TypeError, "x must be float32"),
+    (lambda: ops.pack_signs(X.long()), TypeError, "x must be a tensor of float32"),
     (lambda: ops.unpack_signs(X, 8), TypeError, "packed must be packed signs in int32"),
     (lambda: ops.unpack_signs(X.int(), 8), ValueError, "must hold 1 words for 8 channels"),
     (lambda: ops.unpack_signs(X[0].int()[..., :1], 8), ValueError, "2 or 4 dimensions"),
