@@ -74,6 +74,7 @@ def kernels_in_the_sources():
     return {name for path in SOURCES.glob("*.py") for name in jitted.findall(path.read_text())}
 
 
+@pytest.mark.compile
 def test_every_kernel_is_compiled_for_every_target(rows):
     for target in FIRST:
         expected = kernels_in_the_sources() - ELSEWHERE
@@ -81,6 +82,7 @@ def test_every_kernel_is_compiled_for_every_target(rows):
         assert {row["kernel"] for row in rows if row["target"] == target} == expected
 
 
+@pytest.mark.compile
 def test_no_kernel_breaks_a_limit(rows):
     broken = [(row["target"], row["layer"], row["kernel"], row["problems"]) for row in rows]
     assert [row for row in broken if row[-1]] == []
@@ -108,6 +110,7 @@ def test_every_other_target_compiles_within_its_limits(target, tmp_path):
         assert row["shared_bytes"] <= TARGETS[target].shared_bytes
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     ("op", "units"),
     [
@@ -131,12 +134,14 @@ def test_products_run_on_tensor_cores(rows, op, units):
         assert set(row["tensor_core"]) <= units, row
 
 
+@pytest.mark.compile
 def test_the_popcount_idiom_becomes_one_instruction(rows):
     popcounts = [row for row in rows if row["kernel"] == "_conv_popcount_kernel"]
     assert popcounts
     assert all(row["popcounts"] > 0 and not row["tensor_core"] for row in popcounts)
 
 
+@pytest.mark.compile
 def test_the_one_bit_core_is_fed_by_wide_loads(rows):
     products = [row for row in rows if row["kernel"] == "_conv_mma_kernel"]
     assert len(products) == 2 * len(FIRST) * len(shipped.REPRESENTATIVE)  # integers, scaled

@@ -205,6 +205,7 @@ print(refused > 300, ran > 10, native.name, end="")
 """
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("isa", [isa for isa in build.ISAS if build.compilers()])
 def test_hostile_files_with_right_checksums_never_run_astray(
     content: bytes, tmp_path: Path, isa: str

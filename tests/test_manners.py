@@ -245,6 +245,28 @@ def test_a_network_converts_its_stream_once(name):
         assert_in_format(stream, torch.channels_last)
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+@DTYPES
+def test_a_network_takes_views_formats_and_dtypes(name, dtype):
+    model, x = subject(name)
+    model, x = model.to(dtype), x.detach().to(dtype)
+    y = model(x)
+    assert y.dtype == dtype
+    grad = gradient(*y.shape, dtype=dtype)
+    expected = passed(model, x, grad)
+    last = x.contiguous(memory_format=torch.channels_last)
+    views = [(strided(x, 1), grad), (strided(x, 0), strided(grad, 1)), (last, grad.mT.clone().mT)]
+    for x_view, grad_view in views:
+        torch.testing.assert_close(passed(model, x_view, grad_view), expected, check_stride=False)
+    meta = copy.deepcopy(model).to("meta")
+    assert meta(x.to("meta")).shape == y.shape
+    with torch.device("meta"):
+        fresh = build_model(name, **SMALL)
+    assert {n: t.shape for n, t in fresh.state_dict().items()} == {
+        n: t.shape for n, t in model.state_dict().items()
+    }
+
+
 @pytest.mark.parametrize("name", ["conv", "linear", "conv1d"])
 def test_input_without_a_batch(name):
     module, x = built(name), activation(*MODULES[name][1])
