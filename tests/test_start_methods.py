@@ -68,6 +68,20 @@ def wait_for(file: Path) -> None:
         time.sleep(0.01)
 
 
+def assert_none_is_left(trainer: subprocess.Popen) -> None:
+    until = time.monotonic() + SECONDS
+    while (left := in_session(trainer.pid)) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert left == []
+
+
+def end(trainer: subprocess.Popen) -> None:
+    """Whatever a test has left of it."""
+    for process in in_session(trainer.pid):
+        os.kill(process, signal.SIGKILL)
+    trainer.communicate()
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_none_outlives_a_trainer_that_is_killed(place: Path, tmp_path: Path, method: str):
     trainer = start(place, method, tmp_path / "run", "--epochs", "9999", "--workers", "2")
@@ -76,14 +90,9 @@ def test_none_outlives_a_trainer_that_is_killed(place: Path, tmp_path: Path, met
         assert len(in_session(trainer.pid)) >= 3
         trainer.kill()
         trainer.wait(PATIENCE)
-        until = time.monotonic() + SECONDS
-        while (left := in_session(trainer.pid)) and time.monotonic() < until:
-            time.sleep(0.1)
-        assert left == []
+        assert_none_is_left(trainer)
     finally:
-        for process in in_session(trainer.pid):
-            os.kill(process, signal.SIGKILL)
-        trainer.communicate()
+        end(trainer)
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +113,9 @@ def test_a_run_that_is_stopped_goes_on(place: Path, whole: Path, tmp_path: Path,
             _, said = trainer.communicate(timeout=PATIENCE)
             assert trainer.returncode == (75 if number else 0), said
             assert "Traceback" not in said
-            until = time.monotonic() + SECONDS
-            while (left := in_session(trainer.pid)) and time.monotonic() < until:
-                time.sleep(0.1)
-            assert left == []
+            assert_none_is_left(trainer)
         finally:
-            for process in in_session(trainer.pid):
-                os.kill(process, signal.SIGKILL)
-            trainer.communicate()
+            end(trainer)
     ours, theirs = (read(run / "step1" / "last.safetensors") for run in (tmp_path / "run", whole))
     different = [n for n, t in theirs.tensors.items() if not torch.equal(ours.tensors[n], t)]
     assert different == []

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tritonbnn.eager.common import accumulator
 from tritonbnn.layout import channels_last, in_format_of, laid_out_as
 from tritonbnn.ops import exported
 from tritonbnn.ops.autocast import without_autocast
@@ -88,7 +89,7 @@ def _operand(
     weight: Tensor, dtype: torch.dtype, binary_weight: bool
 ) -> tuple[Tensor, Tensor | None]:
     """What the signs are convolved with, and the scale of the result per output channel."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = accumulator(dtype)
     if not binary_weight:
         return weight.to(dtype).to(wide), None
     alpha = weight.abs().mean(dim=(1, 2, 3), dtype=wide)

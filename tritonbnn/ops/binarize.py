@@ -4,11 +4,12 @@ import torch
 from torch import Tensor
 
 from tritonbnn import checks
+from tritonbnn.eager.common import accumulator
 from tritonbnn.layout import empty_pixels, in_format_of, laid_out_as
 from tritonbnn.ops import exported
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.channels import by_channel
-from tritonbnn.ops.library import accumulator, operator
+from tritonbnn.ops.library import operator
 from tritonbnn.ops.nan import refuse_nan
 from tritonbnn.ops.once import differentiable_once
 from tritonbnn.ops.plain import signs

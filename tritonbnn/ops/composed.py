@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tritonbnn import checks
 from tritonbnn.contract import Gradients, Kept, Options, Statistics
+from tritonbnn.eager.common import accumulator
 from tritonbnn.ops import library
 from tritonbnn.ops.binarize import sign_backward
 from tritonbnn.ops.norm import Affine, batch_affine, norm_grads, running_affine
@@ -71,7 +72,7 @@ def forward(
         affine, statistics = batch_affine(moments, values, *norm)
     else:
         affine = running_affine(*statistics, alpha, gamma, beta, options.eps)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = accumulator(x.dtype)
     affine = affine.to(dtype)
     epilogue = (
         x if residual is None else residual,

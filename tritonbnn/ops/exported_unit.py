@@ -7,34 +7,22 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tritonbnn.contract import Options, Statistics
+from tritonbnn.eager.common import accumulator
 from tritonbnn.layout import in_format_of
 from tritonbnn.ops import composed, exported, library
 from tritonbnn.ops.plain import per_channel, scaled_conv2d
 from tritonbnn.ops.rprelu import plain_rprelu
 from tritonbnn.ops.unit import _BinaryUnit
 
+_TENSORS = 11
+"""Arguments of the operator, before those that a unit's options begin with."""
 
-def _compute(
-    x: Tensor,
-    weight: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    shift_in: Tensor | None,
-    shift_mid: Tensor | None,
-    slope: Tensor | None,
-    shift_out: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    variance: Tensor | None,
-    stride: int,
-    shortcut: str,
-    binary_weight: bool,
-    eps: float,
-    plan: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+
+def _compute(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *operands, mean, variance = arguments[:_TENSORS]
     given = None if mean is None or variance is None else Statistics(mean, variance)
+    stride, shortcut, binary_weight, eps, plan = arguments[_TENSORS:]
     options = Options(stride, shortcut, binary_weight, eps, plan, group=None, pack=False)
-    operands = (x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out, residual)
     z, _, *statistics = _BinaryUnit.apply(*operands, None, None, given, options)
     return z, statistics[0], statistics[1]
 
@@ -43,8 +31,8 @@ def _fake(x: Tensor, weight: Tensor, *operands: Tensor | None) -> tuple[Tensor, 
     stride: Any = operands[9]
     size = composed.output_size(x, weight, stride)
     z = exported.image_like(x, weight, size)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean, variance = (z.new_empty(weight.shape[0], dtype=wide) for _ in range(2))
+    dtype = accumulator(x.dtype)
+    mean, variance = (z.new_empty(weight.shape[0], dtype=dtype) for _ in range(2))
     return z, mean, variance
 
 

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonbnn import eager
+from tritonbnn import eager, native
 from tritonbnn.bits import words
 from tritonbnn.checks import conv_output_size
+from tritonbnn.eager.common import accumulator
 from tritonbnn.layout import empty_channels_last, empty_pixels
 from tritonbnn.ops import backend
 from tritonbnn.ops.flops import NAMESPACE, tell_counter
@@ -78,6 +79,18 @@ def through_operators(*operands: Any) -> bool:
     return not all(map(_holds_data, [x for x in operands if isinstance(x, Tensor)]))
 
 
+def in_one_call(takes: Callable[..., bool], x: Tensor, *others: Tensor | None) -> bool:
+    """Whether C, which ``takes`` these operands or not, computes them in one call a direction.
+
+    Not while torch traces, which is to see operators.
+    """
+    return (
+        not through_operators(x, *others)
+        and backend.launchers(x.device) is native
+        and takes(x, *others)
+    )
+
+
 _ORDINARY = (Tensor, torch.nn.Parameter, PackedWeight)
 
 
@@ -95,11 +108,6 @@ def _refuse_distributed(*operands: Any) -> None:
             "DTensors are not supported in a call: shard a module with fully_shard, which gathers "
             "its parameters before each call, or leave binary layers out of distribute_module"
         )
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """In which dtype launchers return sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @operator

@@ -7,13 +7,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tritonbnn import checks
+from tritonbnn.eager.common import accumulator
 from tritonbnn.layout import laid_out_as
 from tritonbnn.ops import exported, library
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.autocast import autocast_input
 from tritonbnn.ops.nan import refuse_nan
 from tritonbnn.ops.once import differentiable_once
-from tritonbnn.ops.plain import operand, signs, wide
+from tritonbnn.ops.plain import operand, signs
 from tritonbnn.ops.signs import clipped_weight_grad, sign_grads
 
 _POINTWISE = {"stride": 1, "padding": 0}
@@ -78,7 +79,7 @@ def _fake(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
 def _plain(
     x: Tensor, weight: Tensor, shift: Tensor | None, binary_weight: bool, may_be_binary: bool
 ) -> Tensor:
-    kernel, alpha = operand(weight, wide(x), binary_weight)
+    kernel, alpha = operand(weight, accumulator(x.dtype), binary_weight)
     y = F.linear(signs(x, shift), kernel)
     return (y if alpha is None else y * alpha).to(x.dtype)
 

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonbnn import checks, native
+from tritonbnn import checks
 from tritonbnn.layout import in_format_of, laid_out_as
 from tritonbnn.native import layer
-from tritonbnn.ops import backend, exported, library
+from tritonbnn.ops import exported, library
 from tritonbnn.ops.once import differentiable_once
 from tritonbnn.ops.plain import scaled_conv2d
 from tritonbnn.ops.signs import clipped_weight_grad, sign_grads
@@ -32,7 +32,7 @@ class PackedConv2d(torch.autograd.Function):
         may_be_binary: bool,
     ) -> Tensor:
         geometry = {"stride": stride, "padding": padding}
-        at_once = binary_weight and _runs_at_once(x, weight, shift)
+        at_once = binary_weight and library.in_one_call(layer.takes, x, weight, shift)
         compute: Any = _binary_forward if binary_weight else _real_forward
         compute = layer.forward if at_once else compute
         y, signs, packed, alpha = compute(x, weight, shift, **geometry)
@@ -61,18 +61,6 @@ class PackedConv2d(torch.autograd.Function):
             dshift if needs_shift else None,
             *(None, None, None, None),
         )
-
-
-def _runs_at_once(x: Tensor, weight: Tensor, shift: Tensor | None) -> bool:
-    """Whether C computes a layer of these operands in one call a direction.
-
-    Not while torch traces, which is to see operators.
-    """
-    return (
-        not library.through_operators(x, weight, shift)
-        and backend.launchers(x.device) is native
-        and layer.takes(x, weight, shift)
-    )
 
 
 def _binary_forward(

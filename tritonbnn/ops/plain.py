@@ -11,10 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-
-def wide(x: Tensor) -> torch.dtype:
-    """In which dtype the operators add up: float32, or float64 for float64."""
-    return torch.promote_types(x.dtype, torch.float32)
+from tritonbnn.eager.common import accumulator
 
 
 def per_channel(vector: Tensor, like: Tensor) -> Tensor:
@@ -24,7 +21,7 @@ def per_channel(vector: Tensor, like: Tensor) -> Tensor:
 
 def signs(x: Tensor, shift: Tensor | None) -> Tensor:
     """sign(x + shift) as +-1.0, in the dtype of sums."""
-    x = x.to(wide(x))
+    x = x.to(accumulator(x.dtype))
     x = x if shift is None else x + per_channel(shift, x)
     return torch.where(x >= 0, 1.0, -1.0).to(x.dtype)
 
@@ -44,7 +41,7 @@ def scaled_conv2d(
     **window: Any,
 ) -> Tensor:
     """The binary convolution in the dtype of sums; ``extra`` rows and columns of zeros follow."""
-    kernel, alpha = operand(weight, wide(x), binary)
+    kernel, alpha = operand(weight, accumulator(x.dtype), binary)
     padded = F.pad(signs(x, shift), (0, extra[1], 0, extra[0]))
     y = F.conv2d(padded, kernel, None, **window)
     return y if alpha is None else y * per_channel(alpha, y)

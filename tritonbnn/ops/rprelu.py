@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from tritonbnn import checks
+from tritonbnn.eager.common import accumulator
 from tritonbnn.layout import empty_pixels, in_format_of, laid_out_as
 from tritonbnn.ops import exported
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.channels import by_channel
-from tritonbnn.ops.library import accumulator, operator
+from tritonbnn.ops.library import operator
 from tritonbnn.ops.once import differentiable_once
-from tritonbnn.ops.plain import per_channel, wide
+from tritonbnn.ops.plain import per_channel
 
 
 @operator
@@ -72,7 +73,7 @@ def rprelu(
 
 def plain_rprelu(x: Tensor, shift_in: Tensor, slope: Tensor, shift_out: Tensor) -> Tensor:
     """The same in torch's own operators, forward alone."""
-    t = x.to(wide(x))
+    t = x.to(accumulator(x.dtype))
     t = t + per_channel(shift_in, t)
     t = torch.where(t > 0, t, t * per_channel(slope, t))
     return (t + per_channel(shift_out, t)).to(x.dtype)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from tritonbnn import checks, native
+from tritonbnn import checks
 from tritonbnn.contract import Kept, Options, Statistics
 from tritonbnn.layout import in_format_of, laid_out_as
 from tritonbnn.native import whole
@@ -89,18 +89,6 @@ class _BinaryUnit(torch.autograd.Function):
             None if residual is None else laid_out_as(gradients.residual, residual),
             *(None,) * 4,
         )
-
-
-def _runs_at_once(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
-    """Whether C computes a unit of these operands in one call a direction.
-
-    Not while torch traces, which is to see operators.
-    """
-    return (
-        not library.through_operators(x, weight, *others)
-        and backend.launchers(x.device) is native
-        and whole.takes(x, weight, *others)
-    )
 
 
 def binary_unit(
@@ -211,7 +199,9 @@ def binary_unit(
     next_shift = None if next_shift is None else next_shift.detach()
     operands = (x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out, residual)
     # processes that share statistics do so between two launchers
-    at_once = group is None and _runs_at_once(*operands, next_shift, mean, variance)
+    at_once = group is None and library.in_one_call(
+        whole.takes, *operands, next_shift, mean, variance
+    )
     if plan == "auto":
         plan = _automatic_plan(x, weight, stride, binary_weight)
     options = Options(stride, kind, binary_weight, eps, plan, group, pack, at_once)
