@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,7 +41,7 @@ from tritonbnn.nn import BinaryConv2d
 LAYERS = "3x3:128@56,3x3:256@28,3x3:512@14,3x3:1024@7,1x1:512@14"
 WAYS = ("eval", "weight", "stream")
 OURS, FLOAT = "BinaryConv2d", "nn.Conv2d"
-ROUNDS, CALLS = 5, 10
+ROUNDS, MILLISECONDS = 5, 200
 
 
 @dataclass(frozen=True)
@@ -113,19 +114,25 @@ class LayerRunner:
             "stream": stream,
         }
 
-    def turn(self, way: str, count: int) -> Turn:
-        """Time ``count`` calls in a row."""
-        return rounds.turn(self._calls[way], count, torch.device("cpu"))
+    def turn(self, way: str, milliseconds: int) -> Turn:
+        """Time calls in a row: as many as take so long together, by the time of the second."""
+        call, device = self._calls[way], torch.device("cpu")
+        call()
+        count = ceil(milliseconds / 1e3 / rounds.seconds(call, 1, device))
+        return rounds.turn(call, count, device)
 
 
-def measure(layer: Layer, batch: int, *, turns: int, count: int) -> dict[str, dict[str, Any]]:
+def measure(
+    layer: Layer, batch: int, *, turns: int, milliseconds: int
+) -> dict[str, dict[str, Any]]:
     """Rows of both layers, by the way they are run and by name.
 
     Args:
         layer: what is run.
         batch: images.
         turns: of each.
-        count: calls of a turn.
+        milliseconds: that a turn's calls take together. Cores sleep between a process's turns, and
+            a short turn would time how they wake.
     """
     taken: dict[tuple[str, str], list[Turn]] = {
         (w, name): [] for w in WAYS for name in (OURS, FLOAT)
@@ -137,7 +144,7 @@ def measure(layer: Layer, batch: int, *, turns: int, count: int) -> dict[str, di
         }
         for _ in range(turns):
             for (way, name), found in taken.items():
-                found.append(both[name].ask("turn", way, count))
+                found.append(both[name].ask("turn", way, milliseconds))
     rows: dict[str, dict[str, Any]] = {way: {} for way in WAYS}
     for (way, name), found in taken.items():
         cpu_seconds = round(median(turn.cpu_seconds for turn in found), 6)
@@ -191,7 +198,9 @@ def parser() -> cli.Parser:
     )
     result.add_argument("--batch", type=positive, default=8, help="images; default: 8")
     result.add_argument("--rounds", type=positive, default=ROUNDS)
-    result.add_argument("--calls", type=positive, default=CALLS, help="of a turn")
+    result.add_argument(
+        "--milliseconds", type=positive, default=MILLISECONDS, help="of a turn; default: 200"
+    )
     result.add_argument("--threads", type=positive, default=torch.get_num_threads())
     result.add_argument("--json", type=Path, help="write the result here")
     return result
@@ -203,10 +212,10 @@ def main(argv: list[str]) -> int:
     torch.set_num_threads(args.threads)
     head = header(command("layers", argv), torch.device("cpu"))
     result = {"batch": args.batch, "dtype": "float32", "rounds": args.rounds}
-    result |= {"calls_of_a_turn": args.calls, "layers": []}
+    result |= {"milliseconds_of_a_turn": args.milliseconds, "layers": []}
     for layer in args.layers:
         try:
-            ways = measure(layer, args.batch, turns=args.rounds, count=args.calls)
+            ways = measure(layer, args.batch, turns=args.rounds, milliseconds=args.milliseconds)
         except RivalError as error:
             raise cli.UserError(f"{layer}: {trouble(error.facts)}") from error
         result["layers"].append({**asdict(layer), "ways": ways})

@@ -153,7 +153,7 @@ def _layers_alone(cuda: bool, tiny: bool) -> Iterator[Part]:
     """BinaryConv2d on a CPU, against nn.Conv2d."""
     if cuda:
         return
-    small = ("--layers", "3x3:32@6", "--rounds", "1", "--calls", "1") if tiny else ()
+    small = ("--layers", "3x3:32@6", "--rounds", "1", "--milliseconds", "1") if tiny else ()
     command = ("benchmarks.layers", *small)
     yield Part("binary-conv2d", command, "binary_conv2d.json", minutes=2, figure=True)
 

@@ -56,11 +56,11 @@ def test_a_call_computes_what_its_way_says(name, monkeypatch):
 @pytest.mark.bench
 def test_the_command_times_both_and_says_so(tmp_path, threads, capsys):
     path = tmp_path / "new" / "layers.json"
-    flags = ["--layers", "3x3:33@6,1x1:8@5", "--batch", "2", "--rounds", "3", "--calls", "2"]
+    flags = ["--layers", "3x3:33@6,1x1:8@5", "--batch", "2", "--rounds", "3", "--milliseconds", "2"]
     assert layers.main([*flags, "--threads", "1", "--json", str(path)]) == 0
     result = json.loads(path.read_text())
     assert result["command"].startswith("python -m benchmarks.layers --layers 3x3:33@6")
-    assert (result["threads"], result["batch"], result["calls_of_a_turn"]) == (1, 2, 2)
+    assert (result["threads"], result["batch"], result["milliseconds_of_a_turn"]) == (1, 2, 2)
     assert list(map(layers.layer_of, result["layers"])) == [Layer(3, 33, 6), Layer(1, 8, 5)]
     out = capsys.readouterr().out
     for entry in result["layers"]:

@@ -87,19 +87,22 @@ INLINE void differences(const problem *p, const uint32_t *input, int64_t block, 
     const geometry *g = p->g;
     int64_t words = p->map.pixel, step = g->stride * words, row = g->kernel_size * words;
     const lanes *weight = (const lanes *)(p->weight + block * g->kernel_size * row);
-    lanes totals[PIXELS][REGISTERS];
-    EACH(i, pixels) EACH(r, REGISTERS) totals[i][r] = (lanes){0};
+    lanes totals[PIXELS][REGISTERS], parts[PIXELS][REGISTERS];
+    EACH(i, pixels) EACH(r, REGISTERS) totals[i][r] = parts[i][r] = (lanes){0};
     for (int64_t ty = 0; ty < g->kernel_size; ty++, input += p->map.row)
         for (int64_t at = 0; at < row;) {
             int64_t last = row - at < PARTS_HOLD ? row : at + PARTS_HOLD;
-            lanes parts[PIXELS][REGISTERS];
-            EACH(i, pixels) EACH(r, REGISTERS) parts[i][r] = (lanes){0};
             for (; at < last; at++, weight += REGISTERS)
                 EACH(i, pixels)
                     EACH(r, REGISTERS)
                         parts[i][r] += count_parts(weight[r] ^ input[at + i * step]);
-            EACH(i, pixels) EACH(r, REGISTERS) totals[i][r] += join_parts(parts[i][r]);
+            if (PARTS_HOLD == INT64_MAX) continue;
+            EACH(i, pixels) EACH(r, REGISTERS) {
+                totals[i][r] += join_parts(parts[i][r]);
+                parts[i][r] = (lanes){0};
+            }
         }
+    if (PARTS_HOLD == INT64_MAX) memcpy(totals, parts, sizeof totals);
     EACH(i, pixels) memcpy(counts + i, totals[i], sizeof *counts);
 }
 
@@ -120,6 +123,13 @@ INLINE void store_sums(const problem *p, int64_t pixel, int64_t block, int pixel
         return;
     }
     vec alpha = p->alpha ? load_floats(p->alpha + first, count) : splat(1);
+    if (p->type == FLOAT32 && count == LANES) { /* the most frequent, without a branch a pixel */
+        EACH(i, pixels) {
+            vec scaled = __builtin_convertvector(sums[i], vec) * alpha;
+            memcpy((float *)p->result + at + i * channels, &scaled, sizeof scaled);
+        }
+        return;
+    }
     EACH(i, pixels)
         store_some(p->result, p->type, at + i * channels,
                    __builtin_convertvector(sums[i], vec) * alpha, count);
@@ -259,12 +269,26 @@ static void convolve(problem *p, int64_t threads) {
     }
 }
 
+/* A window of one pixel at a step of one sees no borders. So pixels may stand in rows of any length,
+   and are put in long ones: what a row begins with is then done seldom, and every piece is full. */
+static geometry with_long_rows(geometry g) {
+    int64_t pixels = g.images * g.height * g.width, width = 64;
+    if (g.kernel_size != 1 || g.stride != 1 || g.padding) return g;
+    while (width && pixels % width) width -= 8;
+    if (width <= g.width) return g;
+    g.images = 1;
+    g.width = g.out_width = width;
+    g.height = g.out_height = pixels / width;
+    return g;
+}
+
 /* signs: the packed input; weight: packed, (out_channels, k, k, words); alpha: (out_channels,) or
    NULL. result: (images, out_height, out_width, out_channels) of the type, or NULL. sum, square:
    (out_channels,), of the sums before alpha and of their squares, or both NULL. */
 EXPORT void tritonbnn_conv_packed(const uint32_t *signs, const uint32_t *weight, const float *alpha,
                                   void *result, int64_t type, double *sum, double *square,
-                                  const geometry *g, int64_t threads) {
+                                  const geometry *given, int64_t threads) {
+    const geometry long_rows = with_long_rows(*given), *g = &long_rows;
     int64_t words = words_of(g->channels), blocks = ceil_div(g->out_channels, LANES);
     int64_t size = blocks * g->kernel_size * g->kernel_size * words;
     int64_t rows = g->out_height, columns = g->out_width, kinds = 2 * g->kernel_size + 1;
