@@ -1,5 +1,6 @@
 """Fixtures that every test may ask for."""
 
+import logging
 import os
 import signal
 import sys
@@ -28,6 +29,15 @@ with mock.patch.dict(os.environ, {} if HAS_GPU else {"TRITON_INTERPRET": "1"}):
 
 SENTINEL = -0x5EED
 """What an integer tensor holds where nothing was written, if its dtype can hold it."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_logger():
+    """The package's logger as an import leaves it, whatever ran in this process before."""
+    logger = logging.getLogger("tritonbnn")
+    logger.handlers.clear()
+    logger.setLevel(logging.NOTSET)
+    logger.propagate = True
 
 
 @pytest.fixture(autouse=not HAS_GPU)

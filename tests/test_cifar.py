@@ -1,6 +1,5 @@
 """CIFAR's files, as Python 2 pickled them: what they become, and what is refused."""
 
-import logging
 import os
 import pickle
 import struct
@@ -236,8 +235,7 @@ def test_any_bytes_are_read_or_refused(data):
         pass  # as it is told
 
 
-def test_a_file_that_is_not_the_published_one_is_said(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("tritonbnn"), "propagate", True)
+def test_a_file_that_is_not_the_published_one_is_said(tmp_path, caplog):
     write_cifar(tmp_path, 100)
     source("cifar100", tmp_path)
     assert [record.getMessage() for record in caplog.records] == [

@@ -177,8 +177,7 @@ def test_lines_tell_of_the_progress_where_there_is_no_terminal(place: Path, tmp_
     assert "left" not in quiet.output
 
 
-def test_the_time_that_is_left_is_that_of_the_steps_that_are(caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("tritonbnn"), "propagate", True)
+def test_the_time_that_is_left_is_that_of_the_steps_that_are(caplog):
     with caplog.at_level(logging.INFO, "tritonbnn"):
         bar = Bar("all epoch 2/9", 5000, 1000, show=True, minutes=0)
         assert bar.due

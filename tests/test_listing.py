@@ -23,9 +23,8 @@ def tree(tmp_path) -> Path:
 
 
 @pytest.fixture
-def warnings(caplog, monkeypatch):
+def warnings(caplog):
     """A function that gives the package's warnings so far."""
-    monkeypatch.setattr(logging.getLogger("tritonbnn"), "propagate", True)
     caplog.set_level(logging.WARNING, logger="tritonbnn")
     return lambda: [record.getMessage() for record in caplog.records]
 

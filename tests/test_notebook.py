@@ -123,8 +123,6 @@ def test_in_a_thread(place: Path, tmp_path: Path):
 
 
 def test_lines_are_logged_for_who_asks(place: Path, tmp_path: Path, caplog):
-    logger = logging.getLogger("tritonbnn")
-    logger.propagate = True
     config = configure(str(place / "tiny.toml"), epochs=1)
     with caplog.at_level(logging.INFO, "tritonbnn"):
         train(config, tmp_path / "run")

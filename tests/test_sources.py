@@ -156,9 +156,7 @@ def test_an_unknown_source_is_refused():
         source("cifar")
 
 
-def test_bad_images_stop_training_unless_skipped(tree, caplog, monkeypatch):
-    # the command lines stop propagation, should one have run in this process before
-    monkeypatch.setattr(logging.getLogger("tritonbnn"), "propagate", True)
+def test_bad_images_stop_training_unless_skipped(tree, caplog):
     bad = [tree / "train" / "ant" / "1.png", tree / "train" / "bee" / "0.png"]
     for path, how in zip(bad, ("empty", "truncated"), strict=True):
         spoil_image(path, how)

@@ -21,9 +21,8 @@ from tritonbnn.data.sources import SampleKey, eval_reader, open_again
 
 
 @pytest.fixture
-def warnings(caplog, monkeypatch):
+def warnings(caplog):
     """A function that gives the package's warnings so far."""
-    monkeypatch.setattr(logging.getLogger("tritonbnn"), "propagate", True)
     caplog.set_level(logging.WARNING, logger="tritonbnn")
     return lambda: [record.getMessage() for record in caplog.records]
 
