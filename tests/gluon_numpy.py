@@ -44,7 +44,7 @@ def mma_m16n8k256(a, b, c):
     for register in range(2):
         matrix_b[..., group, member + 4 * register] = b[..., register].view(np.uint32)
     common = matrix_a[..., :, None, :] & matrix_b[..., None, :, :]
-    product = np.bitwise_count(common).sum(-1, dtype=np.int32)
+    product = np.unpackbits(common.view(np.uint8), axis=-1).sum(-1, dtype=np.int32)
     d = np.empty_like(c)
     for register in range(4):
         rows, columns = group + 8 * (register // 2), 2 * member + register % 2

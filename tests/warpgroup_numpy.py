@@ -44,7 +44,8 @@ def wgmma_m64nk256(a, descriptor, memory, d):
     column, word = np.arange(2 * d.shape[-1])[:, None], np.arange(8)
     address = start + column // 8 * stride + column % 8 * 16 + word // 4 * leading + word % 4 * 4
     matrix_b = memory[(address - BASE) // 4].view(np.uint32)
-    product = np.bitwise_count(matrix_a[:, None] & matrix_b).sum(-1, dtype=np.int32)
+    common = matrix_a[:, None] & matrix_b
+    product = np.unpackbits(common.view(np.uint8), axis=-1).sum(-1, dtype=np.int32)
     element = np.arange(d.shape[-1])
     rows = row[..., None] + 8 * (element % 4 // 2)
     return d + product[rows, element // 4 * 8 + 2 * member[..., None] + element % 2]

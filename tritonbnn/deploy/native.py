@@ -253,7 +253,7 @@ def _whole_sums(words: Array, channels: int) -> Array:
         (4, 4, O padded) for k = 3, where bit 0 cuts the first row and bit 1 the last; for
         k = 1 (O padded,).
     """
-    ones = np.bitwise_count(words).sum(-1, dtype=np.int32)  # (O, k, k)
+    ones = np.unpackbits(words.view(np.uint8), axis=-1).sum(-1, dtype=np.int32)  # (O, k, k)
     size = words.shape[1]
     if size == 1:
         return _padded(np.full(len(words), channels, np.int32))
