@@ -156,7 +156,7 @@ def test_a_unit_s_output_is_torch_s_on_the_same_input(name, options, shape):
     model = random_network(name, **options)
     packed = fold(model)
     for unit, (x, z) in zip(packed.units, streams(model, torch.randn(shape)), strict=True):
-        own = torch.from_numpy(plain.run_unit(unit, plain._weight_signs(unit), x.numpy()))
+        own = torch.from_numpy(plain.run_unit(unit, plain.weight_signs(unit), x.numpy()))
         assert (own - z).abs().max() <= 1e-5 * z.abs().max()
 
 

@@ -1,17 +1,20 @@
 """``python -m tritonbnn.export RUN|FILE --out net.tbnn``: write a trained network as a packed file.
 
 FILE may also hold weights from elsewhere, AdamBNN's for one: ``model_best.pth.tar --step 2``.
+``--out net.onnx`` writes a graph of floats, which ONNX Runtime and others run. Then FILE may
+be a packed file too.
 """
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, printable
 from tritonbnn.data.sources import SOURCES, canonical
-from tritonbnn.deploy import file
+from tritonbnn.deploy import FORMATS, file, writer
 from tritonbnn.deploy.fold import FoldError, fold
-from tritonbnn.deploy.packed import Packed
+from tritonbnn.deploy.packed import Packed, PackedError
 from tritonbnn.files import writable
 from tritonbnn.networks import add_told
 from tritonbnn.train.checkpoint import Checkpoint
@@ -23,15 +26,30 @@ FLOAT_BYTES = 4
 def main(argv: list[str]) -> int:
     """Write the file and report its size. Returns the exit code."""
     given = _parser().parse_args(argv)
-    out = given.out if given.out.suffix else given.out.with_suffix(file.SUFFIX)
+    of_suffix = {suffix: name for name, suffix in FORMATS.items()}
+    format = given.format or of_suffix.get(given.out.suffix, "packed")
+    out = given.out if given.out.suffix else given.out.with_suffix(FORMATS[format])
     writable(out)
-    if given.checkpoint.is_file() and file.is_packed(given.checkpoint):
-        raise UserError(f"{given.checkpoint} is a packed file already: name a run or a checkpoint")
-    checkpoint = read_any(given.checkpoint, Told(given.step, given.recipe))
-    packed = pack(checkpoint, half_ends=given.half_ends)
-    size = file.write(packed, out)
+    write = writer(format)
+    packed = _packed(given, format)
+    try:
+        size = write(packed, out)
+    except PackedError as error:
+        raise UserError(f"{given.checkpoint}: {error}") from error
     print("\n".join(report(out, size, packed)))
     return 0
+
+
+def _packed(given: argparse.Namespace, format: str) -> Packed:
+    """What is named on the command line, packed."""
+    if not (given.checkpoint.is_file() and file.is_packed(given.checkpoint)):
+        checkpoint = read_any(given.checkpoint, Told(given.step, given.recipe))
+        return pack(checkpoint, half_ends=given.half_ends)
+    if format == "packed":
+        raise UserError(f"{given.checkpoint} is a packed file already: name a run or a checkpoint")
+    if given.half_ends:
+        raise UserError(f"--half-ends: {given.checkpoint} is packed already, with the ends it has")
+    return file.read(given.checkpoint)
 
 
 def pack(checkpoint: Checkpoint, *, half_ends: bool = False) -> Packed:
@@ -76,7 +94,10 @@ def _parser() -> Parser:
     parser.add_argument(
         "checkpoint", type=cli.path, metavar="RUN|FILE", help="a run's folder, or a checkpoint file"
     )
-    parser.add_argument("--out", type=cli.path, required=True, help="the packed file to write")
+    parser.add_argument("--out", type=cli.path, required=True, help="the file to write")
+    parser.add_argument(
+        "--format", choices=FORMATS, help="by default what --out ends in says it; else packed"
+    )
     add_told(parser)
     parser.add_argument(
         "--half-ends", action="store_true", help="keep the stem and the head in float16"

@@ -4,18 +4,23 @@ engine = tritonbnn.deploy.load("net.tbnn")
 engine.predict(images).classes
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tritonbnn.cli import UserError
 from tritonbnn.deploy import file
 from tritonbnn.deploy.engine import Engine, Prediction, load
+from tritonbnn.deploy.packed import Packed
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Engine", "Prediction", "export", "load"]
+__all__ = ["FORMATS", "Engine", "Prediction", "export", "load"]
+
+FORMATS = {"packed": file.SUFFIX, "onnx": ".onnx"}
+"""What a trained network can be written as, and how such a file's name ends."""
 
 
 def export(
@@ -25,8 +30,9 @@ def export(
     transform: dict[str, Any] | None = None,
     *,
     half_ends: bool = False,
+    format: str = "packed",
 ) -> int:
-    """Write a trained module in eval mode as a packed file.
+    """Write a trained module in eval mode as a packed file, or as an ONNX graph.
 
     Args:
         model: of :func:`tritonbnn.models.build_model`, with 1-bit weights.
@@ -36,15 +42,38 @@ def export(
             channel each, normalise pixels between 0 and 1. Other entries are kept.
         half_ends: whether stem and head are kept in float16: a smaller file, and logits that
             differ a little.
+        format: "packed", or "onnx": a graph of floats that ONNX Runtime and others run, see
+            :func:`tritonbnn.deploy.onnx.model`. It needs the package onnx.
 
     Returns:
         The file's bytes.
 
     Raises:
-        ValueError: a module cannot be packed; the message names it.
+        ValueError: a module cannot be packed; the message names it. There is no such format.
         tritonbnn.cli.UserError: the file cannot be written.
     """
     from tritonbnn.deploy.fold import fold  # it needs torch, and nothing else here does
 
+    write = writer(format)
     packed = fold(model, classes=classes, transform=transform, half_ends=half_ends)
-    return file.write(packed, Path(path))
+    return write(packed, Path(path))
+
+
+def writer(format: str) -> Callable[[Packed, Path], int]:
+    """The function that writes files of a format of :data:`FORMATS`, and returns their bytes.
+
+    Raises:
+        ValueError: there is no such format.
+        tritonbnn.cli.UserError: the package onnx is not installed.
+    """
+    if format not in FORMATS:
+        raise ValueError(f"format {format!r}: choose from {', '.join(FORMATS)}")
+    if format == "packed":
+        return file.write
+    try:
+        from tritonbnn.deploy import onnx  # a package that running a network does not need
+    except ImportError as error:
+        raise UserError(
+            f"format onnx needs the package onnx: pip install onnx ({error})"
+        ) from error
+    return onnx.write

@@ -19,7 +19,7 @@ class PlainNetwork:
 
     def __init__(self, packed: Packed) -> None:
         self._packed = packed
-        self._signs = [_weight_signs(unit) for unit in packed.units]
+        self._signs = [weight_signs(unit) for unit in packed.units]
 
     @property
     def weight_bytes(self) -> int:
@@ -62,8 +62,8 @@ def run_unit(unit: Unit, signs: Array, x: Array) -> Array:
     return t
 
 
-def _weight_signs(unit: Unit) -> Array:
-    """(O, C, k, k) float32."""
+def weight_signs(unit: Unit) -> Array:
+    """The signs of a unit's weight as numbers, (O, C, k, k) float32."""
     bits = np.unpackbits(unit.weight, axis=-1, count=unit.channels, bitorder="little")
     return np.ascontiguousarray(bits.transpose(0, 3, 1, 2)).astype(np.float32) * 2 - 1
 
