@@ -30,6 +30,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a finished run, its packed file and its ONNX file."""
     folder = tmp_path_factory.mktemp("onnx")
     write_tiny(folder)
+    (folder / "cut.tbnn").write_bytes(b"\x99" * 50)
     for module, *argv in (
         (TRAIN, "tiny.toml", "--out", "run"),
         (EXPORT, "run", "--out", "net.tbnn"),
@@ -130,6 +131,12 @@ def test_a_packed_file_becomes_a_graph(place, tmp_path):
     assert (tmp_path / "again.onnx").read_bytes() == (place / "net.onnx").read_bytes()
 
 
+def test_a_suffix_in_capitals_is_one(place, tmp_path):
+    result = run(EXPORT, place / "run", "--out", tmp_path / "NET.ONNX", cwd=tmp_path)
+    assert result.code == 0, result.output
+    assert (tmp_path / "NET.ONNX").read_bytes() == (place / "net.onnx").read_bytes()
+
+
 def test_a_format_may_be_named_in_place_of_the_suffix(place, tmp_path):
     result = run(EXPORT, place / "run", "--out", "net", "--format", "onnx", cwd=tmp_path)
     assert result.code == 0, result.output
@@ -144,6 +151,15 @@ def test_a_format_may_be_named_in_place_of_the_suffix(place, tmp_path):
         (("run", "--out", "x.onnx", "--format", "tflite"), "invalid choice: 'tflite'"),
         (("net.onnx", "--out", "x.tbnn"), "net.onnx"),
         (("nowhere", "--out", "x.onnx"), "nowhere"),
+        (("run", "--out", "x.onnx", "--format", "packed"), "name two formats"),
+        (("run", "--out", "x.tbnn", "--format", "onnx"), "name two formats"),
+        (("run/step1/best.safetensors", "--out", "x.onnx"), "real weights"),
+        (("cut.tbnn", "--out", "x.onnx"), "cut.tbnn"),
+        (("run", "--out", "."), "is a folder: name a file in it"),
+        (
+            ("run", "--out", "run/config.toml"),
+            "config.toml exists and ends in none of .tbnn, .onnx",
+        ),
     ],
 )
 def test_mistakes_are_one_line(place, argv, words):

@@ -26,10 +26,8 @@ FLOAT_BYTES = 4
 def main(argv: list[str]) -> int:
     """Write the file and report its size. Returns the exit code."""
     given = _parser().parse_args(argv)
-    of_suffix = {suffix: name for name, suffix in FORMATS.items()}
-    format = given.format or of_suffix.get(given.out.suffix, "packed")
-    out = given.out if given.out.suffix else given.out.with_suffix(FORMATS[format])
-    writable(out)
+    format = _format(given)
+    out = _place(given.out, FORMATS[format])
     write = writer(format)
     packed = _packed(given, format)
     try:
@@ -38,6 +36,27 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{given.checkpoint}: {error}") from error
     print("\n".join(report(out, size, packed)))
     return 0
+
+
+def _format(given: argparse.Namespace) -> str:
+    """What --format says, or else the end of --out."""
+    of_suffix = {suffix: name for name, suffix in FORMATS.items()}
+    said = of_suffix.get(given.out.suffix.lower())
+    if given.format and said and given.format != said:
+        raise UserError(f"--format {given.format} and --out {given.out} name two formats")
+    return given.format or said or "packed"
+
+
+def _place(out: Path, suffix: str) -> Path:
+    """The file to write. What is there and is no such file is somebody's: it stays."""
+    if out.name and not out.suffix:
+        out = out.with_suffix(suffix)
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name a file in it")
+    if out.exists() and out.suffix.lower() not in FORMATS.values():
+        raise UserError(f"--out {out} exists and ends in none of {', '.join(FORMATS.values())}")
+    writable(out)
+    return out
 
 
 def _packed(given: argparse.Namespace, format: str) -> Packed:
