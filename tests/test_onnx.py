@@ -4,22 +4,24 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
-from onnx import numpy_helper
 
 from tests.commands import EVALUATE, PREDICT, TRAIN, run, write_tiny
 from tests.test_bad_input import assert_one_line
 from tests.test_deploy import NETWORKS, dyadic_network, random_network
 from tests.test_stop import ENVIRON
 from tritonbnn import deploy
-from tritonbnn.deploy import onnx as to_onnx
 from tritonbnn.deploy.fold import fold
 from tritonbnn.deploy.packed import Packed
+
+onnx = pytest.importorskip("onnx", reason="needs onnx")
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+
+from tritonbnn.deploy import onnx as to_onnx  # noqa: E402 - it imports onnx
 
 EXPORT = "tritonbnn.export"
 LEVELS = onnxruntime.GraphOptimizationLevel
@@ -41,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def session(model: bytes | str, **options: object) -> onnxruntime.InferenceSession:
+def session(model: bytes | str, **options: object) -> Any:
     """A network that ONNX Runtime runs on the CPU, with options of its own."""
     given = onnxruntime.SessionOptions()
     for name, value in options.items():
@@ -72,7 +74,7 @@ def test_sums_of_signs_stay_whole_whatever_a_runtime_folds(tmp_path):
     path = tmp_path / "optimised.onnx"
     session(to_onnx.model(packed).SerializeToString(), optimized_model_filepath=str(path))
     model = onnx.load(path)
-    held = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    held = {t.name: onnx.numpy_helper.to_array(t) for t in model.graph.initializer}
     nodes = {output: node for node in model.graph.node for output in node.output}
     rounds = [node for node in model.graph.node if node.op_type == "Round"]
     assert len(rounds) == len(packed.units)
