@@ -1,6 +1,7 @@
 """Pictures show the numbers that they are given: read back from the drawn figures."""
 
 import warnings
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -16,13 +17,21 @@ from tritonbnn.report.read import read_runs
 from tritonbnn.report.style import name_of, png, style
 
 
+@contextmanager
+def no_warnings():
+    """Of what is drawn. An older matplotlib calls pyparsing by names of long ago."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", r"'\w+' (argument is )?deprecated", DeprecationWarning)
+        yield
+
+
 @pytest.fixture
 def runs(tmp_path):
     """Two runs, of three and two epochs in step 1, of two and none in step 2."""
     write_record(tmp_path / "a", epochs=(3, 2))
     write_record(tmp_path / "b", epochs=(2, 0), seed=1)
-    with style(), warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with style(), no_warnings():
         yield read_runs([tmp_path / "a", tmp_path / "b"])
 
 
@@ -47,8 +56,7 @@ def test_curves(runs):
 
 def test_an_epoch_alone_stands_in_the_middle_and_training_is_told_from_validation(tmp_path):
     write_record(tmp_path / "short", epochs=(1, 1))
-    with style(), warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with style(), no_warnings():
         figure = lines.curves(read_runs([tmp_path / "short"]))
         assert png(figure)
     assert all(axis.get_xlim() == (0.5, 1.5) for axis in figure.axes)
@@ -83,8 +91,7 @@ def test_where_no_weight_moved_the_axis_of_flips_is_not_logarithmic(tmp_path):
     log = write_record(tmp_path / "still", epochs=(1, 0))
     log[0]["analysis"]["flip_flop"] = 0.0
     write_lines(tmp_path / "still", log)
-    with style(), warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with style(), no_warnings():
         panel = lines.quantities(read_runs([tmp_path / "still"])).axes[0]
         assert panel.get_yscale() == "linear"
     assert drawn(panel) == [([1], [0.0])]
@@ -97,8 +104,7 @@ def test_ratios_of_sampled_updates_are_marked_beside_those_of_all(tmp_path):
     for line in old:
         del line["analysis"]["updates"]
     write_lines(tmp_path / "old", old)
-    with style(), warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with style(), no_warnings():
         both = read_runs([tmp_path / "old", tmp_path / "new"])
         figure, panels = lines.quantities(both), maps.layer_map(both, "flip_flop", "").axes
         other = maps.layer_map(both, "dead", "", bounds=(0, 1)).axes

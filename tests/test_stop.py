@@ -81,7 +81,10 @@ def test_twice_is_no_more_than_once(place: Path, tmp_path: Path, name: str):
 
 
 def test_a_terminal_that_closes(place: Path, tmp_path: Path):
-    """The trainer leads the terminal's session, and loses its output with it."""
+    """The trainer leads the terminal's session, and loses its output with it.
+
+    There a bar names an epoch from its start, so that the second says that the first is over.
+    """
     argv = [sys.executable, "-m", "tritonbnn.train", "tiny.toml", "--epochs", "10000"]
     pid, terminal = pty.fork()
     if pid == 0:
@@ -89,7 +92,7 @@ def test_a_terminal_that_closes(place: Path, tmp_path: Path):
         os.chdir(place)
         os.execve(sys.executable, [*argv, "--out", str(tmp_path / "run")], ENVIRON)
     shown = b""
-    while b"epoch 1/" not in shown:
+    while b"epoch 2/" not in shown:
         shown += os.read(terminal, 1000)
     os.close(terminal)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75

@@ -37,7 +37,7 @@ def apply(function: type[torch.autograd.Function], *operands: Any) -> Any:
             "torch.func's transforms (grad, vmap, jvp and the like) are not supported: "
             "use loss.backward() or torch.autograd.grad, in a loop where there are several samples "
             "or models, or compile the transformed function with "
-            "torch.compile(torch.func.grad(...))"
+            "torch.compile(torch.func.grad(...)), which torch 2.11 and newer can"
         )
     if _in_forward_mode(operands):
         raise RuntimeError(
