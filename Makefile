@@ -17,35 +17,38 @@ CLIENTS := .venv-clients
 train: $(VENV)/.ready
 	$(BIN)/python -m tritonbnn.train $(ARGS)
 
-# One thread a worker: tests are small, and two pools of threads on two cores fight.
+# One thread a worker: tests are small, and two pools of threads on two cores fight. Where a test
+# asks for more, a thread that waits gives its core away at once.
+TESTING := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
+	$(TESTING) $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
 	    -m "not compile and not bench" $(ARGS)
 
 test-all: test test-heavy sanitize fuzz kills
 
 # What compiles for minutes, by compilers that are not ours, and the benchmarks' own commands.
 test-heavy: $(VENV)/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "compile or bench" $(ARGS)
+	$(TESTING) $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "compile or bench" $(ARGS)
 
 # What a user's files may hold by accident, 2,000 of each kind.
 fuzz: $(VENV)/.ready
-	FUZZ_EXAMPLES=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
+	FUZZ_EXAMPLES=2000 $(TESTING) $(BIN)/python -m pytest tests/test_fuzz.py $(ARGS)
 
 # 25 runs of each of four optimisers, killed at random moments, and one at every write.
 kills: $(VENV)/.ready
-	KILLS=25 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 \
+	KILLS=25 $(TESTING) $(BIN)/python -m pytest -n auto --maxprocesses 8 \
 	    tests/test_resume.py -k "random_moment or death_at_every" $(ARGS)
 
 test-newest: $(NEWEST)/.ready
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(TESTING) $(NEWEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 test-oldest: $(OLDEST)/.ready
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(TESTING) $(OLDEST)/bin/python -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
 
 # Left out by "make test", which skips what is not installed.
 test-clients: $(CLIENTS)/.ready
-	OMP_NUM_THREADS=1 $(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
+	$(TESTING) $(CLIENTS)/bin/python -m pytest tests/clients $(ARGS)
 
 # The launchers in C again, compiled to stop at a wrong address and at undefined behaviour. Python
 # is not, so the sanitizers' library must come before all others, with C++'s, whose exceptions it
