@@ -34,6 +34,7 @@ def test_the_default_recipe_is_digits():
 
 def test_shipped_recipes():
     assert shipped_recipes() == [
+        "bop-cifar10",
         "bop-digits",
         "bop2-digits",
         "cifar10",
@@ -55,6 +56,12 @@ def test_shipped_recipes():
     for stage in imagenet.stages:
         assert stage.method == Choice("distill", METHODS["distill"].Settings("resnet34"))
         assert (stage.optimizer.name, stage.schedule.name) == ("adam", "adambnn")
+
+
+def test_the_gamma_of_bop_on_cifar_falls_tenfold_every_hundred_epochs():
+    [stage] = parse(["bop-cifar10"]).config.stages
+    factors = [stage.schedule.settings(epoch, stage.epochs) for epoch in range(stage.epochs)]
+    assert factors == pytest.approx([0.1 ** (epoch // 100) for epoch in range(500)])
 
 
 def test_the_command_line_is_laid_over_the_recipe():
@@ -255,7 +262,7 @@ def test_help_names_choices_and_what_the_recipe_sets(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("digit", "unknown recipe 'digit': choose from bop-digits, bop2-digits, cifar10,"),
+        ("digit", "unknown recipe 'digit': choose from bop-cifar10, bop-digits, bop2-digits,"),
         ("missing.toml", "cannot read recipe missing.toml"),
         ("--epoch 3", "unknown argument --epoch (did you mean --epochs?)"),
         ("--step3.epochs 3", "unknown argument --step3.epochs (did you mean step2?)"),

@@ -5,7 +5,10 @@ a state dict of a network of this package, or AdamBNN's:
 ``model_best.pth.tar --step 2 --data-dir IMAGENET``.
 """
 
+import argparse
 import math
+
+from torch import nn
 
 from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, at_least, printable
@@ -15,8 +18,12 @@ from tritonbnn.data.classes import CLASS_ORDERS
 from tritonbnn.distributed import World
 from tritonbnn.methods import evaluate
 from tritonbnn.networks import add_engine, add_told, open_network
+from tritonbnn.posterior import open_sampled
+from tritonbnn.train.checkpoint import Checkpoint
 from tritonbnn.train.config import MOST_IMAGES, MOST_WORKERS
-from tritonbnn.train.weights import Told, open_data
+from tritonbnn.train.weights import NOTHING, Told, open_data
+
+MOST_SAMPLES = 1 << 20
 
 
 def main(argv: list[str]) -> int:
@@ -24,7 +31,10 @@ def main(argv: list[str]) -> int:
     given = _parser().parse_args(argv)
     compute = Compute(choose_device(given.device), given.precision)
     told = Told(given.step, given.recipe)
-    model, checkpoint = open_network(given.checkpoint, compute, engine=given.engine, told=told)
+    if given.samples:
+        model, checkpoint = _open_sampled(given, compute, told)
+    else:
+        model, checkpoint = open_network(given.checkpoint, compute, engine=given.engine, told=told)
     source = open_data(checkpoint, given.data_dir, given.class_order)
     check_fits_memory(source, given.batch_size)
     check_shared_memory(source, given.batch_size, given.workers)
@@ -42,6 +52,16 @@ def main(argv: list[str]) -> int:
         f" data set {source.name}: top-1 {score.top1:.2f} %{five}, loss {score.loss:.4f}"
     )
     return 0
+
+
+def _open_sampled(
+    given: argparse.Namespace, compute: Compute, told: Told
+) -> tuple[nn.Module, Checkpoint]:
+    if given.engine == "packed" or told != NOTHING:
+        raise UserError(
+            "--samples draws the weights of a run: leave --engine, --step and --recipe out"
+        )
+    return open_sampled(given.checkpoint, compute, given.samples)
 
 
 def _parser() -> Parser:
@@ -65,6 +85,13 @@ def _parser() -> Parser:
     )
     parser.add_argument(
         "--precision", choices=list(PRECISIONS), default="fp32", help="of activations"
+    )
+    parser.add_argument(
+        "--samples",
+        type=at_least(0, MOST_SAMPLES),
+        default=0,
+        help="of a run by IVON: predict with the mean of so many networks, whose weights are drawn"
+        " from the distribution of its last checkpoint (default: the mean's network alone)",
     )
     add_engine(parser)
     return parser
