@@ -4,9 +4,11 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from torch.torch_version import TorchVersion
 
 from tests.commands import ROOT
 from tests.records import write_record
@@ -88,7 +90,7 @@ def test_a_folder_that_others_may_write_to_is_not_taken(tmp_path, monkeypatch):
 
 
 def test_a_cache_that_was_cut_off_is_named(tmp_path):
-    """As a full disk leaves it."""
+    """As a full disk leaves it. Triton 3.8 and newer compile again, and have nothing to say."""
     cache = tmp_path / "cache"
     assert command(*TUNE, cwd=tmp_path, TRITON_CACHE_DIR=str(cache)).returncode == 0
     groups = list(cache.rglob("__grp__*.json"))
@@ -96,8 +98,10 @@ def test_a_cache_that_was_cut_off_is_named(tmp_path):
     for path in groups:
         path.write_bytes(path.read_bytes()[:-20])
     done = command(*TUNE, cwd=tmp_path, TRITON_CACHE_DIR=str(cache))
+    assert "Traceback" not in done.stderr
+    if done.returncode == 0 and TorchVersion(version("triton")) >= (3, 8):
+        return
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
         f"error: Triton's cache of compiled kernels is damaged: remove {cache}"
     )
-    assert "Traceback" not in done.stderr

@@ -38,7 +38,8 @@ def binarize_weight(weight: Tensor) -> Tensor:
     """alpha * sign(w), alpha the detached mean of abs(w) per output; gradient 1 on abs(w) <= 1."""
     dims = tuple(range(1, weight.dim()))
     alpha = weight.detach().abs().mean(dims, keepdim=True)
-    clipped = weight.clamp(-1, 1)
+    # as clamp, whose gradient at the bounds themselves is 1 up to torch 2.13, and 0 from there on
+    clipped = torch.where(weight.abs() <= 1, weight, weight.detach().clamp(-1, 1))
     return alpha * hard_sign(weight) + clipped - clipped.detach()
 
 

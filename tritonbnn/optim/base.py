@@ -1,11 +1,14 @@
 """What the optimisers share: checks of their input, and state that comes back in its own dtype."""
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+_PORTION = 1 << 15  # numbers that a CPU's caches hold in several copies
 
 
 class CheckedOptimizer(Optimizer):
@@ -83,3 +86,16 @@ def closure_loss(closure: Any) -> Any:
         return None
     with torch.enable_grad():
         return closure()
+
+
+def portions(weights: list[Tensor]) -> Iterator[slice]:
+    """Slices of parameters to update at once: all on a GPU, on a CPU what its caches hold."""
+    if weights and weights[0].device.type != "cpu":
+        yield slice(None)
+        return
+    start = numbers = 0
+    for end, weight in enumerate(weights):
+        numbers += weight.numel()
+        if numbers >= _PORTION or end + 1 == len(weights):
+            yield slice(start, end + 1)
+            start, numbers = end + 1, 0

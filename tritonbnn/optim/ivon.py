@@ -23,12 +23,17 @@ from torch import Tensor, distributed, nn
 
 from tritonbnn import checks
 from tritonbnn.eager.common import accumulator
-from tritonbnn.optim.base import CheckedOptimizer, check_number, closure_loss, dense_gradient
+from tritonbnn.optim.base import (
+    CheckedOptimizer,
+    check_number,
+    closure_loss,
+    dense_gradient,
+    portions,
+)
 
 logger = logging.getLogger(__name__)
 
 _ADAMS_SCALE = 0.01
-_PORTION = 1 << 15
 _TRAINING, _EVALUATION = 0, 1  # streams of noise
 
 
@@ -156,9 +161,9 @@ class IVON(CheckedOptimizer):
             yield
         finally:
             self._inside = False
-            with torch.no_grad():
-                for weight, mean in kept.items():
-                    weight.copy_(mean)
+            if kept:
+                with torch.no_grad():
+                    torch._foreach_copy_(list(kept), list(kept.values()))
         if train:
             self._close_sample(noise)
 
@@ -195,7 +200,7 @@ class IVON(CheckedOptimizer):
             weights = [w for w in group["params"] if w.grad is not None]
             group["steps"] += 1
             grads, products = self._estimates(weights)
-            for part in _portions(weights):
+            for part in portions(weights):
                 self._update(weights[part], grads[part], products[part], group)
         self._forget()
         return loss
@@ -204,8 +209,15 @@ class IVON(CheckedOptimizer):
     def deviation(self, weight: Tensor) -> Tensor:
         """The noise's standard deviation of each number of a parameter, in its state's dtype."""
         group = next(g for g in self.param_groups if any(w is weight for w in g["params"]))
-        precision = self._hess(weight, group) + group["weight_decay"]
-        return precision.rsqrt_().mul_(group["noise"] / math.sqrt(group["ess"]))
+        return self._deviations([weight], group)[0]
+
+    def _deviations(self, weights: list[Tensor], group: dict[str, Any]) -> list[Tensor]:
+        """:meth:`deviation` of several parameters of a group."""
+        hess = [self._hess(w, group) for w in weights]
+        precision = torch._foreach_add(hess, group["weight_decay"])
+        torch._foreach_rsqrt_(precision)
+        torch._foreach_mul_(precision, group["noise"] / math.sqrt(group["ess"]))
+        return list(precision)
 
     @torch.no_grad()
     def expected_flips(self, weight: Tensor) -> Tensor:
@@ -231,7 +243,7 @@ class IVON(CheckedOptimizer):
 
     def _draw(self, stream: int, sample: int) -> dict[Tensor, Tensor]:
         """Noise for every parameter that is sampled."""
-        noise = {}
+        noise: dict[Tensor, Tensor] = {}
         own = self.own_noise and stream == _TRAINING and distributed.is_initialized()
         process = distributed.get_rank() if own else 0
         for position, group in enumerate(self.param_groups):
@@ -241,8 +253,10 @@ class IVON(CheckedOptimizer):
             place = (process, position, group["steps"], sample, stream)
             numbers = self._standard_normal(sum(w.numel() for w in weights), weights[0], place)
             parts = numbers.split([w.numel() for w in weights])
-            for weight, part in zip(weights, parts, strict=True):
-                noise[weight] = self.deviation(weight).mul_(part.view(weight.shape))
+            drawn = [part.view(w.shape) for w, part in zip(weights, parts, strict=True)]
+            for part in portions(weights):
+                torch._foreach_mul_(drawn[part], self._deviations(weights[part], group))
+            noise |= zip(weights, drawn, strict=True)
         return noise
 
     def _standard_normal(self, count: int, like: Tensor, place: tuple[int, ...]) -> Tensor:
@@ -358,19 +372,6 @@ class IVON(CheckedOptimizer):
             torch._foreach_clamp_max_(direction, group["clip_radius"])
         rescale = group["hess_init"] + decay if group["rescale_lr"] else 1.0
         torch._foreach_add_(weights, direction, alpha=-group["lr"] * rescale)
-
-
-def _portions(weights: list[Tensor]) -> Iterator[slice]:
-    """Slices of parameters to update at once: all on a GPU, on a CPU what its caches hold."""
-    if weights and weights[0].device.type != "cpu":
-        yield slice(None)
-        return
-    start = numbers = 0
-    for end, weight in enumerate(weights):
-        numbers += weight.numel()
-        if numbers >= _PORTION or end + 1 == len(weights):
-            yield slice(start, end + 1)
-            start, numbers = end + 1, 0
 
 
 @torch.no_grad()

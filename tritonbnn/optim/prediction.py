@@ -12,6 +12,7 @@ like Nesterov's, for one copy of the weights.
         optimizer.step()
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-from tritonbnn.optim.base import check_devices, check_number, dense_gradient
+from tritonbnn.optim.base import check_devices, check_number, dense_gradient, portions
 
 _Directed = tuple[list[Tensor], list[Tensor], list[float]]
 
@@ -121,16 +122,20 @@ class _AdamDirection(_Prediction):
     def _move(self, weights: list[Tensor], group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         length = group["horizon"] * group["lr"]
+        at_step = defaultdict(list)  # weights that began together are moved together
         for weight in weights:
-            state = self.state[weight]
-            step = state["step"]
-            if not step.is_cuda:  # numbers, which need no kernels
-                step = step.item()
-            bias, bias_squares = 1 - beta1**step, 1 - beta2**step
-            root = state["exp_avg_sq"].sqrt()
-            root.div_(bias_squares**0.5).add_(group["eps"])
-            direction = torch.div(state["exp_avg"], root, out=root)
-            weight.sub_(direction.mul_(length / bias))
+            step = self.state[weight]["step"]
+            at_step[step if step.is_cuda else step.item()].append(weight)
+        for step, together in at_step.items():
+            scale = (1 - beta2**step) ** 0.5
+            stretch = (1 - beta1**step) / (scale * length)
+            for part in portions(together):
+                moved = together[part]
+                roots = torch._foreach_sqrt([self.state[w]["exp_avg_sq"] for w in moved])
+                torch._foreach_add_(roots, scale * group["eps"])
+                torch._foreach_mul_(roots, stretch)
+                averages = [self.state[w]["exp_avg"] for w in moved]
+                torch._foreach_addcdiv_(moved, averages, roots, value=-1)
 
 
 class AdamWPrediction(_AdamDirection, AdamW):
