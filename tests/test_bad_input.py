@@ -105,6 +105,34 @@ def test_output_folder_is_a_file(place: Path):
     assert (place / "run").read_text() == "mine"
 
 
+@pytest.mark.parametrize("name", ["notes.tmp", "cache.tmp/kept", "step1/more.tmp"])
+def test_files_of_the_users_in_the_output_folder_stay(place: Path, name: str):
+    path = place / "run" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("mine")
+    result = train(place, "--epochs", "1", "--stage", "step1")
+    assert result.code == 0, result.output
+    assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["config.toml", "log.jsonl"])
+def test_a_file_of_the_users_that_a_run_would_replace(place: Path, name: str):
+    """As a recipe that lies in the folder of its run, with all its comments."""
+    (place / "run").mkdir()
+    (place / "run" / name).write_text("# mine")
+    assert_one_line(train(place), f"run/{name} is there already", "choose another --out")
+    assert (place / "run" / name).read_text() == "# mine"
+
+
+@pytest.mark.parametrize("out", ["images/train", "images/val/run", "images/train/a/run"])
+def test_output_folder_is_among_the_images(place: Path, out: str):
+    before = sorted(place.rglob("*"))
+    result = run(TRAIN, "tiny.toml", "--out", out, cwd=place)
+    assert_one_line(result, f"{out} is in", "every folder is a class", "choose another --out")
+    assert [path for path in sorted(place.rglob("*")) if path.name != "output.txt"] == before
+    assert train(place, "--epochs", "1", "--stage", "step1").code == 0
+
+
 def test_output_folder_is_read_only(place: Path):
     (place / "run").mkdir(mode=0o500)
     if os.access(place / "run", os.W_OK):

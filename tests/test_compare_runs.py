@@ -177,6 +177,25 @@ def test_a_killed_comparison_goes_on(place: Path, compared, tmp_path: Path, name
     assert_same_run(out / "tiny-seed0", compared[0] / "tiny-seed0")
 
 
+def test_a_result_replaces_no_file_of_another_kind(place: Path):
+    before = (place / "single.toml").read_bytes()
+    argv = ("single.toml", "--seeds", 1, "--json", "single.toml", "--out", "replaced")
+    result = side_by_side(place, *argv)
+    assert result.code == 2
+    assert result.output == (
+        "error: --json single.toml exists and does not end in .json: name another file\n"
+    )
+    assert (place / "single.toml").read_bytes() == before
+    assert not (place / "replaced").exists()
+
+
+def test_runs_among_the_images_are_refused(place: Path):
+    result = side_by_side(place, "single.toml", "--seeds", 1, "--out", "images/train")
+    assert result.code == 2
+    assert "images/train is in train/ of the data" in result.output
+    assert {path.name for path in (place / "images/train").iterdir()} == {"a", "b"}
+
+
 def test_two_comparisons_do_not_share_a_folder(place: Path, compared):
     lock = FolderLock(compared[0])
     try:

@@ -4,7 +4,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -193,7 +193,8 @@ class FolderLock:
             self._descriptor = -1
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a death in the middle of a write left behind."""
-    for path in folder.rglob(f"*{_TEMPORARY}"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(files: Iterable[Path]) -> None:
+    """Remove what a death in the middle of a write of these files left behind, and nothing else."""
+    for path in files:
+        with suppress(OSError):  # a folder of that name: who writes the file says so
+            path.with_name(path.name + _TEMPORARY).unlink()

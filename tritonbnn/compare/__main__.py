@@ -24,7 +24,7 @@ from tritonbnn.compare.statistics import MOST_SEEDS
 from tritonbnn.distributed import launched
 from tritonbnn.files import FolderLock, make_folder, update, writable, write_atomically, write_json
 from tritonbnn.stop import Stopped, StopSignals
-from tritonbnn.train.job import code_version, numbered
+from tritonbnn.train.job import check_outside_images, code_version, numbered
 from tritonbnn.train.recipe import shipped_recipes
 
 logger = logging.getLogger("tritonbnn.compare")
@@ -49,7 +49,7 @@ def main(argv: list[str], more: Sequence[Row] = (), header: dict[str, Any] | Non
         raise UserError("a comparison starts its runs one by one: start it without torchrun")
     out = given.out or Path("runs") / f"compare-{'-'.join(Path(w).stem for w in given.recipes)}"
     out = numbered(out) if given.fresh else out
-    path = writable(given.json)
+    path = writable(_json(given.json))
     plan = make_plan(
         given.recipes,
         flags,
@@ -59,6 +59,8 @@ def main(argv: list[str], more: Sequence[Row] = (), header: dict[str, Any] | Non
         total_epochs=given.total_epochs,
         more=more,
     )
+    for config in plan.configs.values():
+        check_outside_images(out, config)
     make_folder(out)
     _lock = FolderLock(out)  # held to the end of this process
     for run in plan.runs:
@@ -78,6 +80,13 @@ def main(argv: list[str], more: Sequence[Row] = (), header: dict[str, Any] | Non
     head = header or {"command": command}
     _write(result, {**head, "code": code_version()}, out, path)
     return FAILED if result.failed else 0
+
+
+def _json(path: Path | None) -> Path | None:
+    """What is there and is no JSON file is somebody's, as a recipe: it stays."""
+    if path and path.is_file() and path.suffix.lower() != ".json":
+        raise UserError(f"--json {path} exists and does not end in .json: name another file")
+    return path
 
 
 def parse(argv: list[str]) -> tuple[Namespace, list[str]]:

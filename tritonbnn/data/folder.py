@@ -30,6 +30,7 @@ from tritonbnn.data.splits import IMAGENET, InFolder, Normalisation, Picture, Sp
 
 CHANNELS = 3
 VAL_NAMES = ("val", "valid", "validation", "test")
+SPLIT_NAMES = ("train", *VAL_NAMES)
 _SCAN_BLOCK = 64
 _LAYOUT = "an image tree has train/CLASS/*.jpg and val/CLASS/*.jpg"
 _SIZES = 1 << 16  # files whose size is part of a digest; of more it would take its time
@@ -143,7 +144,7 @@ class Tree(InFolder):
 
 def is_tree(root: Path) -> bool:
     """Whether a folder has a split of an image tree in it."""
-    return any((root / split).is_dir() for split in ("train", *VAL_NAMES))
+    return any((root / split).is_dir() for split in SPLIT_NAMES)
 
 
 def splits_of(root: Path) -> tuple[str, str]:

@@ -21,13 +21,14 @@ from tritonbnn.cli import UserError
 from tritonbnn.compute import Compute, choose_device, keep_freed_memory
 from tritonbnn.data.batches import check_fits_memory, check_shared_memory
 from tritonbnn.data.classes import warn_of_numbers
+from tritonbnn.data.folder import SPLIT_NAMES
 from tritonbnn.data.sources import Source, open_source
 from tritonbnn.distributed import World
 from tritonbnn.files import FolderLock, make_folder, remove_leftovers, update
 from tritonbnn.meeting import attempt
 from tritonbnn.methods import Stage
 from tritonbnn.stop import Stopped, StopSignals
-from tritonbnn.train.checkpoint import BEST, has_begun, history, stage_folder
+from tritonbnn.train.checkpoint import BEST, LAST, PREVIOUS, has_begun, history, stage_folder
 from tritonbnn.train.config import (
     OF_A_PROCESS,
     SCRATCH,
@@ -37,12 +38,14 @@ from tritonbnn.train.config import (
     flat,
     to_toml,
 )
-from tritonbnn.train.log import Line
+from tritonbnn.train.log import ANALYSIS, LOG, Line
 from tritonbnn.train.recipe import read_recipe, resolve, stage_names
 from tritonbnn.train.stage import Run, train_stage
 
 CONFIG = "config.toml"
 ENVIRONMENT = "environment.json"
+_OF_A_RUN = (CONFIG, ENVIRONMENT, LOG)
+_OF_A_STAGE = (LAST, PREVIOUS, BEST, ANALYSIS)
 # Parts of the package that a run never sees.
 _NO_PART_OF_A_RUN = ("compare", "deploy", "report")
 _SOURCES = (".py", ".c", ".h", ".npz")
@@ -229,19 +232,35 @@ class RunFolder:
 
     def __init__(self, out: Path, config: Config, *, fresh: bool, device: torch.device) -> None:
         self.path = numbered(out) if fresh else out
+        check_outside_images(self.path, config)
         make_folder(self.path)
         self._lock = FolderLock(self.path)
-        remove_leftovers(self.path)
-        self._check_begun(config)
+        stages = [
+            stage_folder(self.path, name) for name in {*config.names, *stage_names(self.path)}
+        ]
+        if any(has_begun(stage) for stage in stages):
+            self._check_begun(config)
+        else:
+            self._check_ours()
+        own = [self.path / name for name in _OF_A_RUN]
+        remove_leftovers([*own, *(stage / name for stage in stages for name in _OF_A_STAGE)])
+        # first of all files, because it tells that the others are a run's
+        update(self.path / ENVIRONMENT, _environment(config, device).encode())
         # a path in it keeps its bytes, UTF-8 or not
         update(self.path / CONFIG, to_toml(config).encode(errors="surrogateescape"))
-        update(self.path / ENVIRONMENT, _environment(config, device).encode())
+
+    def _check_ours(self) -> None:
+        """What nobody but its owner has written stays, as a recipe of that name."""
+        if (self.path / ENVIRONMENT).exists():
+            return
+        for name in _OF_A_RUN:
+            if (self.path / name).exists():
+                raise UserError(
+                    f"{self.path / name} is there already, and of no run: choose another --out"
+                )
 
     def _check_begun(self, config: Config) -> None:
-        """A run that has a checkpoint goes on with its own settings; before, nothing is lost."""
-        names = {*config.names, *stage_names(self.path)}
-        if not any(has_begun(stage_folder(self.path, name)) for name in names):
-            return
+        """A run that has a checkpoint goes on with its own settings."""
         path = self.path / CONFIG
         if not path.exists():
             raise UserError(
@@ -267,6 +286,24 @@ def code_version() -> str:
         if name.parts[0] not in _NO_PART_OF_A_RUN:
             digest.update(name.as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     return f"{digest.hexdigest()[:12]} with torch {torch.__version__}"
+
+
+def check_outside_images(out: Path, config: Config) -> None:
+    """Refuse a folder among the images: what a run writes there would be a class the next time.
+
+    Raises:
+        UserError: it is there.
+    """
+    if not config.data_dir:
+        return
+    splits = {name: cli.path(config.data_dir) / name for name in SPLIT_NAMES}
+    around = (out.resolve(), *out.resolve().parents)
+    for name, split in splits.items():
+        if split.resolve() in around:
+            raise UserError(
+                f"{out} is in {name}/ of the data, where every folder is a class:"
+                " choose another --out"
+            )
 
 
 def numbered(out: Path) -> Path:
