@@ -1,6 +1,7 @@
 """Checkpoint files: whole or refused, never run, and restored exactly."""
 
 import errno
+import json
 import os
 import pickle
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save as save_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,7 +24,8 @@ from tritonbnn.files import FolderLock, make_folder, write_atomically
 from tritonbnn.models import build_model
 from tritonbnn.nn import binary_weights
 from tritonbnn.optim import build_optimizer
-from tritonbnn.train.checkpoint import State, encode, is_foreign, read
+from tritonbnn.train.checkpoint import FACTS, LAST, PREVIOUS, State, encode, is_foreign, read
+from tritonbnn.train.keeper import read_latest
 
 CPU = torch.device("cpu")
 
@@ -121,6 +125,45 @@ def test_a_zero_weight_is_positive():
     total = sum(weight.numel() for weight in weights.values())
     next(iter(weights.values())).data.view(-1)[:3] = torch.tensor([-1e-30, 0.0, 1.0])
     assert state.analysis.flipped() == 1 / total
+
+
+def as_newer(path: Path) -> None:
+    """Make a checkpoint one that a later version has written."""
+    with safe_open(path, framework="pt") as file:
+        facts = json.loads(file.metadata()[FACTS])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    path.write_bytes(save_tensors(tensors, {FACTS: json.dumps({**facts, "format": 3})}))
+
+
+def as_forbidden(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a file be one that this user may not read. A superuser may read all."""
+    real = Path.open
+
+    def opened(self, *arguments):
+        if self == path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Path, "open", opened)
+
+
+@pytest.mark.parametrize(
+    ("reason", "said"),
+    [
+        ("newer", r"is of a newer version of tritonbnn \(format 3\): update the package"),
+        ("forbidden", r"cannot read .*last.safetensors: Permission denied"),
+    ],
+)
+def test_what_is_not_damaged_is_not_passed_over(tmp_path: Path, monkeypatch, reason, said):
+    """Going on from the checkpoint before would lose what the last one holds."""
+    for name in (LAST, PREVIOUS):
+        save(new_state(), tmp_path / name)
+    if reason == "newer":
+        as_newer(tmp_path / LAST)
+    else:
+        as_forbidden(tmp_path / LAST, monkeypatch)
+    with pytest.raises(UserError, match=said):
+        read_latest(tmp_path)
 
 
 class Bomb:

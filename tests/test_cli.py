@@ -57,6 +57,17 @@ def test_memory_that_runs_out_is_one_line(capsys, allocate):
     assert said.startswith("error: out of memory")
 
 
+def test_what_may_not_be_looked_at_is_one_line(capsys):
+    """As a run whose folder belongs to somebody else."""
+    for name in ("runs/theirs", b"runs/theirs"):
+        code, said = end_of(PermissionError(13, "Permission denied", name), capsys)
+        assert code == cli.USAGE_ERROR
+        assert said == (
+            "error: cannot use runs/theirs: Permission denied: check its permissions and those of"
+            " the folders around it\n"
+        )
+
+
 @pytest.mark.parametrize("mistake", [RuntimeError("a bug"), OSError("a bug")])
 def test_a_mistake_of_ours_is_not_hidden(mistake):
     def main(argv):

@@ -136,10 +136,13 @@ def _outcome(main: Callable[[list[str]], int]) -> int:
     except KeyboardInterrupt:
         _tell("interrupted")
         return INTERRUPTED
-    except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # of any path that a user may name
-            raise
-        return complain(f"a file's name is too long: {str(error.filename)[:40]}...")
+    except OSError as error:  # of any path that a user may name, where it is only looked for
+        if error.errno == errno.ENAMETOOLONG:
+            return complain(f"a file's name is too long: {str(error.filename)[:40]}...")
+        if isinstance(error, PermissionError) and error.filename is not None:
+            remedy = "check its permissions and those of the folders around it"
+            return complain(f"cannot use {os.fsdecode(error.filename)}: {error.strerror}: {remedy}")
+        raise
     except (MemoryError, RuntimeError, ValueError) as error:
         if _ran_out_of_memory(error):
             remedy = "take fewer images at a time, smaller ones or a smaller net"

@@ -67,24 +67,39 @@ def encode(tensors: dict[str, Tensor], facts: dict[str, Any]) -> bytes:
     return save(plain, metadata={FACTS: json.dumps(header)})
 
 
+class DamagedError(UserError):
+    """A file is no whole checkpoint, so that the one before it may be taken."""
+
+
 def read(path: Path) -> Checkpoint:
     """Read a checkpoint file.
 
     Raises:
-        UserError: there is none, it is damaged, or it is not one of ours.
+        DamagedError: it is damaged, or it is not one of ours.
+        UserError: there is none, it may not be read, or it is of a newer version.
     """
     if not path.is_file():
         raise UserError(
             f"there is no checkpoint {path}: name another one, or start over with --fresh"
         )
     try:
+        path.open("rb").close()  # safetensors says of any file that it cannot open: there is none
         with utf_8_name(path) as name, safe_open(name, framework="pt") as file:
             header = (file.metadata() or {})[FACTS]
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         facts = json.loads(header)
-        whole = facts["format"] in _READABLE and facts["checksum"] == _checksum(tensors)
+        number = facts["format"]
+        newer = number > max(_READABLE)
+        whole = number in _READABLE and facts["checksum"] == _checksum(tensors)
+    except PermissionError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}: check its permissions") from error
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path) from error
+    if newer:
+        raise UserError(
+            f"{path} is of a newer version of tritonbnn (format {number}): update the package, or"
+            " use another checkpoint"
+        )
     if not whole:
         raise _damaged(path)
     return Checkpoint(path, tensors, _with_names(facts))
@@ -136,9 +151,9 @@ def with_stage(line: dict[str, Any]) -> dict[str, Any]:
     return {"stage": f"step{line['step']}", **{k: v for k, v in line.items() if k != "step"}}
 
 
-def _damaged(path: Path) -> UserError:
+def _damaged(path: Path) -> DamagedError:
     what = "is empty" if not path.stat().st_size else "is damaged, or not a checkpoint of tritonbnn"
-    return UserError(f"{path} {what}: use another checkpoint")
+    return DamagedError(f"{path} {what}: use another checkpoint")
 
 
 def _checksum(tensors: dict[str, Tensor]) -> int:

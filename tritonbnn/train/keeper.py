@@ -14,7 +14,16 @@ from tritonbnn.distributed import World
 from tritonbnn.files import make_folder, write_atomically
 from tritonbnn.optim import optimizer_state
 from tritonbnn.stop import Stopped, StopSignals
-from tritonbnn.train.checkpoint import BEST, LAST, PREVIOUS, Checkpoint, State, encode, read
+from tritonbnn.train.checkpoint import (
+    BEST,
+    LAST,
+    PREVIOUS,
+    Checkpoint,
+    DamagedError,
+    State,
+    encode,
+    read,
+)
 from tritonbnn.train.engine import FirstBad
 from tritonbnn.train.weights import check_same_network
 
@@ -30,14 +39,15 @@ def read_latest(folder: Path) -> Checkpoint | None:
         None where the stage has not been saved yet.
 
     Raises:
-        UserError: all that there is, is damaged.
+        UserError: all that there is, is damaged; or the last one may not be read, or is of a newer
+            version. That is no damage: the state is there, and going on without it would lose it.
     """
     last, previous = folder / LAST, folder / PREVIOUS
     if not last.exists():
         return read(previous) if previous.exists() else None
     try:
         return read(last)
-    except UserError as error:
+    except DamagedError as error:
         if not previous.exists():
             raise UserError(
                 f"{error.args[0]}, or start over with --fresh; there is none before it"
