@@ -129,6 +129,30 @@ def test_lines_are_logged_for_who_asks(place: Path, tmp_path: Path, caplog):
     assert any("step1 epoch 1/1" in line for line in caplog.messages)
 
 
+@pytest.mark.parametrize("out", ["run", "other"])
+def test_a_second_run_in_another_thread_is_refused(place: Path, tmp_path: Path, monkeypatch, out):
+    """Each would draw from the other's random numbers, and write in its folder."""
+    config = configure(str(place / "tiny.toml"), epochs=1)
+    second: list[BaseException] = []
+
+    def start_another() -> None:
+        with pytest.raises(UserError, match="another run is training in this process") as caught:
+            train(config, tmp_path / out)
+        second.append(caught.value)
+
+    def opened(config):
+        monkeypatch.setattr(job, "open_images", real)  # the other one, if it starts, starts no more
+        thread = threading.Thread(target=start_another)
+        thread.start()
+        thread.join()
+        return real(config)
+
+    real = job.open_images
+    monkeypatch.setattr(job, "open_images", opened)
+    assert len(train(config, tmp_path / "run").history) == 2
+    assert len(second) == 1
+
+
 def test_an_interrupt_while_the_module_runs_in_a_notebook(place: Path, tmp_path: Path):
     """As ``%run -m``: the run saves, and the next interrupts are the notebook's again."""
     code = f"""

@@ -7,6 +7,9 @@ import logging
 import platform
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,6 +54,8 @@ _NO_PART_OF_A_RUN = ("compare", "deploy", "report")
 _SOURCES = (".py", ".c", ".h", ".npz")
 
 logger = logging.getLogger(__name__)
+
+_training = threading.Lock()  # held by the run of this process
 
 
 @dataclass(frozen=True)
@@ -127,7 +132,7 @@ def default_folder(config: Config) -> Path:
 
 def train(config: Config, out: Path, *, fresh: bool) -> Trained:
     """See :func:`run`; every signal raises :class:`Stopped`."""
-    with StopSignals(patient=distributed.launched()) as signals:
+    with _one_at_a_time(), StopSignals(patient=distributed.launched()) as signals:
         device = choose_device(config.device)
         if device.type == "cpu":
             keep_freed_memory()
@@ -148,6 +153,23 @@ def train(config: Config, out: Path, *, fresh: bool) -> Trained:
                 held.release()
         distributed.leave()
     return trained
+
+
+@contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Refuse a second run in another thread.
+
+    Both would draw their weights from torch's one generator, and the lock of a run's folder is a
+    process's: it does not keep two threads apart.
+    """
+    if not _training.acquire(blocking=False):
+        raise UserError(
+            "another run is training in this process: wait for its end, or give each run a process"
+        )
+    try:
+        yield
+    finally:
+        _training.release()
 
 
 def _train_in(
