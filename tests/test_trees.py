@@ -66,6 +66,20 @@ def test_val_goes_before_test(tmp_path):
 # Classes
 
 
+def test_a_split_that_is_a_link_to_the_other_is_said(tmp_path, warnings):
+    write(tmp_path)
+    source("images", tmp_path)
+    assert warnings() == []
+    shutil.rmtree(tmp_path / "val" / "ant")
+    (tmp_path / "val" / "ant").symlink_to("../train/ant")
+    source("images", tmp_path)
+    [warning] = warnings()
+    assert warning == (
+        f"{tmp_path}/train/ant and {tmp_path}/val/ant are one folder (1 of 2 classes): what is"
+        " validated there was trained on"
+    )
+
+
 def test_classes_are_in_the_order_of_text_or_of_numbers(tmp_path):
     names = [str(number) for number in range(12)]
     write(tmp_path, names)

@@ -5,6 +5,7 @@ import logging
 import os
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,7 @@ class Tree(InFolder):
             raise UserError("no data folder given: pass an image tree as --data-dir")
         names = splits_of(self.data_dir)
         classes = tuple(CLASS_ORDERS[self.class_order](_classes_of(self.data_dir, *names)))
+        _warn_of_shared(self.data_dir / names[0], self.data_dir / names[1], classes)
         train, val = (_list_split(self.data_dir / split, classes) for split in names)
         decoding = Decoding(self.white_level or _guess_white(train), self.background)
         for split in (train, val):
@@ -179,6 +181,17 @@ def _classes_of(root: Path, train_name: str, val_name: str) -> list[str]:
             " give both the same class folders"
         )
     return train
+
+
+def _warn_of_shared(train: Path, val: Path, classes: Sequence[str]) -> None:
+    """A link from one split to the other makes a score of images that were trained on."""
+    shared = [name for name in classes if (train / name).samefile(val / name)]
+    if shared:
+        count = f"{len(shared)} of {len(classes)} classes"
+        logger.warning(
+            "%s and %s are one folder (%s): what is validated there was trained on",
+            *(train / shared[0], val / shared[0], count),
+        )
 
 
 def _folders(path: Path) -> list[str]:

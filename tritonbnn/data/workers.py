@@ -30,12 +30,14 @@ def read_batches(
     Args:
         dataset: gives a whole batch; a user's mistake as a value.
         indices: of each batch.
-        workers: reading processes; 0 reads in this one.
+        workers: reading processes, of which no more start than there are batches; 0 reads in this
+            one.
         pin_memory: put tensors in page-locked memory.
 
     Raises:
         UserError: a worker has died.
     """
+    workers = min(workers, len(indices))
     loader = DataLoader(
         dataset,
         sampler=indices,
@@ -56,12 +58,18 @@ def read_batches(
             # it may die in the middle of handing a batch over, and the connection with it
             if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
+            other = "" if _forked() else ", or because the script that trains has no __main__ guard"
             raise UserError(
                 "a process that reads images has died, most often because memory or shared memory"
-                " ran out: use fewer --workers, and run the same command again"
+                f" ran out{other}: use fewer --workers, and run the same command again"
             ) from error
         finally:
             del iterator  # ends the workers now; a traceback would keep them
+
+
+def _forked() -> bool:
+    """Whether workers are copies of this process. Others import the script that started it."""
+    return multiprocessing.get_start_method() == "fork"
 
 
 def _unchanged(batch: object) -> object:
