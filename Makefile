@@ -23,13 +23,15 @@ TESTING := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 
 test: $(VENV)/.ready
 	$(TESTING) $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile \
-	    -m "not compile and not bench" $(ARGS)
+	    -m "not compile and not bench and not slow" $(ARGS)
 
 test-all: test test-heavy sanitize fuzz kills
 
-# What compiles for minutes, by compilers that are not ours, and the benchmarks' own commands.
+# What kills and waits, what compiles for minutes by compilers that are not ours, and the
+# benchmarks' own commands.
 test-heavy: $(VENV)/.ready
-	$(TESTING) $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "compile or bench" $(ARGS)
+	$(TESTING) $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal \
+	    -m "compile or bench or slow" $(ARGS)
 
 # What a user's files may hold by accident, 2,000 of each kind.
 fuzz: $(VENV)/.ready

@@ -54,6 +54,7 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("argv", TABLE, ids=lambda argv: " ".join(argv)[:60])
 def test_a_bad_input_is_one_line(place, argv):
     before = snapshot(place)

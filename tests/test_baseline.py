@@ -194,6 +194,7 @@ def adam_losses(model, batches):
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("binary", [False, True], ids=["step1", "step2"])
 def test_twenty_adam_steps_agree_in_float64(binary):
     torch.manual_seed(3)

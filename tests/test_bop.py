@@ -63,6 +63,7 @@ class Rule:
         return int((before != self.w).sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "settings"), FORMS)
 @pytest.mark.parametrize(("shape", "layout"), SHAPES)
 def test_every_flip_is_the_rules(launchers, device, form, settings, shape, layout):

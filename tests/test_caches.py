@@ -46,6 +46,7 @@ def test_without_a_writable_home_kernels_are_compiled_in_a_temporary_folder(tmp_
     assert list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_without_a_writable_home_pages_are_drawn_without_noise(tmp_path):
     write_record(tmp_path / "run")
     flags = ("run", "--landscape", 0, "--no-confusion")
@@ -56,6 +57,7 @@ def test_without_a_writable_home_pages_are_drawn_without_noise(tmp_path):
     assert not [line for line in lines if "atplotlib" in line and "MPLCONFIGDIR" not in line]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("argv", "variable"),
     [(TUNE, caches.TRITON), (("tritonbnn.analyze", "run"), caches.MATPLOTLIB)],
@@ -89,6 +91,7 @@ def test_a_folder_that_others_may_write_to_is_not_taken(tmp_path, monkeypatch):
         caches.prepare(caches.TRITON)
 
 
+@pytest.mark.slow
 def test_a_cache_that_was_cut_off_is_named(tmp_path):
     """As a full disk leaves it. Triton 3.8 and newer compile again, and have nothing to say."""
     cache = tmp_path / "cache"

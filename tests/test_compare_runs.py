@@ -16,6 +16,8 @@ from tests.commands import COMPARE, ROOT, TRAIN, Result, run, write_tiny
 from tests.test_resume import assert_same_run
 from tritonbnn.files import FolderLock
 
+pytestmark = pytest.mark.slow
+
 SET = ("both.toml", "--seeds", 2)
 
 
@@ -268,7 +270,7 @@ ROW = 'title = "x"\n[[row]]\nname = "a"\nrecipe = "digits"\n'
     ("argv", "message"),
     [
         ("", "the following arguments are required: RECIPE"),
-        ("digit", "unknown recipe or set 'digit': choose from bop-digits"),
+        ("digit", "unknown recipe or set 'digit': choose from bop-cifar10"),
         ("digit", "(did you mean digits?)"),
         ("none.toml", "none: cannot read recipe none.toml"),
         ("single.toml single.toml", "single.toml is named twice"),

@@ -147,6 +147,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "dtype", "frozen"), CASES)
 def test_two_steps_are_those_of_eager_mode(backend, dtype, frozen):
     if backend == "inductor" and not any(map(shutil.which, ("c++", "g++", "clang++"))):

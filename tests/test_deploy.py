@@ -160,6 +160,7 @@ def test_a_unit_s_output_is_torch_s_on_the_same_input(name, options, shape):
         assert (own - z).abs().max() <= 1e-5 * z.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 @pytest.mark.parametrize(("name", "options", "shape"), NETWORKS + ODD)
 def test_c_is_numpy(make, name, options, shape, threads):

@@ -15,6 +15,8 @@ from tritonbnn import distributed
 from tritonbnn.cli import UserError
 from tritonbnn.train.checkpoint import read
 
+pytestmark = pytest.mark.slow
+
 # One worker of a parallel test run takes them all, so that they do not fight for the cores.
 
 GRADIENTS = "tests.gradients"

@@ -16,6 +16,8 @@ from tritonbnn.models.blocks import BinaryNetwork, conv_bn
 from tritonbnn.models.resnet import DownsamplingUnit
 from tritonbnn.nn import BinaryUnit, Chain
 
+pytestmark = pytest.mark.slow
+
 SHAPES = ((8, 8, 8, 4), (8, 8, 8, 4), (5, 8, 8, 4), (3, 8, 4, 12))
 
 

@@ -23,6 +23,8 @@ from tritonbnn.models import MODELS, build_model, load_adambnn, network_of_weigh
 from tritonbnn.models.foreign import read_tensors
 from tritonbnn.train.checkpoint import read
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -15,6 +15,8 @@ import pytest
 from tests.commands import ROOT, TRAIN, Result, free_port, run, write_tiny
 from tests.test_bad_input import assert_one_line
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 300  # seconds
 
 

@@ -74,6 +74,7 @@ def test_the_emulated_instruction_is_the_ptx_isas():
     assert np.array_equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tile", TILES, ids=lambda t: f"{t.block_m}x{t.block_n}x{t.block_k}")
 @pytest.mark.parametrize("size", [(1, 1, 1), (70, 300, 700), (130, 33, 5000)], ids=str)
 def test_products_are_exact(warpgroup_core, size, tile):

@@ -17,6 +17,8 @@ from tritonbnn.compiled import build
 from tritonbnn.native import library
 from tritonbnn.ops import backend
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 BASELINE = "generic"
 SUM = """

@@ -12,6 +12,8 @@ import pytest
 
 from tritonbnn.compiled import build
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 NEEDED = {
     "tritonbnn/data/DIGITS.md",

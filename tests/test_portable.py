@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from tests.commands import ROOT, write_tiny
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
@@ -64,6 +66,7 @@ def test_without_what_only_linux_has(tmp_path):
     assert (tmp_path / "run" / "step2" / "best.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_run_leaves_no_file_open(tmp_path):
     write_tiny(tmp_path)
     code = """

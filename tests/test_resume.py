@@ -12,6 +12,8 @@ import torch
 from tests.commands import TRAIN, Result, run, write_tiny
 from tritonbnn.train.checkpoint import read
 
+pytestmark = pytest.mark.slow
+
 FILES = [
     Path(f"step{step}") / f"{kind}.safetensors" for step in (1, 2) for kind in ("last", "best")
 ]

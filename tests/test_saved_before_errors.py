@@ -17,6 +17,8 @@ from tests.test_stop import ENVIRON, PATIENCE
 from tritonbnn.data.batches import epoch_order
 from tritonbnn.train.checkpoint import read
 
+pytestmark = pytest.mark.slow
+
 # so large that 16 of them are not kept in memory, and are read when they are needed
 SIDE = 3400
 BATCH = 4

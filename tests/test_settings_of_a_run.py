@@ -16,6 +16,8 @@ from tritonbnn.train.arguments import parse
 from tritonbnn.train.config import to_toml
 from tritonbnn.train.recipe import read_recipe, resolve
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:

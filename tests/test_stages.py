@@ -11,6 +11,8 @@ from tests.commands import EVALUATE, PREDICT, TRAIN, Result, run, run_two, write
 from tests.test_run import same_weights
 from tritonbnn.train.checkpoint import encode, read
 
+pytestmark = pytest.mark.slow
+
 # as tests.commands.TINY, but for its stages
 SHARED = """
 dataset = "folder"

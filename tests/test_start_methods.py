@@ -14,6 +14,8 @@ from tests.commands import TINY, TRAIN, run, write_tree
 from tests.test_stop import ENVIRON, PATIENCE
 from tritonbnn.train.checkpoint import read
 
+pytestmark = pytest.mark.slow
+
 METHODS = ("fork", "forkserver", "spawn")
 SECONDS = 20  # generous: the machine may be busy
 ARGV = ("tiny.toml", "--workers", "1", "--stage", "step1", "--batch-size", "2")

@@ -17,6 +17,8 @@ from tests.test_resume import assert_same_run
 from tritonbnn.stop import EXIT_CODES, Stopped, StopSignals
 from tritonbnn.train.checkpoint import read
 
+pytestmark = pytest.mark.slow
+
 PATIENCE = 300  # seconds
 CODES = {"SIGTERM": 75, "SIGINT": 130, "SIGUSR1": 75, "SIGHUP": 75}
 ENVIRON = {

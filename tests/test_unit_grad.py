@@ -85,6 +85,7 @@ def test_all_gradients_in_float64(shape, out, kernel_size, stride, shortcut, bin
         assert (actual - expected).abs().max() <= 1e-10 * max(expected.abs().max(), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("binary_weight", [True, False], ids=["step2", "step1"])
 @pytest.mark.parametrize(("shape", "out", "kernel_size", "stride", "shortcut"), UNITS)
