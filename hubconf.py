@@ -28,3 +28,13 @@ def birealnet_18(**options: Any) -> Any:
 def binarynet(**options: Any) -> Any:
     """BinaryNet (1602.02830), which is for images of about 32 x 32 alone."""
     return build_model("binarynet", **{"small_images": True, **options})
+
+
+def binary_alexnet(**options: Any) -> Any:
+    """BNN's AlexNet (1602.02830), with real first and last layers."""
+    return build_model("binary_alexnet", **options)
+
+
+def xnornet(**options: Any) -> Any:
+    """XNOR-Net's AlexNet (1603.05279)."""
+    return build_model("xnornet", **options)

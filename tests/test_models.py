@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from benchmarks.baseline import ObviousReActNetA
 from tritonbnn.models import MODELS, build_model
@@ -51,6 +52,27 @@ def test_binarynet_has_the_published_layers():
         check_gradients(model, images)
     with pytest.raises(ValueError, match="binarynet is for images of about 32 x 32"):
         build_model("binarynet")
+
+
+@pytest.mark.parametrize(
+    ("name", "stem", "second", "published"),
+    [("binary_alexnet", 64, 192, 61_859_192), ("xnornet", 96, 256, 62_396_768)],
+)
+def test_alexnets_have_the_published_layers(name, stem, second, published):
+    with torch.device("meta"):
+        model = build_model(name).eval()
+        features = model.forward_features(torch.empty(1, 3, 224, 224))
+    assert (tuple(model.stem[0].weight.shape), model.stem[0].stride) == ((stem, 3, 11, 11), (4, 4))
+    assert [tuple(w.shape) for w in binary_weights(model).values()] == [
+        *((second, stem, 5, 5), (384, second, 3, 3), (384, 384, 3, 3), (256, 384, 3, 3)),
+        *((4096, 9216, 1, 1), (4096, 4096, 1, 1)),
+    ]
+    assert features.shape == (1, 4096, 1, 1)
+    # There a norm has a shift and two statistics, but no scale. A head has no bias, BNN's a norm.
+    weights = [model.stem[0].weight, *binary_weights(model).values(), model.fc.weight]
+    norms = sum(m.num_features for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    norms += 1000 if name == "binary_alexnet" else 0
+    assert scalars(weights) + 3 * norms == published
 
 
 def test_the_baseline_counts_are_the_published_ones():

@@ -172,7 +172,8 @@ def test_mistakes_are_one_line(place, argv, words):
 def test_a_graph_is_no_run(place):
     for command in (EVALUATE, PREDICT):
         argv = ("net.onnx", "images/val") if command == PREDICT else ("net.onnx",)
-        assert_one_line(run(command, *argv, cwd=place), "net.onnx")
+        words = "net.onnx is an ONNX graph, which is for other programs"
+        assert_one_line(run(command, *argv, cwd=place), words)
 
 
 def test_without_the_package_there_is_one_line(place):

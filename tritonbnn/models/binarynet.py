@@ -2,9 +2,7 @@
 
 from torch import nn
 
-from tritonbnn.models.blocks import BinaryNetwork, conv_bn, scaled
-from tritonbnn.nn import BinaryConv2d
-from tritonbnn.nn.ends import OrderedBatchNorm2d
+from tritonbnn.models.blocks import BinaryNetwork, conv_bn, scaled, signed_layer
 
 CHANNELS = 128
 HIDDEN = 1024
@@ -50,14 +48,7 @@ def binarynet(
 
     def add(out_channels: int, kernel_size: int, pool: nn.Module | None = None) -> None:
         nonlocal channels
-        padding = kernel_size // 2
-        layers.append(
-            BinaryConv2d(
-                channels, out_channels, kernel_size, padding=padding, binary_weight=binary_weights
-            )
-        )
-        layers.extend([pool] if pool else [])
-        layers.append(OrderedBatchNorm2d(out_channels))
+        layers.extend(signed_layer(channels, out_channels, kernel_size, binary_weights, pool))
         channels = out_channels
 
     add(channels, 3, nn.MaxPool2d(2))

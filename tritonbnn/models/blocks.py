@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
-from tritonbnn.nn import BinaryUnit
+from tritonbnn.nn import BinaryConv2d, BinaryUnit
 from tritonbnn.nn.ends import OrderedBatchNorm2d, OrderedConv2d, OrderedLinear
 
 WIDTH_MULTIPLE = 8
@@ -44,6 +44,21 @@ def conv_bn(in_channels: int, out_channels: int, kernel_size: int, stride: int) 
         ),
         OrderedBatchNorm2d(out_channels),
     )
+
+
+def signed_layer(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    binary_weights: bool,
+    pool: nn.Module | None = None,
+) -> list[nn.Module]:
+    """Sign, padded convolution, pooling and BatchNorm of a network without shortcuts."""
+    padding = kernel_size // 2
+    conv = BinaryConv2d(
+        in_channels, out_channels, kernel_size, padding=padding, binary_weight=binary_weights
+    )
+    return [conv, *([pool] if pool else []), OrderedBatchNorm2d(out_channels)]
 
 
 @fx.wrap  # in a traced graph it is one node, as a stand-in for images has no size

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonbnn.models import reactnet, resnet
+from tritonbnn.models import alexnet, reactnet, resnet
 from tritonbnn.models.binarynet import CHANNELS, HIDDEN, binarynet
 from tritonbnn.models.blocks import WIDTH_MULTIPLE, BinaryNetwork
 from tritonbnn.models.reactnet import reactnet_a
@@ -19,6 +19,8 @@ MODELS: dict[str, Callable[..., BinaryNetwork]] = {
     "reactnet_18": partial(resnet_18, rprelu=True),
     "birealnet_18": partial(resnet_18, rprelu=False),
     "binarynet": binarynet,
+    "binary_alexnet": partial(alexnet.alexnet, "binary_alexnet"),
+    "xnornet": partial(alexnet.alexnet, "xnornet"),
 }
 
 
@@ -39,7 +41,7 @@ def build_model(
     the same parameter names and shapes, so that step 2 loads step 1 strictly.
 
     Args:
-        name: "reactnet_a", "reactnet_18", "birealnet_18", or "binarynet".
+        name: a key of ``MODELS``.
         num_classes: outputs of the head.
         binary_weights: whether the weights of the binary convolutions are binarised too.
         width: multiplies all channels; they are rounded to multiples of 8.
@@ -90,11 +92,15 @@ def network_of_weights(state: dict[str, Tensor], *, small_images: bool) -> dict[
         raise ValueError(f"not the weights of a network of tritonbnn or AdamBNN, but of {names}")
     if "blocks.0.0.weight" in state:
         name, narrow, wide = "reactnet_a", reactnet.STEM_CHANNELS, reactnet.BLOCKS[-1][0]
-    elif "blocks.0.bn.weight" not in state:
-        name, narrow, wide, small_images = "binarynet", CHANNELS, HIDDEN, True
-    else:
+    elif "blocks.0.bn.weight" in state:
         name = "reactnet_18" if "blocks.0.slope" in state else "birealnet_18"
         narrow, wide, small_images = resnet.STAGES[0], resnet.STAGES[-1], first.shape[2] == 3
+    elif "blocks.0.weight" in state and state["blocks.0.weight"].shape[2:] == (5, 5):
+        name = "xnornet" if "stem.4.weight" in state else "binary_alexnet"
+        narrow, wide = alexnet.STEM_CHANNELS[name], alexnet.HIDDEN
+        small_images = first.shape[2] == 3
+    else:
+        name, narrow, wide, small_images = "binarynet", CHANNELS, HIDDEN, True
     network: dict[str, Any] = {
         "name": name,
         "num_classes": head.shape[0],

@@ -152,7 +152,11 @@ def with_stage(line: dict[str, Any]) -> dict[str, Any]:
 
 
 def _damaged(path: Path) -> DamagedError:
-    what = "is empty" if not path.stat().st_size else "is damaged, or not a checkpoint of tritonbnn"
+    what = "is damaged, or not a checkpoint of tritonbnn"
+    if path.suffix.lower() == ".onnx":
+        what = "is an ONNX graph, which is for other programs"
+    if not path.stat().st_size:
+        what = "is empty"
     return DamagedError(f"{path} {what}: use another checkpoint")
 
 
