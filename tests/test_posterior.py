@@ -75,7 +75,8 @@ def test_the_command_says_which_checkpoint_and_scores_it(place: Path):
         (("ivon/step2/best.safetensors", "--samples", 2), "holds weights alone: --samples needs"),
         (("ivon", "--samples", 2, "--engine", "packed"), "leave --engine, --step and --recipe out"),
         (("ivon", "--samples", -1), "--samples"),
-        (("nowhere", "--samples", 2), "there is no checkpoint"),
+        (("nowhere", "--samples", 2), "nowhere does not exist: name a checkpoint file or a run"),
+        (("images", "--samples", 2), "images holds no checkpoint yet"),
     ],
 )
 def test_bad_input_is_one_line(place: Path, argv: tuple, message: str):

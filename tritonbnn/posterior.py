@@ -17,9 +17,8 @@ from tritonbnn.optim import (
     sampled_probabilities,
 )
 from tritonbnn.settings import Choice, filled
-from tritonbnn.train.checkpoint import LAST, Checkpoint, read, stage_folder
-from tritonbnn.train.recipe import stage_names
-from tritonbnn.train.weights import network_with_weights
+from tritonbnn.train.checkpoint import LAST, Checkpoint, read
+from tritonbnn.train.weights import find_checkpoint, network_with_weights
 
 
 class SampledNetwork(nn.Module):
@@ -55,7 +54,7 @@ def open_sampled(place: Path, compute: Compute, samples: int) -> tuple[nn.Module
     Raises:
         UserError: there is no such checkpoint, or another optimiser trained it.
     """
-    checkpoint = read(_last(place))
+    checkpoint = read(find_checkpoint(place, LAST))
     stage = _stage(checkpoint)
     settings = dict(stage["optimizer"])
     name = settings.pop("name")
@@ -71,13 +70,6 @@ def open_sampled(place: Path, compute: Compute, samples: int) -> tuple[nn.Module
     saved = checkpoint.group("optimizer")
     restore_optimizer(model, optimizer, saved, checkpoint.facts["optimizer"])
     return SampledNetwork(model, cast(IVON, optimizer), samples).eval(), checkpoint
-
-
-def _last(place: Path) -> Path:
-    if place.is_file():
-        return place
-    candidates = [stage_folder(place, name) / LAST for name in reversed(stage_names(place))]
-    return next((path for path in (*candidates, place / LAST) if path.is_file()), candidates[0])
 
 
 def _stage(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -275,7 +275,7 @@ class RunFolder:
         """What nobody but its owner has written stays, as a recipe of that name."""
         if (self.path / ENVIRONMENT).exists():
             return
-        for name in _OF_A_RUN:
+        for name in (CONFIG, LOG):
             if (self.path / name).exists():
                 raise UserError(
                     f"{self.path / name} is there already, and of no run: choose another --out"

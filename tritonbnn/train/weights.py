@@ -43,8 +43,12 @@ class Told:
 NOTHING = Told()
 
 
-def find_checkpoint(place: Path) -> Path:
-    """The file meant by a file, a run's folder (its furthest stage's best), or a stage's folder.
+def find_checkpoint(place: Path, kind: str = BEST) -> Path:
+    """The file meant by a file, a run's folder (of its furthest stage), or a stage's folder.
+
+    Args:
+        place: file or folder.
+        kind: the name of the file in a stage's folder.
 
     Raises:
         UserError: there is none.
@@ -53,7 +57,7 @@ def find_checkpoint(place: Path) -> Path:
         raise UserError(f"{place} does not exist: name a checkpoint file or a run's folder")
     if not place.is_dir():
         return place
-    candidates = [place / folder / BEST for folder in (*reversed(stage_names(place)), "")]
+    candidates = [place / folder / kind for folder in (*reversed(stage_names(place)), "")]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         raise UserError(f"{place} holds no checkpoint yet: name a checkpoint file or another run")
