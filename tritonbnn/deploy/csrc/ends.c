@@ -49,18 +49,33 @@ int prepare_rows(const Network *net, const Call *call, const Layout *layout, int
     return finite;
 }
 
-/* Store LANES channels of a pixel of the first stream, and their signs in its map. */
-INLINE void store_first(const Network *net, const Layout *layout, int64_t row, int64_t x,
-                        int64_t block, vec z) {
+/* Where LANES channels of a row of the first stream go, and the signs of them. */
+typedef struct {
+    float *numbers;
+    char *bits;
+    int64_t bytes; /* of a pixel's signs */
+    vec threshold;
+} FirstRow;
+
+static FirstRow first_row(const Network *net, const Layout *layout, int64_t row, int64_t block) {
     const Stream *first = &layout->first;
     int64_t pad = net->units[0].kernel_size / 2, height = layout->first_height;
-    const float *threshold = net->stem.numbers + net->stem.count - first->pitch;
-    int64_t pixel = row % first->rows * first->width + x;
-    store(first->numbers + pixel * first->pitch + block * LANES, z);
     int64_t line = row / height * (height + 2 * pad) + row % height + pad;
-    pixel = line * (first->width + 2 * pad) + x + pad;
-    uint16_t bits = at_least(z, load(threshold + block * LANES));
-    memcpy((char *)(layout->map + pixel * words_of(net->stem_channels)) + 2 * block, &bits, 2);
+    int64_t pixel = line * (first->width + 2 * pad) + pad, words = words_of(net->stem_channels);
+    int64_t lanes = blocks_of(net->stem_channels) * LANES;
+    const float *thresholds = net->stem.numbers + net->stem.count - lanes;
+    return (FirstRow){
+        .numbers = first->numbers + block * first->plane + row % first->rows * first->width * LANES,
+        .bits = (char *)(layout->map + pixel * words) + 2 * block,
+        .bytes = 4 * words,
+        .threshold = load(thresholds + block * LANES),
+    };
+}
+
+INLINE void store_first(const FirstRow *row, int64_t x, vec z) {
+    store(row->numbers + x * LANES, z);
+    uint16_t bits = at_least(z, row->threshold);
+    memcpy(row->bits + x * row->bytes, &bits, 2);
 }
 
 static void stem_row(const Network *net, const Call *call, const Layout *layout, int64_t row,
@@ -72,6 +87,12 @@ static void stem_row(const Network *net, const Call *call, const Layout *layout,
     vec offset = load(net->stem.numbers + (kernel * run * blocks + block) * LANES);
     const float *line = layout->padded + (image * (call->height + 2 * layout->pad) +
                                           y * net->stem_stride) * padded * net->in_channels;
+    float *raw = NULL;
+    FirstRow first = {0};
+    if (net->stem_pools)
+        raw = layout->raw + (row * layout->stem_width * blocks + block) * LANES;
+    else
+        first = first_row(net, layout, row, block);
     for (int64_t x = 0; x < layout->stem_width; x += REAL_PIXELS) {
         int64_t count = smaller(REAL_PIXELS, layout->stem_width - x);
         const float *inputs[REAL_PIXELS];
@@ -82,10 +103,9 @@ static void stem_row(const Network *net, const Call *call, const Layout *layout,
         for (int64_t p = 0; p < count; p++) {
             vec z = sums[p] + offset;
             if (net->stem_pools)
-                store(layout->raw + ((row * layout->stem_width + x + p) * blocks + block) * LANES,
-                      z);
+                store(raw + (x + p) * blocks * LANES, z);
             else
-                store_first(net, layout, row, x + p, block, z);
+                store_first(&first, x + p, z);
         }
     }
 }
@@ -108,27 +128,29 @@ void pool_rows(const Network *net, const Layout *layout, int64_t from, int64_t t
         int64_t image = row / layout->first_height, y = row % layout->first_height;
         int64_t top = larger(0, 2 * y - 1), bottom = smaller(layout->stem_height, 2 * y + 2);
         const float *raw = layout->raw + image * layout->stem_height * width * blocks * LANES;
-        for (int64_t x = 0; x < layout->first.width; x++) {
-            int64_t left = larger(0, 2 * x - 1), right = smaller(width, 2 * x + 2);
-            for (int64_t block = 0; block < blocks; block++) {
+        for (int64_t block = 0; block < blocks; block++) {
+            FirstRow first = first_row(net, layout, row, block);
+            for (int64_t x = 0; x < layout->first.width; x++) {
+                int64_t left = larger(0, 2 * x - 1), right = smaller(width, 2 * x + 2);
                 vec most = splat(-FLT_MAX);
                 for (int64_t i = top; i < bottom; i++)
                     for (int64_t j = left; j < right; j++)
                         most = maximum(load(raw + ((i * width + j) * blocks + block) * LANES), most);
-                store_first(net, layout, row, x, block, most);
+                store_first(&first, x, most);
             }
         }
     }
 }
 
 void average(const Network *net, const Layout *layout, float *features, int64_t from, int64_t to) {
-    int64_t channels = net->units[net->unit_count - 1].out_channels, pitch = layout->last_pitch;
+    int64_t blocks = blocks_of(net->units[net->unit_count - 1].out_channels);
     for (int64_t i = from; i < to; i++) {
-        int64_t image = i / blocks_of(channels), block = i % blocks_of(channels);
-        const float *at = layout->last + image * layout->last_pixels * pitch + block * LANES;
+        int64_t image = i / blocks, block = i % blocks;
+        const float *at = layout->last.numbers + block * layout->last.plane;
+        at += image * layout->last_pixels * LANES;
         vec sum = splat(0);
-        for (int64_t p = 0; p < layout->last_pixels; p++) sum += load(at + p * pitch);
-        store(features + image * pitch + block * LANES, sum / (float)layout->last_pixels);
+        for (int64_t p = 0; p < layout->last_pixels; p++) sum += load(at + p * LANES);
+        store(features + i * LANES, sum / (float)layout->last_pixels);
     }
 }
 

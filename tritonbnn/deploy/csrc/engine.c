@@ -26,56 +26,66 @@ typedef struct {
     int64_t input, shortcut, out, next, kind;
 } Spot;
 
-INLINE int64_t place_in(const Stream *stream, int64_t row, int64_t x) {
-    return (row % stream->rows * stream->width + x) * stream->pitch;
+INLINE int64_t place_in(const Stream *stream, int64_t row) {
+    return row % stream->rows * stream->width * LANES;
+}
+
+/* Pixels from..to of a row of the output. */
+static void find_spots_of_row(const Placed *u, int64_t row, int64_t from, int64_t to, Spot *spots) {
+    int64_t kernel = u->unit->kernel_size, pad = kernel / 2, stride = u->unit->stride;
+    int64_t image = row / u->out_height, y = row % u->out_height;
+    int64_t map_line = image * (u->height + 2 * pad) + y * stride;
+    int64_t next_line = image * (u->out_height + 2 * u->next_pad) + y + u->next_pad;
+    int64_t input = map_line * (u->width + 2 * pad) * u->words;
+    int64_t shortcut = place_in(&u->in, image * u->height + y * stride);
+    int64_t out = place_in(&u->out, row);
+    int64_t next = (next_line * (u->out_width + 2 * u->next_pad) + u->next_pad) * u->next_words;
+    int64_t cut_rows = (y * stride < pad) | (y * stride + pad >= u->height) << 1;
+    for (int64_t x = from; x < to; x++) {
+        int64_t cut_columns = (x * stride < pad) | (x * stride + pad >= u->width) << 1;
+        *spots++ = (Spot){
+            .input = input + x * stride * u->words,
+            .shortcut = shortcut + x * stride * LANES,
+            .out = out + x * LANES,
+            .next = next + x * u->next_words,
+            .kind = kernel == 3 ? cut_rows * 4 + cut_columns : 0,
+        };
+    }
 }
 
 static void find_spots(const Placed *u, int64_t from, int64_t to, Spot *spots) {
-    int64_t kernel = u->unit->kernel_size, pad = kernel / 2, stride = u->unit->stride;
-    int64_t map_width = u->width + 2 * pad, map_height = u->height + 2 * pad;
-    int64_t next_width = u->out_width + 2 * u->next_pad;
-    int64_t next_height = u->out_height + 2 * u->next_pad;
-    int64_t x = from % u->out_width, row = from / u->out_width;
-    int64_t y = row % u->out_height, image = row / u->out_height;
-    for (int64_t i = from; i < to; i++, spots++) {
-        int64_t line = image * map_height + y * stride;
-        int64_t cut_rows = (y * stride < pad) | (y * stride + pad >= u->height) << 1;
-        int64_t cut_columns = (x * stride < pad) | (x * stride + pad >= u->width) << 1;
-        spots->input = (line * map_width + x * stride) * u->words;
-        spots->shortcut = place_in(&u->in, image * u->height + y * stride, x * stride);
-        spots->out = place_in(&u->out, image * u->out_height + y, x);
-        line = image * next_height + y + u->next_pad;
-        spots->next = (line * next_width + x + u->next_pad) * u->next_words;
-        spots->kind = kernel == 3 ? cut_rows * 4 + cut_columns : 0;
-        if (++x < u->out_width) continue;
-        x = 0;
-        if (++y < u->out_height) continue;
-        y = 0;
-        image++;
+    int64_t row = from / u->out_width, x = from % u->out_width;
+    for (int64_t left = to - from; left > 0; row++, x = 0) {
+        int64_t count = smaller(left, u->out_width - x);
+        find_spots_of_row(u, row, x, x + count, spots);
+        spots += count;
+        left -= count;
     }
 }
 
 /* The channels twice, where they meet within a block. */
-INLINE vec repeated(const float *pixel, int64_t channels, int64_t first) {
+INLINE vec repeated(const float *pixel, int64_t plane, int64_t channels, int64_t first) {
     vec both = splat(0);
-    for (int64_t i = 0; i < LANES && first + i < 2 * channels; i++)
-        both[i] = pixel[first + i < channels ? first + i : first + i - channels];
+    for (int64_t i = 0; i < LANES && first + i < 2 * channels; i++) {
+        int64_t c = first + i < channels ? first + i : first + i - channels;
+        both[i] = pixel[c / LANES * plane + c % LANES];
+    }
     return both;
 }
 
-INLINE vec mean_of_four(const float *corner, int64_t pitch, int64_t row) {
-    vec sum = load(corner) + load(corner + pitch);
+INLINE vec mean_of_four(const float *corner, int64_t row) {
+    vec sum = load(corner) + load(corner + LANES);
     sum += load(corner + row);
-    return (sum + load(corner + row + pitch)) * 0.25f;
+    return (sum + load(corner + row + LANES)) * 0.25f;
 }
 
 enum { REPEAT_WITHIN = PROJECT + 1 }; /* REPEAT, where a block may hold both */
 
 /* At most PIXELS outputs of a block of channels. */
-INLINE void tile(const Placed *u, int64_t shortcut, const Spot *spots, int64_t count,
+INLINE void tile_of(const Placed *u, int64_t shortcut, const Spot *spots, int64_t count,
                  int64_t block) {
     const Unit *unit = u->unit;
-    int64_t kernel = unit->kernel_size, run = kernel * u->words, lanes = u->out.pitch;
+    int64_t kernel = unit->kernel_size, run = kernel * u->words, lanes = u->blocks * LANES;
     int64_t map_row = (u->width + 2 * (kernel / 2)) * u->words, first = block * LANES;
     const uint32_t *inputs[PIXELS];
     ivec counts[PIXELS];
@@ -91,31 +101,44 @@ INLINE void tile(const Placed *u, int64_t shortcut, const Spot *spots, int64_t c
     const float *whole = unit->whole.numbers + first;
     vec scale = load(vectors), constant = load(vectors + lanes), slope = load(vectors + 2 * lanes);
     vec shift_out = load(vectors + 3 * lanes), threshold = load(vectors + 4 * lanes);
-    int64_t channels = unit->channels, pitch = u->in.pitch, row = u->width * pitch;
+    int64_t channels = unit->channels, row = u->width * LANES;
     int64_t source = shortcut == REPEAT && first >= channels ? first - channels : first;
-    float *stream_out = u->out.numbers + first;
+    if (shortcut != REPEAT_WITHIN) stream += source / LANES * u->in.plane;
+    float *stream_out = u->out.numbers + block * u->out.plane;
     char *next = u->next ? (char *)u->next + 2 * block : NULL;
-    for (int64_t p = 0; p < count; p++, spots++) {
-        const float *from = stream + spots->shortcut;
-        float *out = stream_out + spots->out;
+    vec z[PIXELS];
+#pragma GCC unroll 8
+    for (int64_t p = 0; p < count; p++) {
+        const float *from = stream + spots[p].shortcut;
         /* whole numbers below 2^24, so exact in floats */
-        vec sum = load(whole + spots->kind * lanes) - 2 * __builtin_convertvector(counts[p], vec);
+        vec sum = load(whole + spots[p].kind * lanes) - 2 * __builtin_convertvector(counts[p], vec);
         vec t = sum * scale + constant;
         if (shortcut == IDENTITY || shortcut == REPEAT)
-            t += load(from + source);
+            t += load(from);
         else if (shortcut == REPEAT_WITHIN)
-            t += repeated(from, channels, first);
+            t += repeated(from, u->in.plane, channels, first);
         else if (shortcut == POOL)
-            t += mean_of_four(from + first, pitch, row);
+            t += mean_of_four(from, row);
         else /* PROJECT has left it there */
-            t += load(out);
-        vec z = prelu(t, slope) + shift_out;
-        store(out, z);
-        if (next) {
-            uint16_t bits = at_least(z, threshold);
-            memcpy(next + 4 * spots->next, &bits, 2);
-        }
+            t += load(stream_out + spots[p].out);
+        z[p] = prelu(t, slope) + shift_out;
     }
+#pragma GCC unroll 8
+    for (int64_t p = 0; p < count; p++) store(stream_out + spots[p].out, z[p]);
+    if (!next) return;
+#pragma GCC unroll 8
+    for (int64_t p = 0; p < count; p++) {
+        uint16_t bits = at_least(z[p], threshold);
+        memcpy(next + 4 * spots[p].next, &bits, 2);
+    }
+}
+
+INLINE void tile(const Placed *u, int64_t shortcut, const Spot *spots, int64_t count,
+                 int64_t block) {
+    if (count == PIXELS)
+        tile_of(u, shortcut, spots, PIXELS, block);
+    else
+        tile_of(u, shortcut, spots, count, block);
 }
 
 static void tiles(const Placed *u, const Spot *spots, int64_t from, int64_t to, int64_t block) {
@@ -123,7 +146,7 @@ static void tiles(const Placed *u, const Spot *spots, int64_t from, int64_t to, 
     int64_t shortcut = unit->shortcut, words = unit->kernel_size * unit->kernel_size * u->words;
     const char *weight = (const char *)(unit->weight + block * words * LANES);
     if (shortcut == REPEAT && unit->channels % LANES) shortcut = REPEAT_WITHIN;
-    int64_t ahead = (block + 1) * LANES < u->out.pitch ? words : 0; /* of the next block, in lines */
+    int64_t ahead = block + 1 < u->blocks ? words : 0; /* of the next block, in lines */
     int64_t part = (ahead * PIXELS + to - from - 1) / (to - from), line = 0;
     for (int64_t pixel = from; pixel < to; pixel += PIXELS, spots += PIXELS) {
         int64_t count = smaller(PIXELS, to - pixel);
@@ -142,29 +165,25 @@ static void tiles(const Placed *u, const Spot *spots, int64_t from, int64_t to, 
 /* The 2 x 2 means times a real 1 x 1 convolution, into the output. scratch: PIXELS pixels. */
 static void project(const Placed *u, const Spot *spots, int64_t from, int64_t to,
                     int64_t first_block, int64_t last_block, float *scratch) {
-    int64_t channels = u->unit->channels, blocks = u->out.pitch / LANES;
-    int64_t pitch = u->in.pitch, row = u->width * pitch;
+    int64_t channels = u->unit->channels, row = u->width * LANES;
     const float *weight = u->unit->projection.numbers;
     for (int64_t pixel = from; pixel < to; pixel += REAL_PIXELS, spots += REAL_PIXELS) {
         int64_t count = smaller(REAL_PIXELS, to - pixel);
         const float *inputs[REAL_PIXELS];
         for (int64_t p = 0; p < REAL_PIXELS; p++) {
-            float *mean = scratch + smaller(p, count - 1) * channels;
+            float *mean = scratch + smaller(p, count - 1) * blocks_of(channels) * LANES;
             inputs[p] = mean;
             if (p >= count) continue;
             const float *corner = u->in.numbers + spots[p].shortcut;
-            for (int64_t c = 0; c < channels; c++) {
-                float sum = corner[c] + corner[c + pitch];
-                sum += corner[c + row];
-                mean[c] = (sum + corner[c + row + pitch]) * 0.25f;
-            }
+            for (int64_t c = 0; c < channels; c += LANES, corner += u->in.plane)
+                store(mean + c, mean_of_four(corner, row));
         }
         for (int64_t block = first_block; block < last_block; block++) {
             vec sums[REAL_PIXELS];
             real_product(weight + block * channels * LANES, inputs, 1, channels, 0, sums);
-            vec offset = load(weight + (blocks * channels + block) * LANES);
+            vec offset = load(weight + (u->blocks * channels + block) * LANES);
             for (int64_t p = 0; p < count; p++)
-                store(u->out.numbers + spots[p].out + block * LANES, sums[p] + offset);
+                store(u->out.numbers + block * u->out.plane + spots[p].out, sums[p] + offset);
         }
     }
 }
@@ -202,7 +221,7 @@ static void group_chunk(const Layout *layout, int64_t first, int64_t last, int64
     for (int64_t at = from; at < to; at += step)
         for (int64_t i = first; i < last; i++) {
             const Placed *u = &layout->units[i];
-            chunk(u, at, smaller(at + step, to), 0, u->out.pitch / LANES, scratch);
+            chunk(u, at, smaller(at + step, to), 0, u->blocks, scratch);
         }
 }
 
@@ -215,10 +234,9 @@ static void run_units(const Network *net, const Layout *layout, int64_t first, i
         int64_t last = tritonbnn_group_end(net, i), pixels = images * u->out_height * u->out_width;
         int64_t count = (pixels + PIXELS - 1) / PIXELS;
         if (member.count > 1 && count < FEW_TILES * member.count) {
-            int64_t blocks = u->out.pitch / LANES;
             for (int64_t at = 0; at < pixels; at += CHUNK)
-                chunk(u, at, smaller(at + CHUNK, pixels), share(member, blocks, 0),
-                      share(member, blocks, 1), scratch);
+                chunk(u, at, smaller(at + CHUNK, pixels), share(member, u->blocks, 0),
+                      share(member, u->blocks, 1), scratch);
             i++;
         } else {
             group_chunk(layout, i, last, share(member, count, 0) * PIXELS,
@@ -304,8 +322,8 @@ static int run_group(const Network *net, const Call *call, const Layout *layout,
     }
     if (layout->flowing) run_flow(net, call, layout, images);
     run_units(net, layout, layout->flowing, images, member);
-    int64_t means = images * layout->last_pitch / LANES;
-    average(net, layout, features + first * layout->last_pitch, share(member, means, 0),
+    int64_t blocks = layout->units[net->unit_count - 1].blocks, means = images * blocks;
+    average(net, layout, features + first * blocks * LANES, share(member, means, 0),
             share(member, means, 1));
     meet(member); /* before the next group overwrites what others still read */
     return finite;

@@ -195,16 +195,20 @@ static int64_t measure(Layout *layout, Walk w, int64_t buffers[MOST_BUFFERS]) {
         int64_t bytes = stream_bytes(w.out_rows, w.out_width, u->out_channels);
         buffers[w.out_buffer] = larger(buffers[w.out_buffer], bytes);
         if (u->shortcut == PROJECT)
-            layout->scratch_floats = larger(layout->scratch_floats, PIXELS * u->channels);
+            layout->scratch_floats =
+                larger(layout->scratch_floats, PIXELS * blocks_of(u->channels) * LANES);
     }
     return w.height > 0 && w.width > 0 ? DONE : BAD_SIZE;
+}
+
+static Stream make_stream(float *numbers, int64_t rows, int64_t width) {
+    return (Stream){numbers, rows, width, rows * width * LANES};
 }
 
 static void place(Layout *layout, Walk w, float *const buffers[MOST_BUFFERS]) {
     const Network *net = w.net;
     char *map = layout->maps;
-    int64_t pitch = blocks_of(net->stem_channels) * LANES;
-    layout->first = (Stream){buffers[w.buffer], w.rows, w.width, pitch};
+    layout->first = make_stream(buffers[w.buffer], w.rows, w.width);
     layout->map = (uint32_t *)map;
     for (; w.index < net->unit_count; step(&w)) {
         const Unit *u = &net->units[w.index];
@@ -218,19 +222,18 @@ static void place(Layout *layout, Walk w, float *const buffers[MOST_BUFFERS]) {
             .out_width = w.out_width,
             .words = words_of(u->channels),
             .chunk_rows = chunk_rows(u, w.out_width),
-            .in = {buffers[w.buffer], w.rows, w.width, pitch},
+            .blocks = blocks_of(u->out_channels),
+            .in = make_stream(buffers[w.buffer], w.rows, w.width),
+            .out = make_stream(buffers[w.out_buffer], w.out_rows, w.out_width),
             .map = (uint32_t *)(map - map_bytes(u, layout->images, w.height, w.width)),
             .next_words = words_of(u->out_channels),
         };
-        pitch = blocks_of(u->out_channels) * LANES;
-        p->out = (Stream){buffers[w.out_buffer], w.out_rows, w.out_width, pitch};
         if (w.index + 1 < net->unit_count) {
             p->next = (uint32_t *)map;
             p->next_pad = net->units[w.index + 1].kernel_size / 2;
         }
-        layout->last = p->out.numbers;
+        layout->last = p->out;
         layout->last_pixels = w.out_height * w.out_width;
-        layout->last_pitch = pitch;
     }
 }
 

@@ -5,11 +5,12 @@
 #include "engine.h"
 #include "lanes.h"
 
-/* A stream: rows of pixels of channels, padded to whole blocks. Images follow one another. It may
-   have memory for some rows only: row r is then at r % rows. */
+/* A stream: [block of channels][row][column][lane]. What a block's outputs read and write lies side
+   by side then. Images follow one another. It may have memory for some rows only: row r is then at
+   r % rows. */
 typedef struct {
     float *numbers;
-    int64_t rows, width, pitch; /* pitch: floats of a pixel */
+    int64_t rows, width, plane; /* plane: floats of a block */
 } Stream;
 
 /* A unit at its place. */
@@ -17,6 +18,7 @@ typedef struct {
     const Unit *unit;
     int64_t height, width, out_height, out_width;
     int64_t words;      /* of an input pixel's signs */
+    int64_t blocks;     /* of the output's channels */
     int64_t chunk_rows; /* of the output, that are computed at a time */
     Stream in, out;     /* of the same memory where the shortcut is the input itself */
     uint32_t *map;      /* the input's signs, with zeros around them for a 3 x 3 kernel */
@@ -36,9 +38,9 @@ typedef struct {
     float *raw;      /* the stem's output where it is pooled */
     Stream first;
     uint32_t *map;   /* the signs of the first stream */
-    const float *last;
-    int64_t last_pixels, last_pitch; /* of an image's last stream */
-    char *maps;                      /* all maps of signs */
+    Stream last;
+    int64_t last_pixels; /* of an image */
+    char *maps;          /* all maps of signs */
     int64_t map_bytes;
     float *scratch; /* of each thread: PROJECT's pooled pixels */
     int64_t scratch_floats;
