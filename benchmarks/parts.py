@@ -75,6 +75,7 @@ def parts(folder: Path, runs: Path, *, cuda: bool, tiny: bool, fashion: Path | N
         *_layers(cuda, tiny),
         *_memory(cuda, tiny),
         *_layers_alone(cuda, tiny),
+        *_deployed(cuda, tiny),
         *_small_steps(cuda, tiny),
         *_steps(cuda, tiny),
         *_sweeps(cuda, tiny),
@@ -156,6 +157,14 @@ def _layers_alone(cuda: bool, tiny: bool) -> Iterator[Part]:
     small = ("--layers", "3x3:32@6", "--rounds", "1", "--milliseconds", "1") if tiny else ()
     command = ("benchmarks.layers", *small)
     yield Part("binary-conv2d", command, "binary_conv2d.json", minutes=2, figure=True)
+
+
+def _deployed(cuda: bool, tiny: bool) -> Iterator[Part]:
+    """The packed engine on a CPU, against floats and other people's engines."""
+    if cuda:
+        return
+    small = ("--only", "layers", "--rounds", "1") if tiny else ()
+    yield Part("deploy", ("benchmarks.deploy", *small), "deploy.json", minutes=8, figure=True)
 
 
 def _small_steps(cuda: bool, tiny: bool) -> Iterator[Part]:

@@ -1,4 +1,5 @@
-"""Pictures of a device's results: speed with its floor, memory against batch, time by family.
+"""Pictures of a device's results: speed with its floor, memory against batch, time by family,
+and the packed engine beside its rivals.
 
 Colours are Okabe and Ito's, which the colour-blind can tell apart. The same files give the same SVG
 byte for byte.
@@ -10,6 +11,7 @@ import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks import deploy_table
 from benchmarks.families import FAMILIES
 from benchmarks.tables import BATCH_SWEEP, STEP_FILES, Device, label
 
@@ -30,6 +32,7 @@ def draw(device: Device) -> None:
         "throughput": throughput,
         "memory": memory,
         "families": families,
+        "deploy": deploy_table.picture,
     }
     for name, picture in kinds.items():
         with mpl.rc_context(STYLE):  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The README's table, docs/results.md and the pictures, from the result files.
+"""The README's table, the tables of docs/, and the pictures, from the result files.
 
 python -m benchmarks.report
 python -m benchmarks.report --check        # fails where either page differs from the files
@@ -8,6 +8,7 @@ import os
 import sys
 from pathlib import Path
 
+from benchmarks import deploy_table
 from benchmarks.headline import FIGURES, headline
 from benchmarks.machine import ROOT
 from benchmarks.pictures import draw
@@ -132,16 +133,19 @@ def _title(files: dict[int, str]) -> list[str]:
     return [f"### {titles[name]}", ""]
 
 
-def inserted(readme: str, results: str) -> str:
-    """The README with new results between its markers.
+def inserted(page: Path, results: str, begin: str = BEGIN, end: str = END) -> str:
+    """A page with new results between its markers, which are the results' own ends.
 
     Raises:
-        cli.UserError: it has no markers.
+        cli.UserError: there is no such page, or it has no markers.
     """
-    before, found, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (found and end):
-        raise cli.UserError(f"the README needs the lines {BEGIN} and {END}")
+    text = _text(page)
+    if text is None:
+        raise cli.UserError(f"cannot read {page}: there is no such file")
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise cli.UserError(f"{page} needs the lines {begin} and {end}")
     return before + results + after
 
 
@@ -152,18 +156,19 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
+    parser.add_argument("--deploy-page", type=Path, default=ROOT / "docs" / "deploy.md")
     parser.add_argument("--check", action="store_true", help="write nothing; say if one differs")
     args = parser.parse_args(argv)
     found = devices(args.results)
-    readme = _text(args.readme)
-    if readme is None:
-        raise cli.UserError(f"cannot read {args.readme}: there is no such file")
     if not args.check:
         for device in found:
             draw(device)
     pages = {
-        args.readme: inserted(readme, results_text(found)),
+        args.readme: inserted(args.readme, results_text(found)),
         args.page: results_page(found, args.page.parent),
+        args.deploy_page: inserted(
+            args.deploy_page, deploy_table.measured(found), deploy_table.BEGIN, deploy_table.END
+        ),
     }
     stale = [path for path, text in pages.items() if _text(path) != text]
     if args.check and stale:

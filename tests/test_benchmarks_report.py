@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report, tables
+from benchmarks import deploy_table, report, tables
 from benchmarks.machine import ROOT
 from tritonbnn import cli
 from tritonbnn.compare.page import Result
@@ -49,6 +49,8 @@ def side_by_side(claims=(), **top1):
 def place(tmp_path):
     """A README and the results of one GPU."""
     (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    markers = f"before\n{deploy_table.BEGIN}\nold\n{deploy_table.END}\nafter\n"
+    (tmp_path / "deploy.md").write_text(markers)
     folder = tmp_path / "results" / "a-gpu"
     folder.mkdir(parents=True)
     (tmp_path / "docs").mkdir()
@@ -74,6 +76,7 @@ def write(path: Path, result: dict) -> None:
 
 def run(place, *flags):
     where = ["--results", str(place / "results"), "--readme", str(place / "README.md")]
+    where += ["--deploy-page", str(place / "deploy.md")]
     return report.main([*where, "--page", str(place / "docs" / "results.md"), *flags])
 
 
@@ -236,6 +239,7 @@ def test_the_readme_shows_the_cpu_on_which_the_expert_was_measured(place, cpu):
 
 def test_without_any_gpu_that_is_said(tmp_path):
     (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}")
+    (tmp_path / "deploy.md").write_text(f"{deploy_table.BEGIN}\n{deploy_table.END}")
     (tmp_path / "results" / "tiny-cpu").mkdir(parents=True)
     (tmp_path / "docs").mkdir()
     assert run(tmp_path) == 0
@@ -301,7 +305,7 @@ def test_a_damaged_file_is_named_and_nothing_is_written(place, text, message):
 
 def test_a_readme_without_a_place_for_results(place):
     (place / "README.md").write_text("nothing")
-    with pytest.raises(cli.UserError, match="the README needs the lines"):
+    with pytest.raises(cli.UserError, match=r"README\.md needs the lines"):
         run(place)
     (place / "README.md").unlink()
     with pytest.raises(cli.UserError, match="cannot read"):

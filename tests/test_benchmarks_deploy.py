@@ -1,0 +1,116 @@
+"""The packed engine's benchmark: exact rivals, its loop, its tables, and the whole command."""
+
+import importlib.util
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import deploy, deploy_layers, deploy_networks, deploy_table
+from benchmarks.deploy_layers import MANY, ONE, UNITS
+from benchmarks.tables import Device
+from tritonbnn import cli
+from tritonbnn.deploy import Engine, plain
+
+ODD = [(3, 33, 7), (1, 40, 5)]
+WHOLE = [(3, 32, 7), (1, 40, 5), (3, 64, 4)]
+"""Channels that OpenVINO multiplies exactly: 33 it does not."""
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch.set_grad_enabled(True)
+
+
+@pytest.mark.parametrize("layer", ODD)
+def test_a_layer_s_network_is_what_numpy_computes(layer):
+    packed = deploy_layers.network(*layer, units=2)
+    image = np.random.default_rng(2).standard_normal((1, 1, layer[2], layer[2]), np.float32)
+    truth = plain.PlainNetwork(packed).logits(image, None, 1)
+    np.testing.assert_allclose(Engine(packed, 1)(image), truth, rtol=1e-4)
+
+
+@pytest.mark.parametrize("package", deploy_layers.RIVALS)
+@pytest.mark.parametrize("layer", WHOLE)
+def test_a_rival_s_sums_are_exact_or_it_is_refused(package, layer, monkeypatch):
+    if importlib.util.find_spec(package.lower()) is None:
+        pytest.skip(f"{package} is not installed: pip install 'tritonbnn[bench]'")
+    assert package in deploy_layers.calls(*layer)
+    exact = deploy_layers.RIVALS[package]
+
+    def other(x, signs):
+        call, sums = exact(x, signs)
+        return call, lambda output: sums(output) + torch.eye(layer[2])
+
+    monkeypatch.setitem(deploy_layers.RIVALS, package, other)
+    with pytest.raises(RuntimeError, match=f"{package}'s sums are not exact"):
+        deploy_layers.calls(*layer)
+
+
+def test_the_loop_alone_counts_bits():
+    """As many as numpy finds in the same numbers, for tiles that visit every pixel and lane."""
+    products, different = deploy_layers.count(16)
+    words, lanes = 72, 16
+    pixels, left = divmod(products, 16 * lanes * words * 32)
+    assert left == 0
+    weight = np.arange(1, words * lanes + 1, dtype=np.uint32) * np.uint32(2654435761)
+    inputs = np.arange(1, pixels + words + 1, dtype=np.uint32) * np.uint32(2246822519)
+    truth = 0
+    for tile in range(16):
+        place = tile % pixels
+        differing = weight.reshape(words, lanes)[:, tile % lanes] ^ inputs[place : place + words]
+        truth += int(np.unpackbits(differing.view(np.uint8)).sum())
+    assert different == truth
+
+
+def test_a_unit_s_speed_is_that_of_many_less_one():
+    seconds = {ONE: 0.5, MANY: 0.5 + UNITS * 2.0, "float32": 4.0}
+    speeds = deploy_layers.gops(3, 10, 5, seconds)
+    assert speeds == {"packed": 2 * 9 * 100 * 25 / 2e9, "float32": 2 * 9 * 100 * 25 / 4e9}
+
+
+def test_tables_have_the_file_s_figures(tmp_path):
+    race = {"batch": 4, "threads": 1, "seconds": {"packed": [0.04, 0.02, 0.06], "other": [0.4]}}
+    gops = {"3x3 8@4": {"packed": 500.0, "NumKong": 250.0, "float32": 10.0}}
+    held = {"packed": {"file": 2_000_000}, "float twin": {"weights": 9_500_000}}
+    result = {"race": [race], "layers": {"peak_gops": 1000.0, "gops": gops}, "memory": held}
+    folder = tmp_path / "cpu-a"
+    folder.mkdir()
+    (folder / "deploy.json").write_text(json.dumps(result))
+    lines = deploy_table.measured([Device(folder)]).splitlines()
+    assert "| packed | 10 ± 50% |" in lines
+    assert "| other | 100 ± 0%, 10.0 x |" in lines
+    assert "| 3x3 8@4 | 500 | 50% | - | 250 | 10 |" in lines
+    assert "| the file | 2.0 | - |" in lines
+    assert "| weights, as they are run | - | 9.5 |" in lines
+    (folder / "deploy.json").write_text(json.dumps({**result, "race": 3}))
+    with pytest.raises(cli.UserError, match=r"deploy\.json is not as expected"):
+        deploy_table.measured([Device(folder)])
+
+
+def test_unknown_rivals_and_missing_packages_are_named(monkeypatch):
+    with pytest.raises(cli.UserError, match="--rivals tflite: choose from packed; "):
+        deploy.main(["--rivals", "tflite"])
+    monkeypatch.setattr(deploy_networks, "NEEDS", {"OpenVINO": ("no_such_package",)})
+    with pytest.raises(cli.UserError, match="OpenVINO int8: pip install no_such_package"):
+        deploy.main(["--rivals", "float twin, OpenVINO int8"])
+    assert not any("OpenVINO" in name for name in deploy_networks.makers(None))
+
+
+@pytest.mark.bench
+def test_the_command_measures_all_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(deploy, "LAYERS", WHOLE)
+    monkeypatch.setattr(deploy, "TURN_SECONDS", 0.0)
+    path = tmp_path / "deploy.json"
+    flags = ["--batch", "1", "--threads", "1", "--rounds", "1", "--rivals", "float twin"]
+    assert deploy.main([*flags, "--json", str(path)]) == 0
+    result, said = json.loads(path.read_text()), capsys.readouterr().out
+    assert set(result["race"][0]["seconds"]) == {"packed", "float twin"}
+    assert result["memory"]["packed"]["file"] < 9e6 < result["memory"]["float twin"]["weights"]
+    for line in ("batch 1, threads 1: ms an image", "3x3 32@7", "the loop alone", "scratch"):
+        assert line in said
+    assert deploy_table.race_table(result)
