@@ -5,12 +5,17 @@ import re
 import subprocess
 import sys
 import tomllib
+import venv
 import zipfile
+from importlib.metadata import distribution
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tritonbnn import deploy
 from tritonbnn.compiled import build
+from tritonbnn.models import build_model
 
 pytestmark = pytest.mark.slow
 
@@ -85,6 +90,45 @@ def test_without_a_compiler_a_wheel_is_pure(source, tmp_path):
     path, names = wheel(source, tmp_path, CC="", PATH="")
     assert path.stem.endswith("-py3-none-any")
     assert not {name for name in names if "/lib/" in name}
+
+
+RUN = """
+import sys
+import numpy as np
+import tritonbnn.deploy
+engine = tritonbnn.deploy.load(sys.argv[1])
+np.save(sys.argv[3], engine(np.load(sys.argv[2])))
+loaded = {name.split(".")[0] for name in sys.modules}
+print(engine.name.split(",")[0], sorted(loaded & {"torch", "torchvision", "triton", "PIL"}))
+"""
+
+
+@pytest.mark.skipif(not build.compilers(), reason="needs a C compiler")
+def test_an_environment_without_torch_runs_a_packed_file(source, tmp_path):
+    """It has the wheel, installed without its dependencies, and numpy and safetensors alone."""
+    path, _ = wheel(source, tmp_path)
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [sys.executable, "-m", "pip", "--python", python, "install", "--no-index"]
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([*install, "--no-deps", "--quiet", path], env=clean, cwd=tmp_path, check=True)
+    (packages,) = (tmp_path / "venv").glob("lib/*/site-packages")
+    for name in ("numpy", "safetensors"):
+        for part in distribution(name).files or ():
+            top = Path(part.parts[0])
+            if top.name != ".." and not (packages / top.name).exists():
+                (packages / top.name).symlink_to(distribution(name).locate_file(top))
+    model = build_model("birealnet_18", width=0.125, small_images=True, num_classes=5).eval()
+    deploy.export(model, tmp_path / "net.tbnn")
+    images = np.random.default_rng(0).standard_normal((3, 3, 32, 16), np.float32)
+    np.save(tmp_path / "images.npy", images)
+    files = [tmp_path / name for name in ("net.tbnn", "images.npy", "logits.npy")]
+    environ = {"CC": "", "PATH": "", "TRITONBNN_CACHE": str(tmp_path / "cache")}
+    command = [python, "-c", RUN, *files]
+    said = subprocess.check_output(command, env=environ, text=True, cwd=tmp_path)
+    assert said == "C []\n"
+    truth = deploy.load(files[0])(images)
+    np.testing.assert_allclose(np.load(files[2]), truth, atol=1e-5)
 
 
 def loaded(installed):
