@@ -117,11 +117,6 @@ void stem_rows(const Network *net, const Call *call, const Layout *layout, int64
             stem_row(net, call, layout, row, block);
 }
 
-INLINE vec maximum(vec a, vec b) {
-    ivec first = a > b;
-    return (vec)((first & (ivec)a) | (~first & (ivec)b));
-}
-
 void pool_rows(const Network *net, const Layout *layout, int64_t from, int64_t to) {
     int64_t blocks = blocks_of(net->stem_channels), width = layout->stem_width;
     for (int64_t row = from; row < to; row++) {

@@ -30,15 +30,49 @@ INLINE void store(float *p, vec v) { memcpy(p, &v, sizeof v); }
 
 INLINE vec splat(float x) { return x - (vec){0}; }
 
+/* As many as a register holds. What gcc makes of a vec that has no register of its own is slow. */
+#if defined(__AVX512F__)
+enum { FEW = 16 };
+#elif defined(__AVX2__)
+enum { FEW = 8 };
+#else
+enum { FEW = 4 };
+#endif
+typedef float few __attribute__((vector_size(4 * FEW)));
+typedef int32_t ifew __attribute__((vector_size(4 * FEW)));
+
+#if !defined(__AVX512F__)
+/* Each of `yes` where a is above b, else of `no`. */
+INLINE vec choose_above(vec a, vec b, vec yes, vec no) {
+    few left[LANES / FEW], right[LANES / FEW], first[LANES / FEW], second[LANES / FEW];
+    memcpy(left, &a, sizeof a);
+    memcpy(right, &b, sizeof b);
+    memcpy(first, &yes, sizeof yes);
+    memcpy(second, &no, sizeof no);
+    for (int i = 0; i < LANES / FEW; i++) {
+        ifew above = left[i] > right[i];
+        first[i] = (few)((above & (ifew)first[i]) | (~above & (ifew)second[i]));
+    }
+    memcpy(&yes, first, sizeof yes);
+    return yes;
+}
+#endif
+
 /* t where it is above 0, else t * slope. */
 INLINE vec prelu(vec t, vec slope) {
 #if defined(__AVX512F__)
     __mmask16 low = _mm512_cmp_ps_mask((__m512)t, _mm512_setzero_ps(), _CMP_LE_OQ);
     return (vec)_mm512_mask_mul_ps((__m512)t, low, (__m512)t, (__m512)slope);
 #else
-    ivec high = t > 0;
-    vec below = t * slope;
-    return (vec)((high & (ivec)t) | (~high & (ivec)below));
+    return choose_above(t, splat(0), t, t * slope);
+#endif
+}
+
+INLINE vec maximum(vec a, vec b) {
+#if defined(__AVX512F__)
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    return choose_above(a, b, a, b);
 #endif
 }
 
