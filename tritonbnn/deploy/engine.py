@@ -10,6 +10,7 @@ import numpy as np
 
 from tritonbnn.deploy import file
 from tritonbnn.deploy.native import NativeNetwork, NotFiniteError, default_threads
+from tritonbnn.deploy.order import byte_table
 from tritonbnn.deploy.packed import Array, Packed
 from tritonbnn.deploy.plain import PlainNetwork
 
@@ -55,7 +56,7 @@ class Engine:
         self.classes = packed.classes
         self.transform = packed.transform
         self.threads = threads
-        self._table = _byte_table(packed)
+        self._table = byte_table(packed)
         self._network: NativeNetwork | PlainNetwork
         try:
             self._network = NativeNetwork(packed)
@@ -140,18 +141,6 @@ class Engine:
             raise TypeError(f"images must be uint8 or floats, not {images.dtype}")
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(images, np.float32), None
-
-
-def _byte_table(packed: Packed) -> Array | None:
-    """(C, 256) float32: each byte as the transform normalises it, as torchvision rounds it."""
-    if packed.transform is None or packed.transform.get("mean") is None:
-        return None
-    pixels = np.arange(256, dtype=np.float32) / np.float32(255)
-    rows = [
-        (pixels - np.float32(mean)) / np.float32(std)
-        for mean, std in zip(packed.transform["mean"], packed.transform["std"], strict=True)
-    ]
-    return np.ascontiguousarray(np.stack(rows))
 
 
 def load(path: str | PathLike[str], threads: int | None = None) -> Engine:

@@ -1,4 +1,4 @@
-"""The engine in C: a packed network in the memory order that it reads, and calls of it."""
+"""Calls of the engine in C."""
 
 import ctypes
 import os
@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 
 from tritonbnn.compiled import loader
-from tritonbnn.deploy.packed import SHORTCUTS, Array, Packed, Unit, bit_words, without_spare_bits
+from tritonbnn.deploy.order import NETWORK_NUMBERS, UNIT_NUMBERS, OrderedUnit, in_order
+from tritonbnn.deploy.packed import Array, Packed
 
 SOURCES = Path(__file__).with_name("csrc")
-LANES, HEAD_LANES = 16, 64
-"""As in ``csrc/lanes.h``."""
 _BAD_NETWORK, _BAD_SIZE, _SMALL_WORKSPACE, _NOT_FINITE = 1, 2, 3, 4
 _LINE = 64  # bytes of a cache line
 
@@ -27,8 +26,7 @@ class _Unit(ctypes.Structure):
     """``Unit`` in ``csrc/engine.h``, as are the others."""
 
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("channels", "out_channels", "kernel_size")),
-        *((name, ctypes.c_int64) for name in ("stride", "shortcut")),
+        *((name, ctypes.c_int64) for name in UNIT_NUMBERS),
         ("weight", ctypes.c_void_p),
         ("weight_count", ctypes.c_int64),
         ("whole", _Floats),
@@ -39,8 +37,7 @@ class _Unit(ctypes.Structure):
 
 class _Network(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("in_channels", "classes", "stem_channels")),
-        *((name, ctypes.c_int64) for name in ("stem_kernel_size", "stem_stride", "stem_pools")),
+        *((name, ctypes.c_int64) for name in NETWORK_NUMBERS),
         ("unit_count", ctypes.c_int64),
         ("units", ctypes.POINTER(_Unit)),
         ("stem", _Floats),
@@ -77,22 +74,29 @@ class NativeNetwork:
 
     Args:
         packed: checked.
+        isa: of ``build.ISAS``; None for the one that the user names, or the best that runs here.
 
     Raises:
         RuntimeError: there is no C library; the message is one line.
     """
 
-    def __init__(self, packed: Packed) -> None:
+    def __init__(self, packed: Packed, isa: str | None = None) -> None:
         if sys.byteorder != "little":
             raise RuntimeError("the C engine needs a little-endian machine")
-        self._library = loader.load_best(loader.Library, SOURCES)
+        if isa is None:
+            self._library = loader.load_best(loader.Library, SOURCES)
+        else:
+            self._library = loader.load(isa, loader.Library, SOURCES)
         self.name = f"C, {self._library.isa}"
-        self._arrays: list[Array] = []  # keeps alive what C points to
-        self._units = (_Unit * len(packed.units))()
-        shifts = [unit.shift_in for unit in packed.units[1:]]
-        for place, unit, shift in zip(self._units, packed.units, [*shifts, None], strict=True):
-            self._fill(place, unit, shift)
-        self._network = self._whole(packed)
+        self._ordered = in_order(packed)  # kept: C points to its arrays
+        self._units = (_Unit * len(packed.units))(*map(_unit, self._ordered.units))
+        self._network = _Network(
+            *(getattr(self._ordered, name) for name in NETWORK_NUMBERS),
+            unit_count=len(self._units),
+            units=self._units,
+            stem=_floats(self._ordered.stem),
+            head=_floats(self._ordered.head),
+        )
         self._classes = len(packed.head_weight)
         self._run = self._library.function("engine_run")
         self._workspace_bytes = self._library.function("engine_workspace")
@@ -105,7 +109,7 @@ class NativeNetwork:
     @property
     def weight_bytes(self) -> int:
         """Of the network's arrays, as C reads them."""
-        return sum(array.nbytes for array in self._arrays)
+        return sum(array.nbytes for array in self._ordered.arrays())
 
     @property
     def scratch_bytes(self) -> int:
@@ -132,7 +136,7 @@ class NativeNetwork:
             images=images.ctypes.data,
             number_count=images.size,
             bytes_a_number=images.itemsize,
-            table=_Floats() if table is None else _Floats(table.ctypes.data, table.size),
+            table=_floats(table),
             image_count=images.shape[0],
             height=images.shape[2],
             width=images.shape[3],
@@ -171,102 +175,20 @@ class NativeNetwork:
                     return found
         return np.empty(needed + _LINE, np.uint8)
 
-    def _keep(self, array: Array) -> Array:
-        self._arrays.append(array)
-        return array
 
-    def _floats(self, array: Array) -> _Floats:
-        kept = self._keep(np.ascontiguousarray(array, np.float32))
-        return _Floats(kept.ctypes.data, kept.size)
-
-    def _fill(self, place: _Unit, unit: Unit, next_shift: Array | None) -> None:
-        """A unit as C reads it; next_shift is what the next one adds before its sign."""
-        for name in ("channels", "out_channels", "kernel_size", "stride"):
-            setattr(place, name, getattr(unit, name))
-        place.shortcut = SHORTCUTS.index(unit.shortcut)
-        words = bit_words(without_spare_bits(unit.weight, unit.channels))
-        place.whole = self._floats(_whole_sums(words, unit.channels))
-        rows = _blocks(words.reshape(len(words), -1), LANES)
-        weight = self._keep(rows)
-        place.weight, place.weight_count = weight.ctypes.data, weight.size
-        count = unit.out_channels
-        vectors = (
-            _padded(unit.scale),
-            _padded(unit.constant),
-            _padded(np.ones(count, np.float32) if unit.slope is None else unit.slope),
-            _padded(np.zeros(count, np.float32) if unit.shift_out is None else unit.shift_out),
-            _threshold(next_shift, count),
-        )
-        place.vectors = self._floats(np.stack(vectors))
-        if unit.projection is not None and unit.offset is not None:
-            blocks = _blocks(unit.projection, LANES).ravel()
-            place.projection = self._floats(np.concatenate((blocks, _padded(unit.offset))))
-
-    def _whole(self, packed: Packed) -> _Network:
-        stem = packed.stem_weight.astype(np.float32).transpose(0, 2, 3, 1)
-        first = packed.units[0]
-        threshold = _threshold(first.shift_in, first.channels)
-        taps = _blocks(stem.reshape(len(stem), -1), LANES).ravel()
-        ends = np.concatenate((taps, _padded(packed.stem_offset), threshold))
-        head = _blocks(packed.head_weight.astype(np.float32), HEAD_LANES).ravel()
-        return _Network(
-            in_channels=packed.in_channels,
-            classes=len(packed.head_weight),
-            stem_channels=len(stem),
-            stem_kernel_size=stem.shape[1],
-            stem_stride=packed.stem_stride,
-            stem_pools=packed.stem_pools,
-            unit_count=len(self._units),
-            units=self._units,
-            stem=self._floats(ends),
-            head=self._floats(np.concatenate((head, _padded(packed.head_offset, HEAD_LANES)))),
-        )
+def _unit(unit: OrderedUnit) -> _Unit:
+    return _Unit(
+        *(getattr(unit, name) for name in UNIT_NUMBERS),
+        weight=unit.weight.ctypes.data,
+        weight_count=unit.weight.size,
+        whole=_floats(unit.whole),
+        vectors=_floats(unit.vectors),
+        projection=_floats(unit.projection),
+    )
 
 
-def _padded(vector: Array, lanes: int = LANES, value: float = 0) -> Array:
-    return np.pad(vector, (0, -len(vector) % lanes), constant_values=value)
-
-
-def _threshold(shift: Array | None, channels: int) -> Array:
-    """x + shift >= 0 is x >= -shift. 1 where there is no channel: no bit is set there."""
-    shift = np.zeros(channels, np.float32) if shift is None else shift
-    return _padded(0 - shift, value=1)
-
-
-def _blocks(rows: Array, lanes: int) -> Array:
-    """(O, K) as (blocks, K, lanes), with rows of 0 up to a whole block."""
-    padded = np.pad(rows, ((0, -len(rows) % lanes), (0, 0)))
-    return np.ascontiguousarray(padded.reshape(-1, lanes, rows.shape[1]).swapaxes(1, 2))
-
-
-def _whole_sums(words: Array, channels: int) -> Array:
-    """An output's sum if no bit differed, by which rows and columns of the kernel are cut off.
-
-    A tap inside the image adds its channels. One outside meets zeros, which differ from every 1 of
-    the weight: twice these ones make up for it.
-
-    Args:
-        words: (O, k, k, words) uint32.
-        channels: C.
-
-    Returns:
-        (4, 4, O padded) for k = 3, where bit 0 cuts the first row and bit 1 the last; for
-        k = 1 (O padded,).
-    """
-    ones = np.unpackbits(words.view(np.uint8), axis=-1).sum(-1, dtype=np.int32)  # (O, k, k)
-    size = words.shape[1]
-    if size == 1:
-        return _padded(np.full(len(words), channels, np.int32))
-    table = np.empty((4, 4, len(words)), np.int32)
-    for rows in range(4):
-        for columns in range(4):
-            inside = np.ones((size, size), bool)
-            inside[0] &= not rows & 1
-            inside[-1] &= not rows & 2
-            inside[:, 0] &= not columns & 1
-            inside[:, -1] &= not columns & 2
-            table[rows, columns] = np.where(inside, channels, 2 * ones).sum((1, 2))
-    return np.ascontiguousarray(np.pad(table, ((0, 0), (0, 0), (0, -len(words) % LANES))))
+def _floats(array: Array | None) -> _Floats:
+    return _Floats() if array is None else _Floats(array.ctypes.data, array.size)
 
 
 def _team() -> _Team | None:
