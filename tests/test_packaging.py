@@ -25,6 +25,7 @@ NEEDED = {
     "tritonbnn/data/digits.npz",
     "tritonbnn/deploy/csrc/engine.c",
     "tritonbnn/deploy/csrc/engine.h",
+    "tritonbnn/deploy/program/net.c.jinja",
     "tritonbnn/native/csrc/cpu.c",
     "tritonbnn/native/csrc/vector.h",
     "tritonbnn/report/page.html.jinja",

@@ -1,8 +1,8 @@
 """``python -m tritonbnn.export RUN|FILE --out net.tbnn``: write a trained network as a packed file.
 
 FILE may also hold weights from elsewhere, AdamBNN's for one: ``model_best.pth.tar --step 2``.
-``--out net.onnx`` writes a graph of floats, which ONNX Runtime and others run. Then FILE may
-be a packed file too.
+``--out net.onnx`` writes a graph of floats, which ONNX Runtime and others run, and ``--out net.c``
+a C program that needs no library. Then FILE may be a packed file too.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from typing import Any
 from tritonbnn import cli
 from tritonbnn.cli import Parser, UserError, printable
 from tritonbnn.data.sources import SOURCES, canonical
-from tritonbnn.deploy import FORMATS, file, writer
+from tritonbnn.deploy import FORMATS, file, files, writer
 from tritonbnn.deploy.fold import FoldError, fold
 from tritonbnn.deploy.packed import Packed, PackedError
 from tritonbnn.files import writable
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         size = write(packed, out)
     except PackedError as error:
         raise UserError(f"{given.checkpoint}: {error}") from error
-    print("\n".join(report(out, size, packed)))
+    print("\n".join(report(files(format, out), size, packed)))
     return 0
 
 
@@ -88,20 +88,14 @@ def pack(checkpoint: Checkpoint, *, half_ends: bool = False) -> Packed:
         raise UserError(f"{checkpoint.path}: {error}") from error
 
 
-def report(path: Path, size: int, packed: Packed) -> list[str]:
-    """Lines that say how large the file is, of what, and how large its floats would be."""
+def report(paths: list[Path], size: int, packed: Packed) -> list[str]:
+    """Lines that say how large the files are, of what, and how large its floats would be."""
     parts = file.parts(packed)
-    floats = FLOAT_BYTES * numbers(packed)
-    rows = [f"{printable(path)}: {_megabytes(size)}"]
+    floats = FLOAT_BYTES * file.numbers(packed)
+    rows = [f"{', '.join(printable(path) for path in paths)}: {_megabytes(size)}"]
     rows += [f"  {name:15} {_megabytes(count):>10}" for name, count in parts.items()]
     rows.append(f"as float32: {_megabytes(floats)}, {floats / size:.1f} times as much")
     return rows
-
-
-def numbers(packed: Packed) -> int:
-    """How many numbers the network has where each weight is one, rather than a bit."""
-    bits = sum(u.out_channels * u.channels * u.kernel_size**2 for u in packed.units)
-    return bits + sum(array.size for name, array in packed.arrays() if array.dtype != "uint8")
 
 
 def _megabytes(count: int) -> str:

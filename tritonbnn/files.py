@@ -4,7 +4,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,30 @@ def write_atomically(path: Path, content: bytes, *, keep: Path | None = None) ->
         raise cannot_write(path, error) from error
 
 
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Replace several files of a folder; none of them before all are on the disk.
+
+    Raises:
+        UserError: the disk is full, or a file cannot be written; then none is changed, unless it
+            is a rename that fails.
+    """
+    temporaries = {path: path.with_name(path.name + _TEMPORARY) for path in contents}
+    writing = None
+    try:
+        for writing, content in contents.items():
+            _check_plain(writing)
+            _write_synced(temporaries[writing], content)
+        for writing, temporary in temporaries.items():
+            temporary.replace(writing)
+        for folder in {path.parent for path in contents}:
+            _sync_folder(folder)
+    except OSError as error:
+        raise cannot_write(writing or Path(), error) from error
+    finally:
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
+
+
 def update(path: Path, content: bytes) -> None:
     """:func:`write_atomically`, unless the file says so already: a full disk is no matter then."""
     if not (path.is_file() and path.read_bytes() == content):
@@ -69,8 +93,11 @@ def writable(path: Path | None) -> Path | None:
     make_folder(path.parent)
     _check_plain(path)
     probe = path.with_name(path.name + ".probe")
-    write_atomically(probe, b"")
-    probe.unlink()
+    try:
+        write_atomically(probe, b"")
+    finally:
+        with suppress(OSError):  # not written at all
+            probe.unlink()
     return path
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "Engine", "Prediction", "export", "load"]
 
-FORMATS = {"packed": file.SUFFIX, "onnx": ".onnx"}
+FORMATS = {"packed": file.SUFFIX, "onnx": ".onnx", "c": ".c"}
 """What a trained network can be written as, and how such a file's name ends."""
 
 
@@ -32,7 +32,7 @@ def export(
     half_ends: bool = False,
     format: str = "packed",
 ) -> int:
-    """Write a trained module in eval mode as a packed file, or as an ONNX graph.
+    """Write a trained module in eval mode as a packed file, or as another of :data:`FORMATS`.
 
     Args:
         model: of :func:`tritonbnn.models.build_model`, with 1-bit weights.
@@ -42,11 +42,12 @@ def export(
             channel each, normalise pixels between 0 and 1. Other entries are kept.
         half_ends: whether stem and head are kept in float16: a smaller file, and logits that
             differ a little.
-        format: "packed", or "onnx": a graph of floats that ONNX Runtime and others run, see
-            :func:`tritonbnn.deploy.onnx.model`. It needs the package onnx.
+        format: "packed"; "onnx", a graph of floats that ONNX Runtime and others run, see
+            :func:`tritonbnn.deploy.onnx.model`, which needs the package onnx; or "c", a C file with
+            a header and a test beside it.
 
     Returns:
-        The file's bytes.
+        The file's bytes, and those of what goes with it.
 
     Raises:
         ValueError: a module cannot be packed; the message names it. There is no such format.
@@ -57,6 +58,15 @@ def export(
     write = writer(format)
     packed = fold(model, classes=classes, transform=transform, half_ends=half_ends)
     return write(packed, Path(path))
+
+
+def files(format: str, path: Path) -> list[Path]:
+    """What :func:`writer`'s function writes for a path: that file, and what goes with it."""
+    if format != "c":
+        return [path]
+    from tritonbnn.deploy import program
+
+    return program.paths(path)
 
 
 def writer(format: str) -> Callable[[Packed, Path], int]:
@@ -70,6 +80,10 @@ def writer(format: str) -> Callable[[Packed, Path], int]:
         raise ValueError(f"format {format!r}: choose from {', '.join(FORMATS)}")
     if format == "packed":
         return file.write
+    if format == "c":
+        from tritonbnn.deploy import program  # templates, which running a network does not need
+
+        return program.write
     try:
         from tritonbnn.deploy import onnx  # a package that running a network does not need
     except ImportError as error:

@@ -176,3 +176,9 @@ def parts(packed: Packed) -> dict[str, int]:
             kind = "packed weights" if name.endswith(".weight") else "vectors"
         sizes[kind] += array.nbytes
     return sizes
+
+
+def numbers(packed: Packed) -> int:
+    """How many numbers the network has where each weight is one, rather than a bit."""
+    bits = sum(u.out_channels * u.channels * u.kernel_size**2 for u in packed.units)
+    return bits + sum(array.size for name, array in packed.arrays() if array.dtype != "uint8")

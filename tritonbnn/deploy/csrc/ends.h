@@ -5,21 +5,22 @@
 #include "layout.h"
 
 /* Rows of the padded images, [image][row]. Returns whether all numbers were finite. */
-int prepare_rows(const Network *net, const Call *call, const Layout *layout, int64_t first_image,
-                 int64_t from, int64_t to);
+INTERNAL int prepare_rows(const Network *net, const Call *call, const Layout *layout,
+                          int64_t first_image, int64_t from, int64_t to);
 
 /* Rows of the stem's output, [image][row]. */
-void stem_rows(const Network *net, const Call *call, const Layout *layout, int64_t from,
-               int64_t to);
+INTERNAL void stem_rows(const Network *net, const Call *call, const Layout *layout, int64_t from,
+                        int64_t to);
 
 /* Rows of the first stream, [image][row], where the stem is pooled. */
-void pool_rows(const Network *net, const Layout *layout, int64_t from, int64_t to);
+INTERNAL void pool_rows(const Network *net, const Layout *layout, int64_t from, int64_t to);
 
 /* The means over pixels, [image][channel]: a range of [image][block of channels]. */
-void average(const Network *net, const Layout *layout, float *features, int64_t from, int64_t to);
+INTERNAL void average(const Network *net, const Layout *layout, float *features, int64_t from,
+                      int64_t to);
 
 /* The logits of images: a range of blocks of HEAD_LANES classes. */
-void classify(const Network *net, const float *features, float *logits, int64_t images,
-              int64_t from, int64_t to);
+INTERNAL void classify(const Network *net, const float *features, float *logits, int64_t images,
+                       int64_t from, int64_t to);
 
 #endif

@@ -11,9 +11,6 @@
 #include "layout.h"
 #include "real.h"
 
-EXPORT const int64_t tritonbnn_abi = TRITONBNN_ABI;
-EXPORT const char tritonbnn_isa[] = TRITONBNN_ISA;
-
 enum {
     GROUP_BYTES = 1 << 20,  /* of the largest stream of a group of images, or one image */
     GROUP_IMAGES = 64,

@@ -1,13 +1,19 @@
 /* A packed network as its caller describes it, and the call that runs it.
 
-   tritonbnn/deploy/native.py fills these structures in. Nothing here is trusted: layout.c compares
-   every count with what the sizes ask for before anything is read. */
+   tritonbnn/deploy/order.py makes the arrays, and native.py fills these structures in. Nothing
+   here is trusted: layout.c compares every count with what the sizes ask for before anything is
+   read. */
 #ifndef TRITONBNN_ENGINE_H
 #define TRITONBNN_ENGINE_H
 
 #include <stdint.h>
 
+/* What a caller sees, and what only these files see of one another. Where all of them are one file,
+   as tritonbnn/deploy/program.py writes it, both are static. */
+#ifndef EXPORT
 #define EXPORT __attribute__((visibility("default")))
+#define INTERNAL
+#endif
 
 /* What a unit adds to its normalised product. PROJECT: the 2 x 2 means, times a real 1 x 1
    convolution. */

@@ -3,7 +3,12 @@
 #define TRITONBNN_LANES_H
 
 #include <stdint.h>
+#if __STDC_HOSTED__
 #include <string.h>
+#else /* by these names the compiler would not know them for its own */
+#define memcpy __builtin_memcpy
+#define memset __builtin_memset
+#endif
 
 #if defined(__SSE2__)
 #include <immintrin.h>

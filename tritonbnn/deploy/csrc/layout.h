@@ -59,19 +59,20 @@ INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 /* DONE if every count of the network is what its sizes ask for, else BAD_NETWORK. */
-int64_t tritonbnn_check_network(const Network *network);
+INTERNAL int64_t tritonbnn_check_network(const Network *network);
 
 /* Where the group of units ends that begins at `first`: a unit, and those of 1 x 1 behind it. A
    thread that has some pixels of the first can go on to these pixels of the others. */
-int64_t tritonbnn_group_end(const Network *network, int64_t first);
+INTERNAL int64_t tritonbnn_group_end(const Network *network, int64_t first);
 
 /* Pixels of a unit's chunk: its stream and the weights that it meets both stay in near caches. */
-int64_t tritonbnn_chunk_pixels(const Unit *unit);
+INTERNAL int64_t tritonbnn_chunk_pixels(const Unit *unit);
 
 /* Lay a group of images out from `workspace` on; NULL to learn the bytes alone. DONE or BAD_SIZE.
 
    threads: who share the group. Streams flow only if it is one. */
-int64_t tritonbnn_lay_out(const Network *network, int64_t height, int64_t width, int64_t images,
-                          int64_t threads, char *workspace, Layout *layout);
+INTERNAL int64_t tritonbnn_lay_out(const Network *network, int64_t height, int64_t width,
+                                   int64_t images, int64_t threads, char *workspace,
+                                   Layout *layout);
 
 #endif
