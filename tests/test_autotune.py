@@ -203,6 +203,7 @@ def test_a_plan_is_chosen_on_the_launchers_as_tuned(monkeypatch, tmp_path):
     assert plan.formulation in config.known_formulations(PLAN)
 
 
+@pytest.mark.slow
 def test_a_table_is_written_read_and_gone_on_with(tmp_path):
     path = tmp_path / "gpu.json"
     problems = [FORWARD, Problem("pack_signs", LAYER, torch.float32)]

@@ -89,6 +89,7 @@ def test_every_module_trains_in_an_exported_program(strict):
     assert_same(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", ["reactnet_a", "reactnet_18"])
 def test_a_network_of_any_batch_trains_in_an_exported_program(name, training):

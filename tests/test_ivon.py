@@ -311,6 +311,7 @@ def in_two_processes(own_noise, folder):
     return a
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     """With common noise, averaged gradients of halves are those of the whole batch."""
     model = network(torch.float64)
@@ -319,6 +320,7 @@ def test_two_processes_are_one(tmp_path):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_two_processes_with_own_noise_are_two_samples(tmp_path):
     class Ranks(IVON):
         """Sample k of one process is what process k would draw."""

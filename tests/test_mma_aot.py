@@ -3,8 +3,12 @@
 import json
 import re
 
+import pytest
+
 from tests.test_aot import run_python
 from tritonbnn.kernels import shipped
+
+pytestmark = pytest.mark.compile
 
 
 def test_a_unit_on_the_one_bit_core_keeps_its_registers():

@@ -14,6 +14,8 @@ from tests.helpers import gradient
 from tritonbnn.models import build_model
 from tritonbnn.nn import BinaryConv2d, BinaryLinear, BinaryUnit, RPReLU, RSign
 
+pytestmark = pytest.mark.slow  # processes of its own
+
 LAYERS = [
     (lambda: BinaryUnit(8, 8, 3), (2, 8, 4, 4)),
     (lambda: BinaryConv2d(8, 8, 3, padding=1), (2, 8, 4, 4)),
