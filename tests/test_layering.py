@@ -23,7 +23,7 @@ ALLOWED = {
     "reference": set(),
     "packed": {"eager", "layout"},
     "eager": {"bits", "layout", "checks", "contract"},
-    "kernels": {"caches", *BASE},
+    "kernels": {"caches", "compiled", *BASE},
     "compiled": {"cli"},
     "native": {"eager", "packed", "compiled", *BASE},
     "ops": {"kernels", "eager", "native", "packed", *BASE},
@@ -64,6 +64,7 @@ TOOLS = {
     "aot",
     "problems",
     "timing",
+    "trial",
     "truth",
 }
 

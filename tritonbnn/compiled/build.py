@@ -82,7 +82,7 @@ def library(isa: str, compiler: list[str], sources: Path = SOURCES) -> Path:
         raise BuildError("the C sources are compiled on POSIX systems only")
     name = f"{isa}-{_key(isa, sources)}-{_identity(compiler)}"
     troubles = []
-    for folder in (_cache_folder, temporary_folder):
+    for folder in (cache_folder, temporary_folder):
         try:
             return _have(folder(), name, isa, compiler, sources)
         except OSError as error:
@@ -97,7 +97,7 @@ def left_over(isa: str, sources: Path = SOURCES) -> list[Path]:
     """The libraries for ``isa`` in the cache, of whatever compiler: it may be gone by now."""
     key = _key(isa, sources)
     try:
-        folders = sorted(_cache_folder().glob(f"{isa}-{key}-*"))
+        folders = sorted(cache_folder().glob(f"{isa}-{key}-*"))
     except OSError:  # no cache, no library
         return []
     return [folder / _LIBRARY for folder in folders if _is_whole(folder, key)]
@@ -148,7 +148,7 @@ def _have(folder: Path, name: str, isa: str, compiler: list[str], sources: Path)
     target, key = folder / name, _key(isa, sources)
     if not _is_whole(target, key):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _locked(folder):
+        with locked(folder):
             if not _is_whole(target, key):
                 _replace(target, isa, compiler, sources)
     return target / _LIBRARY
@@ -247,7 +247,7 @@ def _run(command: list[str]) -> str:
     raise BuildError(f"{command[0]} fails: {telling.strip()}")
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """The user's cache, which need not exist.
 
     Raises:
@@ -282,7 +282,7 @@ def temporary_folder() -> Path:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold a cache folder. A record lock: it ends with this process, and no child inherits it."""
     with (folder / ".lock").open("a+") as file:
         fcntl.lockf(file, fcntl.LOCK_EX)

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonbnn.checks import sum_dtype
+from tritonbnn.kernels import verdicts
 from tritonbnn.kernels.config import TileConfig, power_of_two
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import interpreted, launch
@@ -196,6 +197,7 @@ def has_one_bit_core(device: torch.device, formulation: str = "mma") -> bool:
     """Whether the one-bit tensor core's kernels run on a device; on ``meta``, whether they compile.
 
     Not in the interpreter, and not with a Triton that has no Gluon or another one than these need.
+    On a GPU they must have been exact in a process of their own.
     """
     if interpreted(_patch_kernel):
         return False
@@ -207,7 +209,8 @@ def has_one_bit_core(device: torch.device, formulation: str = "mma") -> bool:
     except ImportError:
         return False
     if device.type == "cuda":
-        return formulation in target_of(device).products
+        there = formulation in target_of(device).products
+        return there and verdicts.trusted(device, formulation)
     return device.type == "meta"
 
 

@@ -1,0 +1,115 @@
+"""Try formulations of the packed convolution on this GPU, each in a process of its own.
+
+    python -m tritonbnn.kernels.trial               # all that exist on this GPU
+    python -m tritonbnn.kernels.trial mma popcount --json FILE
+
+A formulation is exact if all its sums are, in every shipped tile, on layers of odd sizes. Training
+asks the same before it uses the one-bit tensor core (:mod:`tritonbnn.kernels.verdicts`).
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tritonbnn import cli
+from tritonbnn.files import writable, write_json
+from tritonbnn.kernels import config, verdicts
+from tritonbnn.kernels.commands import kernel_device
+from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.mma_operands import takes
+from tritonbnn.kernels.problems import Problem
+from tritonbnn.kernels.shipped import shipped_choices
+from tritonbnn.kernels.targets import target_of
+from tritonbnn.kernels.truth import error_of
+
+OP = "conv_packed"
+SHOWN = 3
+"""Wrong cases that are told of."""
+
+LAYERS = (
+    Geometry(2, 9, 7, 32, 32, 3, 1, 1),
+    Geometry(2, 5, 3, 33, 31, 3, 1, 1),
+    Geometry(3, 8, 6, 96, 192, 3, 2, 1),
+    Geometry(2, 7, 7, 512, 512, 3, 1, 1),
+    Geometry(3, 5, 9, 40, 72, 1, 1, 0),
+    Geometry(2, 7, 7, 256, 512, 1, 1, 0),
+    Geometry(1, 3, 3, 1024, 1024, 1, 1, 0),
+)
+"""Words that are full and not, borders, a stride, and every size of a tile."""
+
+
+def cases(
+    formulation: str, device: torch.device, layers: tuple[Geometry, ...] = LAYERS
+) -> Iterator[tuple[Problem, config.Choice]]:
+    """Every problem of the trial, in every shipped tile of the formulation."""
+    target = target_of(device)
+    for layer in layers:
+        problem = Problem(OP, layer, torch.float32)
+        if takes(formulation, layer):
+            for choice in shipped_choices(problem, target):
+                if choice.formulation == formulation:
+                    yield problem, choice
+
+
+def try_here(
+    formulation: str, device: torch.device, layers: tuple[Geometry, ...] = LAYERS
+) -> dict[str, Any]:
+    """Run the trial in this process, which it may end.
+
+    Returns:
+        How many cases were tried, and the first that are wrong, as texts.
+    """
+    tried, wrong = 0, []
+    for problem, choice in cases(formulation, device, layers):
+        inputs = problem.inputs(device)
+        with config.using(choice):
+            error = error_of(problem, inputs, problem.run(inputs))
+        tried += 1
+        if error:
+            wrong.append(f"{problem.layer} in {choice.tile}: {error}")
+    return {"tried": tried, "wrong": wrong[:SHOWN]}
+
+
+def main(argv: list[str]) -> int:
+    """Command line. Returns 1 if a formulation is not exact."""
+    given = _parser().parse_args(argv)
+    known = config.known_formulations(OP)
+    for name in given.formulations:
+        if name not in known:
+            raise cli.UserError(f"formulation {name!r}: choose from {', '.join(known)}")
+    device = kernel_device() if given.device is None else torch.device(given.device)
+    names = given.formulations or config.formulations(OP, target_of(device))
+    if given.child:
+        verdicts.inside = True
+        print(json.dumps(try_here(names[0], device)))
+        return 0
+    path, found = writable(given.json), {}
+    for name in names:
+        found[name] = verdicts.ask(device, name, given.seconds)
+        said = "exact" if found[name].exact else found[name].reason
+        print(
+            f"{name}: {said} ({found[name].tried} cases, {found[name].seconds:.0f} s)", flush=True
+        )
+    if path:
+        rows = {name: asdict(each) for name, each in found.items()}
+        write_json(path, {**verdicts.facts_of(device), "verdicts": rows})
+    return 0 if all(each.exact for each in found.values()) else 1
+
+
+def _parser() -> cli.Parser:
+    parser = cli.Parser(prog="python -m tritonbnn.kernels.trial", description=__doc__)
+    known = ", ".join(config.known_formulations(OP))
+    parser.add_argument("formulations", nargs="*", help=f"of {known}; all that exist if absent")
+    parser.add_argument("--seconds", type=float, default=verdicts.SECONDS, help="limit of each")
+    parser.add_argument("--json", type=Path, help="write the verdicts here")
+    parser.add_argument("--device", help="another GPU than the first, as in cuda:1")
+    parser.add_argument("--child", action="store_true", help="run the trial in this process")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)
