@@ -1,4 +1,8 @@
-"""The parts of the whole measurement: each a command that ends within minutes."""
+"""The parts of the whole measurement: each a command that ends within minutes.
+
+On a GPU the costliest questions come first, as a rented one may be there for minutes only: whether
+every formulation is exact, and how fast a step is beside the expert's.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,6 +18,7 @@ ELEMENTWISE = (
 )
 KERNEL_TESTS = ("pack", "matmul", "binarize", "rprelu", "conv", "conv_grad", "unit", "ops")
 SWEPT = "ours+bf16,expert+bf16+channels_last,obvious+bf16+channels_last,twin+bf16+channels_last"
+FIRST = "ours+bf16,expert+bf16+channels_last+compile"
 MAX_AUTOTUNE = "ours+bf16,expert+bf16+channels_last+max-autotune"
 EAGER = (
     "ours+bf16,ours,ours-recompute+bf16,expert,expert+bf16+channels_last,"
@@ -70,6 +75,8 @@ def parts(folder: Path, runs: Path, *, cuda: bool, tiny: bool, fashion: Path | N
         fashion: the folder of Fashion-MNIST's files; None where the system has them.
     """
     found = [
+        *_first(cuda, tiny),
+        *(_steps(cuda, tiny) if cuda else ()),
         *_tests(cuda, tiny),
         *_tuning(cuda, tiny),
         *_layers(cuda, tiny),
@@ -77,7 +84,7 @@ def parts(folder: Path, runs: Path, *, cuda: bool, tiny: bool, fashion: Path | N
         *_layers_alone(cuda, tiny),
         *_deployed(cuda, tiny),
         *_small_steps(cuda, tiny),
-        *_steps(cuda, tiny),
+        *(() if cuda else _steps(cuda, tiny)),
         *_sweeps(cuda, tiny),
         *_training(runs, cuda, tiny, fashion),
     ]
@@ -92,6 +99,19 @@ def _with_result(part: Part, folder: Path) -> Part:
         return part
     path = str(folder / part.result)
     return Part(**{**part.__dict__, "command": (*part.command, "--json", path)})
+
+
+def _first(cuda: bool, tiny: bool) -> Iterator[Part]:
+    """Which formulations are exact, and one race of a step."""
+    if not (cuda or tiny):
+        return
+    environ = {} if cuda else {"TRITON_INTERPRET": "1"}
+    trial = ("tritonbnn.kernels.trial", *(() if cuda else ("popcount",)))
+    yield Part("verdicts", trial, "verdicts.json", minutes=1.5, tuned=False, environ=environ)
+    if cuda:
+        own = (*_step_command(cuda, tiny), "--step", "2", "--batch", "256", "--size", "224")
+        own += ("--no-details", "--no-floor", "--rounds", "3", "--rivals", FIRST)
+        yield Part("train-step-first", own, "train_step_first.json", minutes=3)
 
 
 def _tests(cuda: bool, tiny: bool) -> Iterator[Part]:

@@ -1,6 +1,7 @@
 """The whole measurement in one command: tests, tuning, layers, training steps, training runs.
 
-    make gpu                                     # or python -m benchmarks.suite
+    make gpu                                     # or python3 -m benchmarks.suite
+    make gpu ARGS="--minutes 12 --pack gpu.tar.gz"   # what fits into twelve minutes
     python -m benchmarks.suite --list
     python -m benchmarks.suite --only batch-sweep,report
     python -m benchmarks.suite --device cpu --figures   # what the README's table shows
@@ -9,16 +10,21 @@
 Each part is a process of its own that is stopped after minutes. Results and logs land in
 benchmarks/results/DEVICE. A part that ended well with the same code is not run again, so the same
 command goes on where it stopped. A part that fails is named at the end.
+
+--minutes ends the whole in time: a part that does not fit any more is left for the next run, and
+smaller ones are tried. --pack puts the folder of results into one file.
 """
 
 import argparse
 import hashlib
+import math
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 from pathlib import Path
@@ -30,14 +36,17 @@ from benchmarks.machine import ROOT
 from benchmarks.output import read_result
 from benchmarks.parts import MINUTES, Part, parts
 from tritonbnn import cli
-from tritonbnn.files import make_folder, write_json
+from tritonbnn.files import make_folder, writable, write_json
 from tritonbnn.kernels.provenance import commit, folder_name, header
 
 STATE = "suite.json"
-DONE = "done"
+DONE, LEFT_OUT = "done", "left out"
 FAILED = 1
 CPU_MINUTES = 20
 """After which a part is stopped on a CPU, where the speed of a machine is not known."""
+
+LAST_SECONDS = 20
+"""Of a limited time, for the report and the packing."""
 
 GRACE_SECONDS = 60
 """Between asking a part to stop and ending it: a training run saves first."""
@@ -61,10 +70,11 @@ class Suite:
         folder: of the results, absolute or in the checkout.
         todo: the parts.
         limit: seconds after which a part is stopped.
+        end: of all parts, on the clock of :func:`time.monotonic`.
     """
 
-    def __init__(self, folder: Path, todo: list[Part], limit: float) -> None:
-        self.folder, self.todo, self.limit = folder, todo, limit
+    def __init__(self, folder: Path, todo: list[Part], limit: float, end: float = math.inf) -> None:
+        self.folder, self.todo, self.limit, self.end = folder, todo, limit, end
         self.state: dict[str, Any] = read_result(ROOT / folder / STATE) or {}
 
     def is_done(self, part: Part) -> bool:
@@ -78,7 +88,9 @@ class Suite:
     def run(self, part: Part) -> str:
         """Run a part, in several turns if it may; DONE, or why not."""
         if part.program and not shutil.which(part.program[0]):
-            return f"left out: {part.program[0]} is not installed"
+            return f"{LEFT_OUT}: {part.program[0]} is not installed"
+        if not part.always and 60 * part.minutes > self.left():
+            return f"{LEFT_OUT} for the next run: {self.left() / 60:.1f} minutes are left"
         began, code_of_now = time.monotonic(), fingerprint(tuned=part.tuned)
         for turn in range(part.turns):
             print(f"  turn {turn + 1} of at most {part.turns}" if turn else "", flush=True)
@@ -100,6 +112,10 @@ class Suite:
             return f"failed with exit code {code}: see {self.folder}/log/{part.name}.log"
         return DONE
 
+    def left(self) -> float:
+        """Seconds that parts may still take."""
+        return max(0.0, self.end - time.monotonic())
+
     def _turn(self, part: Part) -> int | None:
         """One process; its exit code, or None if its time ran out."""
         command = [*part.program, sys.executable, "-m", *part.command]
@@ -119,7 +135,7 @@ class Suite:
             copy = threading.Thread(target=_copy, args=(process.stdout, log), daemon=True)
             copy.start()
             try:
-                return process.wait(self.limit)
+                return process.wait(min(self.limit, max(self.left(), LAST_SECONDS)))
             except subprocess.TimeoutExpired:
                 return None
             finally:
@@ -154,6 +170,7 @@ def _stop(process: subprocess.Popen) -> None:
 
 
 def main(argv: list[str]) -> int:
+    began = time.monotonic()
     args = _parser().parse_args(argv)
     there = args.device == "cpu" or torch.cuda.is_available()
     if not there and not args.dry_run:
@@ -172,14 +189,25 @@ def main(argv: list[str]) -> int:
     )
     if args.figures:
         everything = [part for part in everything if part.figure]
-    minutes = args.minutes or (MINUTES if device.type == "cuda" else CPU_MINUTES)
-    suite = Suite(folder, _chosen(everything, args.only), 60 * minutes)
+    limit = args.part_minutes or (MINUTES if device.type == "cuda" else CPU_MINUTES)
+    end = began + 60 * args.minutes - LAST_SECONDS if args.minutes else math.inf
+    suite = Suite(folder, _chosen(everything, args.only), 60 * limit, end)
     todo = [part for part in suite.todo if args.fresh or not suite.is_done(part)]
     _announce(suite, todo, header("", device if there else torch.device("cpu")))
     if args.dry_run:
         return 0
+    packed = writable(args.pack)
     make_folder(ROOT / folder)
-    return _run_all(suite, todo)
+    code = _run_all(suite, todo)
+    if packed:
+        pack(ROOT / folder, packed)
+    return code
+
+
+def pack(folder: Path, path: Path) -> None:
+    """Put a folder of results into one file, as tar and gzip read it."""
+    with tarfile.open(path, "w:gz") as file:
+        file.add(folder, folder.name)
 
 
 def _chosen(everything: list[Part], only: str | None) -> list[Part]:
@@ -213,11 +241,22 @@ def _run_all(suite: Suite, todo: list[Part]) -> int:
             print(f"stopped in {part.name}: run the same command again to go on")
             return cli.INTERRUPTED
         print(f"[{number}/{len(todo)}] {part.name}: {outcome}", flush=True)
-        if outcome != DONE and not outcome.startswith("left out"):
+        if outcome != DONE and not outcome.startswith(LEFT_OUT):
             unfinished[part.name] = outcome
     for name, outcome in unfinished.items():
         print(f"{name}: {outcome}", file=sys.stderr)
     return FAILED if unfinished else 0
+
+
+def _time(text: str) -> float:
+    """Of a flag: minutes."""
+    try:
+        minutes = float(text)
+    except ValueError:
+        minutes = math.nan
+    if not 0 < minutes < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of minutes above 0, not {text!r}")
+    return minutes
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -231,7 +270,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fresh", action="store_true", help="run finished parts again too")
     parser.add_argument("--dry-run", "--list", action="store_true", help="say what, and stop")
     limits = f"limit of a part; {MINUTES}, or {CPU_MINUTES} on a CPU"
-    parser.add_argument("--minutes", type=float, help=limits)
+    parser.add_argument("--part-minutes", type=_time, help=limits)
+    parser.add_argument("--minutes", type=_time, help="limit of the whole")
+    parser.add_argument("--pack", type=Path, help="put the folder of results into this file")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--fashion", type=Path, help="folder of Fashion-MNIST's files")
     return parser

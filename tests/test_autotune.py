@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -179,6 +180,20 @@ def test_the_faster_plan_wins(monkeypatch):
         entry = autotune.tune(UNIT, plans, KERNEL_DEVICE)
         assert (entry.choice.formulation, entry.time_us * sign) == (best, convolutions)
         assert entry.default_us == sign
+
+
+def test_the_costliest_layers_come_first_and_whole_units_last(monkeypatch, tmp_path):
+    small, large = (replace(LAYER, height=size, width=size) for size in (3, 5))
+    problems = [UNIT, *(Problem("pack_signs", layer, torch.float32) for layer in (small, large))]
+    order = []
+
+    def note(problem, *rest):
+        order.append((problem.op, problem.layer.height))
+        raise autotune.UntunableError
+
+    monkeypatch.setattr(autotune, "tune", note)
+    autotune.tune_all(problems, tmp_path / "gpu.json", "test gpu", KERNEL_DEVICE, target=H100)
+    assert order == [("pack_signs", 5), ("pack_signs", 3), (PLAN, UNIT.layer.height)]
 
 
 @pytest.mark.usefixtures("kernels_everywhere")

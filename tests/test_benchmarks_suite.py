@@ -2,6 +2,8 @@
 
 import json
 import os
+import tarfile
+import time
 
 import pytest
 import torch
@@ -118,11 +120,56 @@ def test_a_part_out_of_time_is_stopped_with_its_children(tmp_path, capfd):
         os.kill(int(note.read_text()), 0)
 
 
+@pytest.mark.bench
+def test_a_limited_time_is_kept_and_used_by_what_fits(tmp_path, capfd):
+    todo = [
+        Part("long", timeit("pass"), minutes=8),
+        Part("endless", timeit("import time; time.sleep(60)"), minutes=0.01, turns=3),
+        Part("short", timeit("pass"), minutes=0.01),
+        Part("report", timeit("pass"), minutes=8, always=True),
+    ]
+    start = time.monotonic()
+    runner = suite.Suite(tmp_path, todo, 3, end=start + 30)
+    assert suite._run_all(runner, todo) == 1
+    assert time.monotonic() - start < 30
+    out, err = capfd.readouterr()
+    assert "long: left out for the next run: 0.5 minutes are left" in out
+    assert "short: done" in out
+    assert "report: done" in out
+    assert err.startswith("endless: stopped after 0 minutes: run the same command again")
+    again = suite.Suite(tmp_path, todo, 3)
+    assert [part.name for part in todo if again.is_done(part)] == ["short"]
+
+
+@pytest.mark.bench
+def test_results_are_packed_into_one_file(tmp_path):
+    folder, packed = tmp_path / "results", tmp_path / "all.tar.gz"
+    flags = [*TINY, "--out", str(folder), "--only", "verdicts", "--pack", str(packed)]
+    assert suite.main([*flags, "--minutes", "5"]) == 0
+    with tarfile.open(packed) as file:
+        names = set(file.getnames())
+        verdicts = json.load(file.extractfile("results/verdicts.json"))["verdicts"]
+    assert {"results/suite.json", "results/log/verdicts.log"} < names
+    assert verdicts["popcount"]["exact"]
+
+
+def test_the_costliest_questions_come_first(tmp_path):
+    """Verdicts, then ours beside the expert compiled within five minutes, then other rivals."""
+    found = parts.parts(tmp_path, tmp_path, cuda=True, tiny=False, fashion=None)
+    first, second, third = found[:3]
+    assert first.command[0] == "tritonbnn.kernels.trial"
+    assert parts.FIRST in second.command
+    assert first.minutes + second.minutes <= 5
+    assert third.name == "train-step-2"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--only", "nonsense"], "unknown part 'nonsense': choose from tests-kernels"),
+        (["--only", "nonsense"], "unknown part 'nonsense': choose from verdicts"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
+        (["--minutes", "0"], "must be a number of minutes above 0, not '0'"),
+        (["--part-minutes", "nan"], "must be a number of minutes above 0, not 'nan'"),
         (["--out", "/dev/null/results", "--only", "layers-forward"], "cannot create|is a file"),
     ],
 )

@@ -131,7 +131,8 @@ def tune_all(
 ) -> tuple[int, int]:
     """Tune what the table at ``path`` misses, and write it after every problem.
 
-    Whole units come last, on the launchers as tuned.
+    The costliest layers come first, as time may end. Whole units come last, on the launchers as
+    tuned.
 
     Returns:
         How many problems were tuned, and how many could not be.
@@ -141,7 +142,7 @@ def tune_all(
     todo = {problem.key.bucketed(): problem for problem in problems}
     todo = {key: problem for key, problem in todo.items() if key not in entries}
     failed = 0
-    ordered = sorted(todo.items(), key=lambda item: item[1].op == PLAN)
+    ordered = sorted(todo.items(), key=lambda item: (item[1].op == PLAN, -_cost(item[1])))
     for key, problem in tqdm(ordered, unit="problem", disable=None):
         choices = [
             choice
@@ -157,6 +158,12 @@ def tune_all(
         else:
             write_table(path, head, entries)
     return len(todo) - failed, failed
+
+
+def _cost(problem: Problem) -> int:
+    """Products of the layer, which its other passes take the longer for too."""
+    layer = problem.layer
+    return layer.pixels * layer.out_channels * layer.channels * layer.kernel_size**2
 
 
 def rank(problem: Problem, target: Target, limit: int | None) -> list[dict[str, Any]]:
