@@ -40,7 +40,7 @@ ALLOWED = {
     "distributed": {"cli", "meeting", "stop"},
     "methods": {"optim", "models", "nn", "data", *JOB, *BASE},
     "train": {"methods", "optim", "analysis", "models", "nn", "ops", "data", *JOB, *BASE},
-    "deploy": {"compiled", "models", "nn", *BASE},
+    "deploy": {"compiled", "models", "nn", "data", *BASE},
     "networks": {"deploy", "train", *JOB, *BASE},
     "export": {"networks", "deploy", "train", "data", *JOB, *BASE},
     "posterior": {"train", "optim", *JOB, *BASE},

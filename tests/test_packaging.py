@@ -25,6 +25,8 @@ NEEDED = {
     "tritonbnn/data/digits.npz",
     "tritonbnn/deploy/csrc/engine.c",
     "tritonbnn/deploy/csrc/engine.h",
+    "tritonbnn/deploy/page/page.html.jinja",
+    "tritonbnn/deploy/page/page.js",
     "tritonbnn/deploy/program/net.c.jinja",
     "tritonbnn/native/csrc/cpu.c",
     "tritonbnn/native/csrc/vector.h",

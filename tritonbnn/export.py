@@ -1,8 +1,9 @@
 """``python -m tritonbnn.export RUN|FILE --out net.tbnn``: write a trained network as a packed file.
 
 FILE may also hold weights from elsewhere, AdamBNN's for one: ``model_best.pth.tar --step 2``.
-``--out net.onnx`` writes a graph of floats, which ONNX Runtime and others run, and ``--out net.c``
-a C program that needs no library. Then FILE may be a packed file too.
+``--out net.onnx`` writes a graph of floats, which ONNX Runtime and others run, ``--out net.c`` a
+C program that needs no library, and ``--out net.html`` a page that runs in any browser. Then FILE
+may be a packed file too.
 """
 
 import argparse

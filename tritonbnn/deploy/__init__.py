@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "Engine", "Prediction", "export", "load"]
 
-FORMATS = {"packed": file.SUFFIX, "onnx": ".onnx", "c": ".c"}
+FORMATS = {"packed": file.SUFFIX, "onnx": ".onnx", "c": ".c", "html": ".html"}
 """What a trained network can be written as, and how such a file's name ends."""
 
 
@@ -43,8 +43,9 @@ def export(
         half_ends: whether stem and head are kept in float16: a smaller file, and logits that
             differ a little.
         format: "packed"; "onnx", a graph of floats that ONNX Runtime and others run, see
-            :func:`tritonbnn.deploy.onnx.model`, which needs the package onnx; or "c", a C file with
-            a header and a test beside it.
+            :func:`tritonbnn.deploy.onnx.model`, which needs the package onnx; "c", a C file with a
+            header and a test beside it; or "html", a page for a browser, which needs ``image_size``
+            in the transform, and clang and lld.
 
     Returns:
         The file's bytes, and those of what goes with it.
@@ -84,6 +85,10 @@ def writer(format: str) -> Callable[[Packed, Path], int]:
         from tritonbnn.deploy import program  # templates, which running a network does not need
 
         return program.write
+    if format == "html":
+        from tritonbnn.deploy import page  # it needs torch, as a transform does
+
+        return page.write
     try:
         from tritonbnn.deploy import onnx  # a package that running a network does not need
     except ImportError as error:

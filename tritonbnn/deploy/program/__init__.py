@@ -79,7 +79,8 @@ def write(packed: Packed, path: Path) -> int:
     first, names = prefix(path), paths(path)
     for name in names:
         check_ours(name)
-    contents = [content.encode() for content in sources(packed, first)]
+    texts = (*sources(packed, first), test(packed, first))
+    contents = [text.encode() for text in texts]
     write_together(dict(zip(names, contents, strict=True)))
     return sum(map(len, contents))
 
@@ -97,8 +98,8 @@ def check_ours(path: Path) -> None:
         raise UserError(f"{path} exists and was not written by an export: name another --out")
 
 
-def sources(packed: Packed, prefix: str) -> tuple[str, str, str]:
-    """The texts of the C file, of the header, and of the test.
+def sources(packed: Packed, prefix: str) -> tuple[str, str]:
+    """The texts of the C file and of the header.
 
     Args:
         packed: checked.
@@ -106,37 +107,38 @@ def sources(packed: Packed, prefix: str) -> tuple[str, str, str]:
     """
     count = len(packed.head_weight)
     names = [str(i) for i in range(count)] if packed.classes is None else packed.classes
-    facts: dict[str, Any] = {
-        "marker": MARKER,
-        "prefix": prefix,
-        "upper": prefix.upper(),
+    header = {
         "classes": count,
         "channels": packed.in_channels,
         "size_multiple": packed.size_multiple,
-        "image_size": _image_size(packed),
+        "image_size": image_size(packed),
         "named": packed.classes is not None,
-        "names": map(_string, names),
-        "engine": engine(),
-        **_network(packed),
-        **_expected(packed),
     }
-    header, program, test = (
-        _environment().get_template(f"{name}.jinja").render(facts)
-        for name in ("net.h", "net.c", "test.c")
+    network = {"names": map(_string, names), "engine": engine(), **_network(packed)}
+    return (
+        _render("net.c", packed, prefix, network),
+        _render("net.h", packed, prefix, header),
     )
-    return program, header, test
 
 
-def _environment() -> Environment:
-    return Environment(
+def test(packed: Packed, prefix: str) -> str:
+    """The text of the test, whose logits the engine computes now."""
+    return _render("test.c", packed, prefix, _expected(packed))
+
+
+def _render(name: str, packed: Packed, prefix: str, facts: dict[str, Any]) -> str:
+    environment = Environment(
         loader=PackageLoader("tritonbnn.deploy.program", ""),
         undefined=StrictUndefined,
         trim_blocks=True,
         keep_trailing_newline=True,
     )
+    named = {"marker": MARKER, "prefix": prefix, "upper": prefix.upper()}
+    normalises = byte_table(packed) is not None
+    return environment.get_template(f"{name}.jinja").render(**named, normalises=normalises, **facts)
 
 
-def _image_size(packed: Packed) -> int | None:
+def image_size(packed: Packed) -> int | None:
     """Of the images that the network was trained for, where that is known."""
     size = (packed.transform or {}).get("image_size")
     fits = type(size) is int and 0 < size < 1 << 14 and size % packed.size_multiple == 0
@@ -210,10 +212,10 @@ def _string(text: str) -> str:
 def _expected(packed: Packed) -> dict[str, Any]:
     """The test's image size, and the logits of its image as numbers and as pixels."""
     multiple = packed.size_multiple
-    side = _image_size(packed) or max(_SIDE // multiple, 1) * multiple
+    side = image_size(packed) or max(_SIDE // multiple, 1) * multiple
     pixels = random_bytes(packed.in_channels * side**2).reshape(1, -1, side, side)
     numbers = pixels.astype(np.float32) % 9 - 4
-    table, run = byte_table(packed), _reference(packed)
+    table, run = byte_table(packed), reference(packed)
     return {
         "side": side,
         "logits": _vector(run(numbers, None, 1)[0]),
@@ -221,7 +223,7 @@ def _expected(packed: Packed) -> dict[str, Any]:
     }
 
 
-def _reference(packed: Packed) -> Callable[[Array, Array | None, int], Array]:
+def reference(packed: Packed) -> Callable[[Array, Array | None, int], Array]:
     """What runs a network as the C file does, where no product and sum are rounded as one.
 
     That is so in the baseline's build of the engine, on x86. One rounding more or less turns the
