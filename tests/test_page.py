@@ -97,6 +97,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_run_becomes_a_page(place: Path, tmp_path: Path):
     result = run(EXPORT, place / "run", "--out", "net.html", cwd=tmp_path)
     assert result.code == 0, result.output
@@ -108,6 +109,7 @@ def test_a_run_becomes_a_page(place: Path, tmp_path: Path):
     assert (tmp_path / "net.html").read_text() == text
 
 
+@pytest.mark.slow
 def test_without_a_compiler_there_is_one_line(place: Path):
     for path in ("", str(place)):
         if path:  # clang is there, and its linker is not
@@ -120,11 +122,13 @@ def test_without_a_compiler_there_is_one_line(place: Path):
         assert not (place / "x.html").exists()
 
 
+@pytest.mark.slow
 def test_another_s_page_stays(place: Path):
     assert_one_line(run(EXPORT, "run", "--out", "mine.html", cwd=place), "mine.html exists and was")
     assert "mine" in (place / "mine.html").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_call", [1, 5, 6])
 def test_a_full_disk_leaves_no_page(place: Path, tmp_path: Path, at_call: int):
     argv = (place / "run", "--out", "net.html")

@@ -146,6 +146,7 @@ def test_what_does_not_fit_has_a_code(few: tuple[Packed, Compiled]):
     assert run_(None, 1, 16, 16, None, None, ctypes.c_size_t(1 << 30)) == 1
 
 
+@pytest.mark.slow
 def test_memory_is_the_caller_s(few: tuple[Packed, Compiled], tmp_path: Path):
     program.write(few[0], tmp_path / "net.c")
     call(tool("gcc"), *STRICT, "-O1", "-fno-pic", "-c", "net.c", cwd=tmp_path)
@@ -164,6 +165,7 @@ def test_names_are_data(tmp_path: Path):
     assert not hasattr(net.library, "net_run_bytes")  # it has no mean and std
 
 
+@pytest.mark.slow
 def test_two_networks_are_one_program(tmp_path: Path):
     """Of C++, which reads the headers."""
     for name in ("one", "int"):
@@ -179,6 +181,7 @@ def test_two_networks_are_one_program(tmp_path: Path):
     call(tmp_path / "main")
 
 
+@pytest.mark.slow
 def test_a_wrong_logit_is_seen(few: tuple[Packed, Compiled], tmp_path: Path):
     program.write(few[0], tmp_path / "net.c")
     text = (tmp_path / "net_test.c").read_text()
@@ -213,6 +216,16 @@ def test_it_compiles_without_a_warning(tmp_path: Path, index, compiler, flags):
     name, options, _ = EVERY[index]
     packed = with_facts(random_network(name, **options))
     assert_same(call(checker(packed, tmp_path, tool(compiler), *flags.split())))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("index", [0, 2, 4, 5], ids=[NAMES[i] for i in (0, 2, 4, 5)])
+def test_it_stays_in_its_memory(tmp_path: Path, index: int):
+    """Of which the test program gives it not a byte too many."""
+    name, options, _ = EVERY[index]
+    program.write(with_facts(random_network(name, **options)), tmp_path / "net.c")
+    flags = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-march=native")
+    assert_same(call(compile_test(tmp_path, tool("gcc"), "-O1", *flags)))
 
 
 @pytest.mark.slow
@@ -290,6 +303,7 @@ def test_names_that_cannot_be_are_one_line(place: Path, out: str, words: str):
     assert {path: path.read_bytes() for path in place.iterdir() if path.is_file()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_call", range(1, 9))
 def test_a_full_disk_leaves_nothing_half(place: Path, tmp_path: Path, at_call: int):
     argv = (place / "n.tbnn", "--out", "net.c")
