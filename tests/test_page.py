@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks import page as benchmark
 from benchmarks.browser import Browser, BrowserError, NoBrowserError, open_browser
 from tests.commands import PREDICT, ROOT, TRAIN, run, write_tiny
 from tests.test_bad_input import assert_one_line
@@ -364,6 +365,15 @@ def test_what_is_no_picture_is_told(shown: Path, browser: Browser):
     assert browser.run(GUESSES) == []
     browser.run(f"take({file_of(photograph(40, 50))})")  # and the next one can
     browser.wait(f"{SAID}.includes('took')")
+
+
+@pytest.mark.bench
+def test_the_benchmark_measures_both(browser: Browser, tmp_path: Path):
+    """Where there is a Chromium."""
+    assert benchmark.main(["--rounds", "1", "--json", str(tmp_path / "page.json")]) == 0
+    result = json.loads((tmp_path / "page.json").read_text())
+    assert all(len(times) == 1 and times[0] > 0 for times in result["milliseconds"].values())
+    assert set(result["milliseconds"]) == {"page", "twin"}
 
 
 def test_a_module_becomes_a_page(tmp_path: Path):
