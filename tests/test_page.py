@@ -213,8 +213,8 @@ def test_pictures_are_resized_as_pillow_does(shown, browser, sides, augment, mod
 
 @pytest.mark.slow
 @pytest.mark.parametrize("sides", [(1000, 20), (333, 1000)])
-def test_thin_and_high_pictures_may_differ_by_a_grey_level(shown, browser, sides):
-    """Pillow reads thin ones from a box in float32, and newer ones resize high ones first down."""
+def test_thin_and_tall_pictures_may_differ_by_a_grey_level(shown, browser, sides):
+    """Pillow reads thin ones from a box in float32, and newer ones go down tall ones first."""
     browser.open(shown, READY)
     image = photograph(*sides)
     rgba = json.dumps(base64.b64encode(image.convert("RGBA").tobytes()).decode())

@@ -243,6 +243,22 @@ def test_other_machines_give_the_same(tmp_path: Path, machine, index):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flags", "instruction"),
+    [
+        ("--target=wasm32 -msimd128 -mbulk-memory -ffreestanding", "i8x16.popcnt"),
+        ("--target=aarch64-linux-gnu -ffreestanding", "cnt\t"),
+    ],
+)
+def test_clang_counts_bits_by_vectors(tmp_path: Path, flags: str, instruction: str):
+    """Also for machines that have no C library. The page runs what it makes for WebAssembly."""
+    clang = tool("clang")
+    program.write(with_facts(random_network("birealnet_18", **FEW)), tmp_path / "net.c")
+    call(clang, *STRICT, "-O3", *flags.split(), "-S", "net.c", "-o", "net.s", cwd=tmp_path)
+    assert instruction in (tmp_path / "net.s").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grey", "one class", "half ends"])
 def test_ends_of_all_kinds(tmp_path: Path, kind: str):
     channels = 1 if kind == "grey" else 3
