@@ -85,7 +85,7 @@ INLINE void tile_of(const Placed *u, int64_t shortcut, const Spot *spots, int64_
     int64_t kernel = unit->kernel_size, run = kernel * u->words, lanes = u->blocks * LANES;
     int64_t map_row = (u->width + 2 * (kernel / 2)) * u->words, first = block * LANES;
     const uint32_t *inputs[PIXELS];
-    ivec counts[PIXELS];
+    ivec counts[PIXELS] = {{0}};
     for (int64_t p = 0; p < PIXELS; p++) inputs[p] = u->map + spots[smaller(p, count - 1)].input;
     const uint32_t *weight = unit->weight + block * kernel * run * LANES;
     if (count > PIXELS / 2)
@@ -103,7 +103,7 @@ INLINE void tile_of(const Placed *u, int64_t shortcut, const Spot *spots, int64_
     if (shortcut != REPEAT_WITHIN) stream += source / LANES * u->in.plane;
     float *stream_out = u->out.numbers + block * u->out.plane;
     char *next = u->next ? (char *)u->next + 2 * block : NULL;
-    vec z[PIXELS];
+    vec z[PIXELS] = {{0}};
 #pragma GCC unroll 8
     for (int64_t p = 0; p < count; p++) {
         const float *from = stream + spots[p].shortcut;
