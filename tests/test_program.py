@@ -1,6 +1,7 @@
 """A packed network as a C program, compiled as its users do, for this machine and for others."""
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -330,6 +331,13 @@ def test_a_full_disk_leaves_nothing_half(place: Path, tmp_path: Path, at_call: i
 
 def test_a_folder_that_may_not_be_written_is_one_line(place: Path):
     assert_one_line(run(EXPORT, "n.tbnn", "--out", "/proc/net_of_mine.c", cwd=place), "/proc/")
+
+
+def test_a_pipe_is_no_file(tmp_path: Path):
+    os.mkfifo(tmp_path / "net.h")
+    with pytest.raises(UserError, match=r"net\.h: it is a device or a pipe"):
+        program.write(fold(random_network("birealnet_18", **FEW)), tmp_path / "net.c")
+    assert [path.name for path in tmp_path.iterdir()] == ["net.h"]
 
 
 def test_another_s_file_stays(tmp_path: Path):

@@ -2,7 +2,7 @@
 
 FILE may also hold weights from elsewhere, AdamBNN's for one: ``model_best.pth.tar --step 2``.
 ``--out net.onnx`` writes a graph of floats, which ONNX Runtime and others run, ``--out net.c`` a
-C program that needs no library, and ``--out net.html`` a page that runs in any browser. Then FILE
+C program that needs no library, and ``--out net.html`` a page for a browser. Then FILE
 may be a packed file too.
 """
 

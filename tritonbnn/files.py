@@ -68,7 +68,8 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         raise cannot_write(writing or Path(), error) from error
     finally:
         for temporary in temporaries.values():
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # in its place already, or never written
+                temporary.unlink()
 
 
 def update(path: Path, content: bytes) -> None:

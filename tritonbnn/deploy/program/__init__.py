@@ -87,6 +87,8 @@ def write(packed: Packed, path: Path) -> int:
 
 def check_ours(path: Path) -> None:
     """Raise UserError where there is a file that no export has written."""
+    if path.exists() and not path.is_file():
+        return  # a pipe would keep a reader waiting: whoever writes says that it is none
     try:
         with path.open("rb") as file:
             ours = MARKER.encode() in file.read(400)
