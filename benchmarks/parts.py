@@ -132,7 +132,7 @@ def _tests(cuda: bool, tiny: bool) -> Iterator[Part]:
 
 def _tuning(cuda: bool, tiny: bool) -> Iterator[Part]:
     """A command for each kind of problem; what one had tuned is not tuned again."""
-    command = ("tritonbnn.kernels.autotune", "--limit", "1" if tiny else "16")
+    command = ("tritonbnn.kernels.autotune", "--ship", "--limit", "1" if tiny else "16")
     if not cuda:
         layer = ("--compile-only", "--batch", "1", "--layer", "0", "--op", "conv_packed")
         yield Part("autotune-compile", (*command, *layer), minutes=1, tuned=False)

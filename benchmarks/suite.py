@@ -37,6 +37,7 @@ from benchmarks.output import read_result
 from benchmarks.parts import MINUTES, Part, parts
 from tritonbnn import cli
 from tritonbnn.files import make_folder, writable, write_json
+from tritonbnn.kernels.commands import minutes
 from tritonbnn.kernels.provenance import commit, folder_name, header
 
 STATE = "suite.json"
@@ -248,17 +249,6 @@ def _run_all(suite: Suite, todo: list[Part]) -> int:
     return FAILED if unfinished else 0
 
 
-def _time(text: str) -> float:
-    """Of a flag: minutes."""
-    try:
-        minutes = float(text)
-    except ValueError:
-        minutes = math.nan
-    if not 0 < minutes < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of minutes above 0, not {text!r}")
-    return minutes
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = cli.Parser(prog="python -m benchmarks.suite", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
@@ -270,8 +260,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fresh", action="store_true", help="run finished parts again too")
     parser.add_argument("--dry-run", "--list", action="store_true", help="say what, and stop")
     limits = f"limit of a part; {MINUTES}, or {CPU_MINUTES} on a CPU"
-    parser.add_argument("--part-minutes", type=_time, help=limits)
-    parser.add_argument("--minutes", type=_time, help="limit of the whole")
+    parser.add_argument("--part-minutes", type=minutes, help=limits)
+    parser.add_argument("--minutes", type=minutes, help="limit of the whole")
     parser.add_argument("--pack", type=Path, help="put the folder of results into this file")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--fashion", type=Path, help="folder of Fashion-MNIST's files")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -196,6 +197,14 @@ def test_the_costliest_layers_come_first_and_whole_units_last(monkeypatch, tmp_p
     assert order == [("pack_signs", 5), ("pack_signs", 3), (PLAN, UNIT.layer.height)]
 
 
+def test_no_problem_is_begun_when_time_is_over(tmp_path):
+    problems = [Problem("pack_signs", LAYER, torch.float32)]
+    options = {"target": H100, "limit": 1, "runs": 1, "end": time.monotonic() - 1}
+    path = tmp_path / "gpu.json"
+    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == (0, 0)
+    assert not path.exists()
+
+
 @pytest.mark.usefixtures("kernels_everywhere")
 def test_a_plan_is_chosen_on_the_launchers_as_tuned(monkeypatch, tmp_path):
     path = tmp_path / "gpu.json"
@@ -265,6 +274,8 @@ def test_other_versions_tune_again_and_a_broken_table_stops(tmp_path):
     problems = [Problem("pack_signs", LAYER, torch.float32)]
     autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options)
     document = json.loads(path.read_text())
+    path.write_text(json.dumps({**document, "driver": "1.0", "torch": "1.0"}))
+    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == (0, 0)
     path.write_text(json.dumps({**document, "triton": "1.0"}))
     assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == (1, 0)
     path.write_text("{")
@@ -279,6 +290,7 @@ def test_other_versions_tune_again_and_a_broken_table_stops(tmp_path):
         (["--layer", "99"], "--layer must be from 0 to 17"),
         (["--compile-only", "--target", "sm_10"], "--target: invalid choice: 'sm_10'"),
         (["--dtype", "int8"], "invalid choice"),
+        (["--minutes", "-1"], "must be a number of minutes above 0, not '-1'"),
         (["--batch", "0"], "must be a whole number of at least 1, not '0'"),
         (["--size", "33"], "multiple|divisible"),
         (["--gpu", "Some other GPU"], "no CUDA device|this GPU is"),

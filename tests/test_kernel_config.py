@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import asdict, replace
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -87,13 +88,59 @@ def test_a_malformed_or_foreign_table_is_named(tmp_path, text, message):
     assert message in str(caught.value)
 
 
-def test_an_unknown_gpu_gets_defaults(tmp_path, monkeypatch):
-    monkeypatch.setattr(config, "CONFIG_DIR", tmp_path)
-    config.shipped_table.cache_clear()
-    assert config.shipped_table("NVIDIA Unknown") == {}
-    write(tmp_path / "nvidia_test_80gb.json", entry())
-    assert config.shipped_table(GPU)[KEY].tile == TILE
-    config.shipped_table.cache_clear()
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Folders of reviewed tables and of the user's own."""
+    reviewed, cache = tmp_path / "configs", tmp_path / "cache"
+    monkeypatch.setattr(config, "CONFIG_DIR", reviewed)
+    monkeypatch.setenv("TRITONBNN_CACHE", str(cache))
+    config.table_of.cache_clear()
+    for folder in (reviewed, cache / "tables"):
+        folder.mkdir(parents=True)
+    yield reviewed / "nvidia_test_80gb.json", cache / "tables" / "nvidia_test_80gb.json"
+    config.table_of.cache_clear()
+
+
+def test_an_unknown_gpu_gets_defaults(places):
+    write(places[0], entry())
+    assert config.table_of("NVIDIA Unknown") == {}
+    assert config.table_of(GPU)[KEY].tile == TILE
+
+
+def test_the_user_s_own_entries_come_first(places):
+    small, other = config.TileConfig(16, 32, 32, 4, 2), replace(KEY, channels=64)
+    write(places[0], entry(), entry(other))
+    write(places[1], entry(tile=small))
+    assert config.own_path(GPU) == places[1]
+    found = config.table_of(GPU)
+    assert (found[KEY].tile, found[other].tile) == (small, TILE)
+
+
+@pytest.mark.parametrize("text", ["{", '{"gpu": "other", "entries": []}', ""])
+def test_an_own_table_that_somebody_broke_costs_a_line(places, text, caplog):
+    write(places[0], entry())
+    places[1].write_text(text)
+    assert config.table_of(GPU)[KEY].tile == TILE
+    (record,) = caplog.records
+    assert str(places[1]) in record.message
+    assert record.message.endswith("that table is not used; remove it, or tune again")
+
+
+def test_another_triton_s_one_bit_entries_are_left_out(places, caplog):
+    one_bit = replace(KEY, op="conv_packed", dtype="int32")
+    for path in places:
+        write(path, entry(), entry(one_bit, "mma"))
+        document = json.loads(path.read_text())
+        path.write_text(json.dumps({**document, "triton": "1.0", "driver": "1"}))
+    assert set(config.table_of(GPU)) == {KEY}
+    said = [record.message for record in caplog.records]
+    assert [line.split(" is of ")[0] for line in said] == [str(path) for path in places]
+    assert said[0].endswith("is of Triton 1.0: its entries of mma, wgmma are left out")
+    for path in places:
+        document = json.loads(path.read_text())
+        path.write_text(json.dumps({**document, "triton": version("triton")}))
+    config.table_of.cache_clear()
+    assert set(config.table_of(GPU)) == {KEY, one_bit}  # whatever the driver
 
 
 def test_shipped_tables_are_sound():
@@ -132,6 +179,6 @@ def test_importing_the_kernels_is_inert():
         "from tritonbnn import kernels\n"
         "from tritonbnn.kernels import config\n"
         "assert not torch.cuda.is_initialized()\n"
-        "assert config.shipped_table.cache_info().currsize == 0\n"
+        "assert config.table_of.cache_info().currsize == 0\n"
     )
     assert_runs_silently(code)

@@ -1,11 +1,15 @@
 """Choose formulation and tile for every problem a network poses, by measurement.
 
-``python -m tritonbnn.kernels.autotune`` writes ``kernels/configs/<gpu>.json``; what an interrupted
-run had finished is kept, and the same command goes on. Without a GPU, ``--compile-only --target
-sm_90`` ranks the candidates by what the compiler makes of them.
+``python -m tritonbnn.kernels.autotune`` writes a table into the user's cache folder, where training
+looks for it; ``--ship`` writes the package's own. What an interrupted run had finished is kept, and
+the same command goes on. Without a GPU, ``--compile-only --target sm_90`` ranks the candidates by
+what the compiler makes of them.
 """
 
+import argparse
 import json
+import math
+import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +24,15 @@ from tritonbnn import cli
 from tritonbnn.files import writable, write_json
 from tritonbnn.kernels import aot, config, shipped
 from tritonbnn.kernels.candidates import candidates, spread
-from tritonbnn.kernels.commands import LIMIT_HELP, add_problem_arguments, named_problems, positive
-from tritonbnn.kernels.mma_operands import ONE_BIT, has_one_bit_core
+from tritonbnn.kernels.commands import (
+    LIMIT_HELP,
+    add_problem_arguments,
+    minutes,
+    named_problems,
+    positive,
+)
+from tritonbnn.kernels.config import ONE_BIT
+from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.problems import OPS, PLAN, STEP_OPS, Problem
 from tritonbnn.kernels.provenance import versions
 from tritonbnn.kernels.targets import TARGETS, Target, parse_target, target_of
@@ -99,7 +110,10 @@ def tune(
 
 
 def read_entries(path: Path, head: dict[str, Any]) -> dict[config.ProblemKey, dict[str, Any]]:
-    """The entries of an earlier run; none if other versions wrote them."""
+    """The entries of an earlier run; none if another Triton made them.
+
+    Another driver or torch compiles nothing anew.
+    """
     if not path.exists():
         return {}
     try:
@@ -107,7 +121,7 @@ def read_entries(path: Path, head: dict[str, Any]) -> dict[config.ProblemKey, di
     except ValueError as error:
         raise cli.UserError(f"{error}; mend or remove the file") from error
     document = json.loads(path.read_text(encoding="utf-8"))
-    if {name: document.get(name) for name in head} != head:
+    if document.get("triton") != head["triton"]:
         return {}
     return dict(zip(table, document["entries"], strict=True))
 
@@ -128,15 +142,17 @@ def tune_all(
     target: Target,
     limit: int | None = None,
     runs: int = 30,
+    end: float = math.inf,
 ) -> tuple[int, int]:
     """Tune what the table at ``path`` misses, and write it after every problem.
 
-    The costliest layers come first, as time may end. Whole units come last, on the launchers as
-    tuned.
+    None is begun after ``end`` on the clock of :func:`time.monotonic`. The costliest layers come
+    first. Whole units come last, on the launchers as tuned.
 
     Returns:
         How many problems were tuned, and how many could not be.
     """
+    tuned = 0
     head = {"gpu": gpu, **versions(device)}
     entries = read_entries(path, head)
     todo = {problem.key.bucketed(): problem for problem in problems}
@@ -144,6 +160,8 @@ def tune_all(
     failed = 0
     ordered = sorted(todo.items(), key=lambda item: (item[1].op == PLAN, -_cost(item[1])))
     for key, problem in tqdm(ordered, unit="problem", disable=None):
+        if time.monotonic() > end:
+            break
         choices = [
             choice
             for choice in candidates(problem.key, target)
@@ -156,8 +174,9 @@ def tune_all(
             failed += 1
             tqdm.write(str(error))
         else:
+            tuned += 1
             write_table(path, head, entries)
-    return len(todo) - failed, failed
+    return tuned, failed
 
 
 def _cost(problem: Problem) -> int:
@@ -207,13 +226,35 @@ def main(argv: list[str]) -> int:
     gpu = torch.cuda.get_device_name(device)
     if arguments.gpu not in ("auto", gpu):
         raise cli.UserError(f"this GPU is {gpu!r}, not {arguments.gpu!r}")
-    path = arguments.output or config.table_path(gpu)
-    writable(path)
+    path = _table(arguments, gpu)
     tuned, failed = tune_all(
-        problems, path, gpu, device, target=target_of(device), limit=arguments.limit
+        problems,
+        path,
+        gpu,
+        device,
+        target=target_of(device),
+        limit=arguments.limit,
+        end=time.monotonic() + 60 * arguments.minutes,
     )
     print(f"tuned {tuned} of {len(problems)} problems, {failed} could not be: {path}")
     return int(failed > 0)
+
+
+def _table(arguments: argparse.Namespace, gpu: str) -> Path:
+    """The table to write.
+
+    Raises:
+        cli.UserError: it cannot be.
+    """
+    try:
+        path = config.table_path(gpu) if arguments.ship else config.own_path(gpu)
+    except OSError as error:
+        raise cli.UserError(
+            f"no folder for a table: set TRITONBNN_CACHE to one ({error})"
+        ) from error
+    path = arguments.output or path
+    writable(path)
+    return path
 
 
 def _parser() -> cli.Parser:
@@ -221,7 +262,9 @@ def _parser() -> cli.Parser:
     add_problem_arguments(parser, "reactnet_a", (*OPS, PLAN))
     parser.add_argument("--gpu", default="auto", help="the GPU's name, to be sure of it")
     parser.add_argument("--limit", type=positive, help=f"{LIMIT_HELP}, for each problem")
-    parser.add_argument("--output", type=Path, help="the table, instead of the package's own")
+    parser.add_argument("--output", type=Path, help="the table, instead of the user's own")
+    parser.add_argument("--ship", action="store_true", help="write the package's own table")
+    parser.add_argument("--minutes", type=minutes, default=math.inf, help="begin no problem after")
     parser.add_argument("--compile-only", action="store_true", help="rank without a GPU")
     parser.add_argument("--target", default="sm_90", choices=TARGETS, help="of --compile-only")
     parser.add_argument("--top", type=positive, default=5, help="of --compile-only: rows a problem")

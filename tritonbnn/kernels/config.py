@@ -1,26 +1,35 @@
 """Which formulation and which tile a problem gets: tuning table first, then the default.
 
-A table is ``configs/<gpu>.json``, written by :mod:`tritonbnn.kernels.autotune` and reviewed. A
-lookup takes the exact key, else the nearest batch bucket, else the default; an unknown GPU has no
-table and gets defaults. A table that cannot be trusted is an error that names file and entry.
+A table is written by :mod:`tritonbnn.kernels.autotune`: the user's own in the cache folder, or
+``configs/<gpu>.json``, which is reviewed. A lookup takes the exact key, else the nearest batch
+bucket, else the default; an unknown GPU has no table and gets defaults. A reviewed table that
+cannot be trusted is an error that names file and entry. The user's own is left out then, with a
+line.
 """
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
 
 from tritonbnn.cli import UserError
+from tritonbnn.compiled.build import cache_folder
 from tritonbnn.kernels.targets import ANY, Target, target_of
 
 CONFIG_DIR = Path(__file__).parent / "configs"
+ONE_BIT = ("mma", "wgmma")
+"""Formulations on the one-bit tensor core: what a compiler makes of them is its version's."""
+
+logger = logging.getLogger(__name__)
 
 FORMULATIONS = {
     "unit_plan": ("keep", "recompute", "fused"),
@@ -143,7 +152,7 @@ def _choose(key: ProblemKey, device: torch.device) -> Choice:
             " (--precision fp16)"
         )
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return look_up(key, {} if gpu is None else shipped_table(gpu), target)
+    return look_up(key, {} if gpu is None else table_of(gpu), target)
 
 
 _forced: Callable[[ProblemKey], Choice] | None = None
@@ -230,15 +239,48 @@ def default_tile(key: ProblemKey, formulation: str) -> TileConfig:
 
 
 def table_path(gpu: str) -> Path:
-    """Where the table of a GPU model lives."""
-    return CONFIG_DIR / (re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json")
+    """Where the reviewed table of a GPU model lives."""
+    return CONFIG_DIR / _file_name(gpu)
+
+
+def own_path(gpu: str) -> Path:
+    """Where the user's table of a GPU model lives.
+
+    Raises:
+        OSError: the user has no home, and no other folder is named.
+    """
+    return cache_folder() / "tables" / _file_name(gpu)
+
+
+def _file_name(gpu: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", gpu.lower()).strip("_") + ".json"
 
 
 @lru_cache
-def shipped_table(gpu: str) -> Table:
-    """The reviewed table of a GPU model; empty for a model that has none."""
+def table_of(gpu: str) -> Table:
+    """What is tuned for a GPU model: the user's own entries over the reviewed ones."""
     path = table_path(gpu)
-    return read_table(path, gpu) if path.exists() else {}
+    found = _of_this_triton(path, gpu) if path.exists() else {}
+    try:
+        path = own_path(gpu)
+        return found | (_of_this_triton(path, gpu) if path.exists() else {})
+    except (OSError, ValueError) as error:
+        logger.warning("%s: that table is not used; remove it, or tune again", error)
+        return found
+
+
+def _of_this_triton(path: Path, gpu: str) -> Table:
+    """A table without what another Triton's one-bit kernels were tuned to."""
+    table = read_table(path, gpu)
+    triton = json.loads(path.read_text(encoding="utf-8")).get("triton")
+    if triton in (None, version("triton")):
+        return table
+    kept = {key: choice for key, choice in table.items() if choice.formulation not in ONE_BIT}
+    if len(kept) < len(table):
+        logger.warning(
+            "%s is of Triton %s: its entries of %s are left out", path, triton, ", ".join(ONE_BIT)
+        )
+    return kept
 
 
 def read_table(path: Path, gpu: str) -> Table:

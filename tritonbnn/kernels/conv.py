@@ -13,10 +13,11 @@ from torch import Tensor
 from tritonbnn import checks
 from tritonbnn.bits import WORD_BITS
 from tritonbnn.kernels import config
+from tritonbnn.kernels.config import ONE_BIT
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
 from tritonbnn.kernels.library import convolution
-from tritonbnn.kernels.mma_operands import ONE_BIT, has_one_bit_core, takes
+from tritonbnn.kernels.mma_operands import has_one_bit_core, takes
 from tritonbnn.kernels.pack import unpack_signs
 from tritonbnn.kernels.targets import target_of
 from tritonbnn.kernels.tiles import popcount, signs, tile_of, window

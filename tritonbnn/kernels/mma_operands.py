@@ -27,9 +27,6 @@ CHUNK_WORDS = 16
 BORDERS = 16
 """Ways in which a 3x3 window can cross the image's border: a bit each for its four sides."""
 
-ONE_BIT = ("mma", "wgmma")
-"""Formulations on the one-bit tensor core."""
-
 _TILE = TileConfig(256, 1, 1, 4, 1)
 
 
