@@ -5,10 +5,11 @@ import json
 import os
 import select
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,11 @@ class Browser:
         self.send("Input.dispatchKeyEvent", type="keyDown", text=text, **facts)
         self.send("Input.dispatchKeyEvent", type="keyUp", **facts)
 
+    def close(self) -> None:
+        """End Chromium with all its processes, which write to its folder until then."""
+        self._session = {}
+        self.send("Browser.close")
+
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._pending:
             ready, _, _ = select.select([self._back], [], [], PATIENCE)
@@ -137,13 +143,18 @@ def open_browser(folder: Path, *flags: str) -> Iterator[Browser]:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     os.close(theirs_in)
     os.close(theirs_out)
     try:
-        yield Browser(ours_out, ours_in)
+        browser = Browser(ours_out, ours_in)
+        yield browser
+        browser.close()
+        process.wait(PATIENCE)
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):  # all have ended
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         os.close(ours_out)
         os.close(ours_in)

@@ -30,6 +30,7 @@ _READY = "document.querySelector('#said')?.textContent.startsWith('Ready')"
 _CALL = f"network.run(new Uint8Array({3 * SIZE**2})).milliseconds"
 
 
+@torch.no_grad()
 def turns(browser: Browser, rounds: int) -> dict[str, list[float]]:
     """Milliseconds of every turn, by rival."""
     twin, images = FloatReActNetA().eval(), torch.randn(1, 3, SIZE, SIZE)
@@ -52,9 +53,8 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     path = writable(args.json)
     torch.set_num_threads(1)
-    torch.set_grad_enabled(False)
     result: dict[str, Any] = header(command("page", argv), torch.device("cpu"))
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         page = Path(folder) / "net.html"
         model = build_model("reactnet_a").eval()
         result["bytes"] = deploy.export(model, page, transform=_TRANSFORM, format="html")

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import page as benchmark
 from benchmarks.browser import Browser, BrowserError, NoBrowserError, open_browser
 from tests.commands import PREDICT, ROOT, TRAIN, run, write_tiny
 from tests.test_bad_input import assert_one_line
 from tests.test_deploy import NETWORKS, ODD, dyadic_network, random_network
-from tests.test_program import EXPORT, FEW, HOSTILE, TRANSFORM, channels_of, tool
+from tests.test_program import EXPORT, FEW, HOSTILE, TRANSFORM, call, channels_of, tool
 from tritonbnn import deploy
 from tritonbnn.cli import UserError
 from tritonbnn.data.views import eval_view
@@ -370,7 +370,8 @@ def test_what_is_no_picture_is_told(shown: Path, browser: Browser):
 @pytest.mark.bench
 def test_the_benchmark_measures_both(browser: Browser, tmp_path: Path):
     """Where there is a Chromium."""
-    assert benchmark.main(["--rounds", "1", "--json", str(tmp_path / "page.json")]) == 0
+    flags = ("--rounds", "1", "--json", tmp_path / "page.json")
+    call(sys.executable, "-m", "benchmarks.page", *flags, cwd=ROOT)
     result = json.loads((tmp_path / "page.json").read_text())
     assert all(len(times) == 1 and times[0] > 0 for times in result["milliseconds"].values())
     assert set(result["milliseconds"]) == {"page", "twin"}
