@@ -55,6 +55,9 @@ def add_problem_arguments(parser: cli.Parser, model: str | None, ops: Sequence[s
     parser.add_argument("--batch", type=positive, default=256, help="images")
     parser.add_argument("--size", type=positive, default=224, help="of the images")
     parser.add_argument("--width", type=float, default=1.0, help="of the network")
+    parser.add_argument(
+        "--small-images", action="store_true", help="a stem of stride 1, as for images of 32x32"
+    )
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bf16", help="of activations")
     parser.add_argument("--op", action="append", choices=sorted(ops), help="only these")
     parser.add_argument(
@@ -80,9 +83,9 @@ def named_problems(
     caches.prepare(caches.TRITON)
     if arguments.model:
         try:
-            layers = list(
-                model_layers(arguments.model, arguments.batch, arguments.size, arguments.width)
-            )
+            small = arguments.small_images
+            shape = arguments.batch, arguments.size, arguments.width
+            layers = list(model_layers(arguments.model, *shape, small_images=small))
         except ValueError as error:
             raise cli.UserError(str(error)) from error
     chosen = range(len(layers)) if arguments.layer is None else arguments.layer

@@ -4,13 +4,17 @@ from tritonbnn import cli
 from tritonbnn.cli import printable
 from tritonbnn.stop import Stopped
 from tritonbnn.train.arguments import parse
+from tritonbnn.train.config import tuned_shapes
 from tritonbnn.train.job import train
 from tritonbnn.train.log import is_published, table
+from tritonbnn.tuning import tune
 
 
 def main(argv: list[str]) -> int:
     """Train, or go on training. Returns the exit code."""
     arguments = parse(argv)
+    if arguments.tune is not None:
+        tune(arguments.config.device, **tuned_shapes(arguments.config), minutes=arguments.tune)
     try:
         trained = train(arguments.config, arguments.out, fresh=arguments.fresh)
     except Stopped as stopped:

@@ -4,7 +4,8 @@ argparse collects text. What it means, and whether it is legal, the same code de
 recipes (:mod:`tritonbnn.train.recipe`), so that a value is never checked in two ways.
 """
 
-from argparse import SUPPRESS, BooleanOptionalAction
+import math
+from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction
 from collections.abc import Mapping
 from dataclasses import Field, dataclass
 from pathlib import Path
@@ -37,11 +38,13 @@ class Arguments:
         config: the resolved configuration.
         out: the run's folder.
         fresh: start over in a new folder beside ``out``.
+        tune: minutes in which the kernels are tuned first, or None.
     """
 
     config: Config
     out: Path
     fresh: bool
+    tune: float | None
 
 
 def parse(argv: list[str]) -> Arguments:
@@ -58,15 +61,15 @@ def parse(argv: list[str]) -> Arguments:
         flags = [name for action in parser._actions for name in action.option_strings]
         raise UserError(f"unknown argument {unknown[0]}{did_you_mean(unknown[0], flags)}")
     overrides = vars(given)
-    recipe, out, fresh, wants_help = (
-        overrides.pop(key) for key in ("recipe", "out", "fresh", "help")
+    recipe, out, fresh, tune, wants_help = (
+        overrides.pop(key) for key in ("recipe", "out", "fresh", "tune", "help")
     )
     config = resolve(read_recipe(recipe), _merged(overrides, of_parts))
     if wants_help:
         _parser(config).print_help()
         raise SystemExit(0)
     _check_own_classes(config)
-    return Arguments(config, cli.path(out or f"runs/{config.recipe}"), fresh)
+    return Arguments(config, cli.path(out or f"runs/{config.recipe}"), fresh, tune)
 
 
 def _check_own_classes(config: Config) -> None:
@@ -136,6 +139,12 @@ def _parser(config: Config | None) -> Parser:
     parser.add_argument(
         "--fresh", action="store_true", help="start over in a new folder beside the old one"
     )
+    parser.add_argument(
+        "--tune",
+        type=_minutes,
+        metavar="MINUTES",
+        help="first time the kernels for this network on this GPU, for so long (5m or 5)",
+    )
     names = f" ({', '.join(config.names)})" if config else ""
     parser.add_argument(
         "--stage", dest="only", default=SUPPRESS, metavar="NAME", help=f"run it alone{names}"
@@ -173,6 +182,16 @@ def _parser(config: Config | None) -> Parser:
         if key not in _OWN_FLAG:
             _add_flag(run, key, spec, "" if config is None else _shown(getattr(config, key)))
     return parser
+
+
+def _minutes(text: str) -> float:
+    try:
+        found = float(text.removesuffix("m"))
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise ArgumentTypeError(f"must be a number of minutes above 0, as in 5m, not {text!r}")
+    return found
 
 
 def _add_flag(parser: Any, key: str, spec: Field, shown: str) -> None:

@@ -125,6 +125,18 @@ def data_settings(config: Config) -> dict[str, Any]:
     return {key: getattr(config, key) for key in SETTINGS}
 
 
+def tuned_shapes(config: Config) -> dict[str, Any]:
+    """What decides which shapes the kernels meet in a part of a batch."""
+    return {
+        "model": config.model,
+        "batch": -(-config.batch_size // config.accumulation),
+        "size": config.image_size,
+        "width": config.width,
+        "small_images": config.small_images,
+        "dtype": config.precision,
+    }
+
+
 def to_toml(config: Config) -> str:
     """``config`` as a recipe file that gives the same configuration again."""
     lines = [f"{key} = {_toml(getattr(config, key))}" for key in SHARED_FIELDS]

@@ -11,7 +11,9 @@ from tritonbnn.models import build_model
 from tritonbnn.nn import BinaryConv2d, BinaryUnit
 
 
-def model_layers(model: str, batch: int, size: int, width: float = 1.0) -> Counter[Geometry]:
+def model_layers(
+    model: str, batch: int, size: int, width: float = 1.0, *, small_images: bool = False
+) -> Counter[Geometry]:
     """The binary convolutions of a network by name, and how often each shape occurs."""
     layers: Counter[Geometry] = Counter()
 
@@ -23,7 +25,7 @@ def model_layers(model: str, batch: int, size: int, width: float = 1.0) -> Count
         layers[geometry] += 1
 
     with torch.device("meta"), torch.no_grad():
-        network = build_model(model, width=width).eval()
+        network = build_model(model, width=width, small_images=small_images).eval()
         for module in network.modules():
             if isinstance(module, (BinaryUnit, BinaryConv2d)):
                 module.register_forward_hook(count)
