@@ -61,6 +61,7 @@ class Block(nn.Module):
         stride: 2 halves height and width.
         conv: makes a convolution.
         activation: makes the sign.
+        shift: makes a shift.
     """
 
     def __init__(
@@ -70,14 +71,15 @@ class Block(nn.Module):
         stride: int,
         conv: type[nn.Conv2d],
         activation: type[nn.Module],
+        shift: type[nn.Module],
     ) -> None:
         super().__init__()
         out = 2 * channels if widen else channels
-        self.move11 = Shift(channels)
+        self.move11 = shift(channels)
         self.binary_3x3 = conv(channels, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.move12, self.prelu1, self.move13 = Shift(channels), nn.PReLU(channels), Shift(channels)
-        self.move21 = Shift(channels)
+        self.move12, self.prelu1, self.move13 = shift(channels), nn.PReLU(channels), shift(channels)
+        self.move21 = shift(channels)
         if widen:
             self.binary_pw_down1 = conv(channels, channels, 1, bias=False)
             self.binary_pw_down2 = conv(channels, channels, 1, bias=False)
@@ -85,7 +87,7 @@ class Block(nn.Module):
         else:
             self.binary_pw = conv(channels, channels, 1, bias=False)
             self.bn2 = nn.BatchNorm2d(channels)
-        self.move22, self.prelu2, self.move23 = Shift(out), nn.PReLU(out), Shift(out)
+        self.move22, self.prelu2, self.move23 = shift(out), nn.PReLU(out), shift(out)
         self.binary_activation = activation()
         self.pooling = nn.AvgPool2d(2, 2)
         self.widen, self.stride = widen, stride
@@ -127,6 +129,7 @@ class ObviousReActNetA(nn.Module):
 
     activation: type[nn.Module] = BinaryActivation
     binary_conv: type[nn.Conv2d] = SimulatedConv2d
+    shift: type[nn.Module] = Shift
 
     def __init__(
         self,
@@ -143,8 +146,8 @@ class ObviousReActNetA(nn.Module):
         conv = self.binary_conv if binary_weights else nn.Conv2d
         for out, stride in BLOCKS:
             out_channels = scaled(out, width)
-            block = Block(channels, out_channels != channels, stride, conv, self.activation)
-            self.feature.append(block)
+            pieces = (conv, self.activation, self.shift)
+            self.feature.append(Block(channels, out_channels != channels, stride, *pieces))
             channels = out_channels
         self.pool1 = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, num_classes)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from benchmarks.baseline import BinaryActivation, ObviousReActNetA, SimulatedConv2d
+from benchmarks.baseline import BinaryActivation, ObviousReActNetA, Shift, SimulatedConv2d
 
 # copysign is the fastest sign that torch has. It tells -0 from +0, but neither a sum with a shift
 # nor an updated weight ends at -0, so sign(0) = +1 holds here too.
@@ -59,8 +59,16 @@ class ExpertConv2d(SimulatedConv2d):
         return ScaledSignFunction.apply(self.weight)
 
 
+class ExpertShift(Shift):
+    """A shift in the stream's dtype: a float32 one would make autocast's stream float32 too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.bias.to(x.dtype)
+
+
 class ExpertReActNetA(ObviousReActNetA):
     """The obvious network, with the same parameters by the same names, in the expert's pieces."""
 
     activation = ExpertActivation
     binary_conv = ExpertConv2d
+    shift = ExpertShift

@@ -27,12 +27,18 @@ _ADAM = "aten::_fused_adam_"  # it returns nothing, so what it writes is not amo
 _ALLOCATIONS = ("empty", "new_empty", "detach")
 
 
-class _Traffic(TorchDispatchMode):
-    """Adds up the bytes of all operators that run under it, by family."""
+class Operators(TorchDispatchMode):
+    """Hands every operator that moves memory to :meth:`record`. Views and allocations do not."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes: Counter[str] = Counter()
+    def record(self, name: str, family: str, nbytes: int) -> None:
+        """Take note of an operator.
+
+        Args:
+            name: qualified, such as ``aten::add``.
+            family: see :mod:`benchmarks.families`.
+            nbytes: that it reads and writes.
+        """
+        raise NotImplementedError
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         results = func(*args, **(kwargs or {}))
@@ -43,13 +49,25 @@ class _Traffic(TorchDispatchMode):
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else () for a in args]
         family = operator_family(name, shapes)
         if name == _ADAM:
-            self.bytes[OPTIMIZER] += ADAM_PASSES * sum(_nbytes(p) for p in args[0])
+            self.record(name, OPTIMIZER, ADAM_PASSES * sum(_nbytes(p) for p in args[0]))
         elif family:
             written = {id(leaf) for leaf in tree_leaves(results)}
             named = [leaf for leaf in tree_leaves(kwargs) if id(leaf) not in written]  # no out=
             leaves = [*tree_leaves(args), *named, *tree_leaves(results)]
-            self.bytes[family] += sum(_nbytes(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+            moved = sum(_nbytes(leaf) for leaf in leaves if isinstance(leaf, Tensor))
+            self.record(name, family, moved)
         return results
+
+
+class _Traffic(Operators):
+    """Adds up the bytes of all operators that run under it, by family."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: Counter[str] = Counter()
+
+    def record(self, name: str, family: str, nbytes: int) -> None:
+        self.bytes[family] += nbytes
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -4,8 +4,19 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.baseline import BinaryActivation, Block, ObviousReActNetA, SimulatedConv2d
-from benchmarks.expert import ExpertReActNetA, ScaledSignFunction, SignFunction
+from benchmarks.baseline import (
+    BinaryActivation,
+    Block,
+    ObviousReActNetA,
+    Shift,
+    SimulatedConv2d,
+)
+from benchmarks.expert import (
+    ExpertReActNetA,
+    ExpertShift,
+    ScaledSignFunction,
+    SignFunction,
+)
 from tritonbnn.models import build_model, load_adambnn
 from tritonbnn.nn import BinaryUnit
 
@@ -126,7 +137,7 @@ def test_the_experts_pieces_at_their_corners():
 def test_a_unit_equals_the_baseline_in_float32(channels, widen, stride, binary):
     torch.manual_seed(2)
     conv = SimulatedConv2d if binary else nn.Conv2d
-    block = randomised(Block(channels, widen, stride, conv, BinaryActivation))
+    block = randomised(Block(channels, widen, stride, conv, BinaryActivation, Shift))
     x = torch.randn(4, channels, 8, 8)
     for half in (0, 1):
         unit, obvious = unit_of(block, half, channels, widen, stride, binary)
@@ -212,3 +223,10 @@ def test_twenty_adam_steps_agree_in_float64(binary):
     assert len(set(expected)) == 20
     for model in (fused, composed):
         assert adam_losses(model, batches) == pytest.approx(expected, rel=1e-7)
+
+
+def test_the_experts_stream_stays_narrow():
+    """Where the obvious one's becomes float32: a vector's dtype decides, as of any tensor."""
+    x = torch.randn(2, 4, 3, 3).bfloat16()
+    assert ExpertShift(4)(x).dtype == torch.bfloat16
+    assert Shift(4)(x).dtype == torch.float32

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -159,11 +159,23 @@ _forced: Callable[[ProblemKey], Choice] | None = None
 
 
 @contextmanager
-def using(forced: Choice | Table) -> Iterator[None]:
-    """Make every launcher in the block take one choice, or look it up in ``forced`` alone."""
+def using(forced: Choice | Table | Target) -> Iterator[None]:
+    """Make every launcher in the block take one choice, or look it up in ``forced`` alone.
+
+    For a target it is the target's default, whatever the tensors are on.
+    """
     global _forced
     previous = _forced
-    _forced = (lambda key: look_up(key, forced)) if isinstance(forced, dict) else (lambda _: forced)
+
+    @cache
+    def chosen(key: ProblemKey) -> Choice:
+        if isinstance(forced, Choice):
+            return forced
+        if isinstance(forced, Target):
+            return default(key.bucketed(), target=forced)
+        return look_up(key, forced)
+
+    _forced = chosen
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
 """The one way a launcher starts a kernel."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,20 +21,29 @@ class Launch:
     kernel: Any
     arguments: dict[str, Any]
     tile: TileConfig
+    grid: tuple[int, ...]
 
 
-_recorded: list[Launch] | None = None
+_instead: Callable[[Launch], None] | None = None
+
+
+@contextmanager
+def launching_by(call: Callable[[Launch], None]) -> Iterator[None]:
+    """Hand the launches of the block to ``call`` instead of running them."""
+    global _instead
+    _instead, previous = call, _instead
+    try:
+        yield
+    finally:
+        _instead = previous
 
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
     """Collect the launches of the block instead of running them; use it with ``meta`` tensors."""
-    global _recorded
-    _recorded, previous = [], _recorded
-    try:
-        yield _recorded
-    finally:
-        _recorded = previous
+    launches: list[Launch] = []
+    with launching_by(launches.append):
+        yield launches
 
 
 def launch(
@@ -48,10 +57,10 @@ def launch(
         tile: gives ``num_warps`` and ``num_stages``; block sizes are arguments.
         **arguments: of the kernel, by name.
     """
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, arguments, tile))
-        return
     grid = programs if isinstance(programs, tuple) else (programs,)
+    if _instead is not None:
+        _instead(Launch(kernel, arguments, tile, grid))
+        return
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
     device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
     if interpreted(kernel):

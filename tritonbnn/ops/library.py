@@ -22,21 +22,25 @@ from tritonbnn.ops.flops import NAMESPACE, tell_counter
 from tritonbnn.packed import PackedWeight
 
 OPERATORS: dict[str, Callable[..., Any]] = {}
-_always_dispatched = False
+_dispatched: bool | None = None
 
 
 @contextmanager
-def through_dispatcher() -> Iterator[None]:
+def through_dispatcher(always: bool = True) -> Iterator[None]:
     """Have every launcher called as torch's operator, so that modes and profilers see it.
 
     It holds for all threads: autograd runs a GPU's backward in threads of its own.
+
+    Args:
+        always: False for the opposite: every launcher called directly, even where operands hold no
+            data, so that its launches can be recorded.
     """
-    global _always_dispatched
-    before, _always_dispatched = _always_dispatched, True
+    global _dispatched
+    before, _dispatched = _dispatched, always
     try:
         yield
     finally:
-        _always_dispatched = before
+        _dispatched = before
 
 
 def operator(fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -70,8 +74,10 @@ def through_operators(*operands: Any) -> bool:
     So it is where torch traces, where a mode wants to see operators or a caller asks for it, and
     where an operand is not what its memory holds, so that torch must see to it first.
     """
-    if torch.compiler.is_compiling() or _always_dispatched:
+    if torch.compiler.is_compiling():
         return True
+    if _dispatched is not None:
+        return _dispatched
     if torch._C._len_torch_dispatch_stack():
         tell_counter()
         return True
