@@ -22,7 +22,10 @@ from tritonbnn.kernels.targets import TARGETS
 FIRST = ("sm_80", "sm_90")
 """Where every formulation is compiled, the one-bit tensor core's too."""
 
-OPERAND_KERNELS = {"_unpack_kernel", "_fragments_kernel", "_base_kernel", "_patch_kernel"}
+OPERAND_KERNELS = {
+    *("_expand_kernel", "_weight_sum_kernel"),
+    *("_fragments_kernel", "_base_kernel", "_patch_kernel"),
+}
 """What only prepares the operands of a product."""
 
 SOURCES = Path(shipped.__file__).parent
@@ -211,7 +214,7 @@ def test_recording_runs_nothing():
         launches = shipped.launches_of(Problem(op, layer, torch.bfloat16))
         assert all(value.is_meta for value in launches[-1].arguments.values() if is_tensor(value))
         kernels.update(launch.kernel.__name__ for launch in launches)
-    assert kernels["_unpack_kernel"] == 3
+    assert kernels["_expand_kernel"] == 3
     assert len(kernels) == 14
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.helpers import KERNEL_DEVICE, OF_BOTH_STEPS
-from tritonbnn import cli, kernels, reference
-from tritonbnn.kernels import autotune, config, conv_unit, provenance, truth
+from tritonbnn import cli, reference
+from tritonbnn.kernels import autotune, config, provenance, truth, whole
 from tritonbnn.kernels.candidates import candidates, spread
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.problems import OPS, PLAN, Problem
@@ -159,9 +159,12 @@ def test_the_fastest_right_candidate_wins(monkeypatch):
 
 @pytest.mark.usefixtures("kernels_everywhere")
 def test_the_faster_plan_wins(monkeypatch):
-    """By a clock that counts convolutions: recompute takes one more than keep, fused two more."""
+    """By a clock that counts convolutions: recompute takes one more than keep.
+
+    Without a one-bit core fused is recompute, and the first of equals is chosen.
+    """
     count = [0]
-    convolve = kernels.conv_packed
+    convolve = whole.convolved
 
     def counted(*args, **kwargs):
         count[0] += 1
@@ -172,12 +175,11 @@ def test_the_faster_plan_wins(monkeypatch):
         call()
         return Timing(*[sign * count[0]] * 3)
 
-    for module in (kernels, conv_unit):
-        monkeypatch.setattr(module, "conv_packed", counted)
+    monkeypatch.setattr(whole, "convolved", counted)
     monkeypatch.setattr(autotune, "time_callable", clock)
     plans = candidates(UNIT.key, H100)
     assert [plan.formulation for plan in plans] == ["keep", "recompute", "fused"]
-    for sign, best, convolutions in ((1, "keep", 1), (-1, "fused", 3)):
+    for sign, best, convolutions in ((1, "keep", 1), (-1, "fused", 2)):
         entry = autotune.tune(UNIT, plans, KERNEL_DEVICE)
         assert (entry.choice.formulation, entry.time_us * sign) == (best, convolutions)
         assert entry.default_us == sign

@@ -23,7 +23,7 @@ ALLOWED = {
     "reference": set(),
     "packed": {"eager", "layout"},
     "eager": {"bits", "layout", "checks", "contract"},
-    "kernels": {"caches", "compiled", *BASE},
+    "kernels": {"caches", "compiled", "packed", *BASE},
     "compiled": {"cli"},
     "native": {"eager", "packed", "compiled", *BASE},
     "ops": {"kernels", "eager", "native", "packed", *BASE},

@@ -52,6 +52,13 @@ def one_of_two(rank, folder):
     unit = nn.SyncBatchNorm.convert_sync_batchnorm(unit)
     own = slice(None) if rank == 0 else slice(0, 0)
     results["one without images"] = outcome(unit, x[own], grad[own])
+    # not imported so far, so kernels are interpreted in this process whatever device it has
+    os.environ |= {"TRITON_INTERPRET": "1", "TRITONBNN_LAUNCHERS": "triton"}
+    own = slice(0, SHARES[0]) if rank == 0 else slice(SHARES[0], None)
+    for binary in (True, False):
+        unit, x, grad = problem("keep", binary)
+        unit = nn.SyncBatchNorm.convert_sync_batchnorm(unit).float()
+        results["kernels", binary] = outcome(unit, x[own].float(), grad[own].float())
     torch.save(results, f"{folder}/{rank}.pt")
     distributed.destroy_process_group()
 
@@ -61,6 +68,22 @@ def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sync")
     multiprocessing.spawn(one_of_two, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.parametrize("binary", [True, False], ids=["step2", "step1"])
+def test_the_kernels_of_two_processes_equal_one(results, binary):
+    unit, x, grad = problem("keep", binary)
+    unit, x, grad = unit.float().double(), x.float().double(), grad.float().double()
+    whole = outcome(unit, x, grad)
+    first, second = (r["kernels", binary] for r in results)
+    for name in ("z", "dx"):
+        found = torch.cat((first[name], second[name])).double()
+        assert (found - whole[name]).norm() <= 1e-5 * whole[name].norm(), name
+    for name, expected in whole["parameters"].items():
+        total = first["parameters"][name] + second["parameters"][name]
+        assert (total - expected).norm() <= 1e-5 * expected.norm(), name
+    for a, b in zip(first["running"], whole["running"], strict=True):
+        assert torch.allclose(a.double(), b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("plan", PLANS)

@@ -12,10 +12,27 @@ BOP_EPSILON = 1e-10
 """Added to the root of second-order Bop's second average, as in the authors' code."""
 
 
+class Averages(NamedTuple):
+    """BatchNorm's running averages, which a batch moves in place.
+
+    Attributes:
+        mean: (O,), of y; None, together with the variance, where none are kept.
+        variance: (O,), unbiased.
+        counter: int64, of one element: batches that were counted; or None.
+        momentum: the share of the batch; None for a cumulative average.
+    """
+
+    mean: Tensor | None
+    variance: Tensor | None
+    counter: Tensor | None
+    momentum: float | None
+
+
 class Options(NamedTuple):
     """What a unit computes apart from its tensors; see :func:`tritonbnn.ops.binary_unit`.
 
-    ``at_once`` is whether C computes it in one call a direction.
+    ``at_once`` is whether one call a direction computes it. ``averages`` are those that such a call
+    moves.
     """
 
     stride: int
@@ -26,6 +43,7 @@ class Options(NamedTuple):
     group: distributed.ProcessGroup | None
     pack: bool
     at_once: bool = False
+    averages: Averages | None = None
 
 
 class Statistics(NamedTuple):

@@ -3,6 +3,7 @@
 Importing this package imports Triton; nothing else does.
 """
 
+from tritonbnn.kernels import whole as whole
 from tritonbnn.kernels.binarize import sign_backward, sign_forward
 from tritonbnn.kernels.bop import bop_update, bop_update_packed
 from tritonbnn.kernels.conv import conv_packed, conv_real

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tritonbnn import checks
 from tritonbnn.contract import BOP_EPSILON
-from tritonbnn.kernels.config import TileConfig
+from tritonbnn.kernels.config import TileConfig, ceil_div
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
 
 _TILE = TileConfig(1024, 1, 1, 4, 1)
@@ -165,7 +165,7 @@ def bop_update(
     for tensor in (grad, average, *(() if squares is None else (squares,))):
         if tensor.stride() != weight.stride():
             raise ValueError("weight, gradient and averages must lie alike in memory")
-    programs = triton.cdiv(weight.numel(), _TILE.block_m)
+    programs = ceil_div(weight.numel(), _TILE.block_m)
     counts = torch.empty(programs, dtype=torch.int32, device=weight.device)
     if programs:
         launch(
@@ -203,7 +203,7 @@ def bop_update_packed(
     checks.check_packed("packed", packed, grad.shape[1])
     rows, channels = grad.shape
     block = _TILE.block_m // 32
-    programs = triton.cdiv(packed.numel(), block)
+    programs = ceil_div(packed.numel(), block)
     counts = torch.empty(programs, dtype=torch.int32, device=packed.device)
     if programs:
         launch(

@@ -21,6 +21,7 @@ from typing import Any, get_type_hints
 
 import torch
 
+from tritonbnn.bits import WORD_BITS
 from tritonbnn.cli import UserError
 from tritonbnn.compiled.build import cache_folder
 from tritonbnn.kernels.targets import ANY, Target, target_of
@@ -106,6 +107,21 @@ Table = dict[ProblemKey, Choice]
 def power_of_two(size: int) -> int:
     """The smallest power of two that is at least ``size``."""
     return 1 << max(size - 1, 0).bit_length()
+
+
+def ceil_div(size: int, block: int) -> int:
+    """How many blocks cover ``size``; triton.cdiv, which a host waits microseconds for."""
+    return -(-size // block)
+
+
+def whole_words(tile: TileConfig) -> TileConfig:
+    """An elementwise tile of whole packed words, as large as before: fewer rows for more channels.
+
+    With all its rows, a narrow tile would become up to 32 times as large, which no GPU has
+    registers for.
+    """
+    block_n = max(tile.block_n, WORD_BITS)
+    return replace(tile, block_m=max(1, tile.block_m * tile.block_n // block_n), block_n=block_n)
 
 
 def elementwise_key(op: str, x: torch.Tensor, *others: torch.Tensor) -> ProblemKey:

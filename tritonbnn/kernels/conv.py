@@ -13,7 +13,7 @@ from torch import Tensor
 from tritonbnn import checks
 from tritonbnn.bits import WORD_BITS
 from tritonbnn.kernels import config
-from tritonbnn.kernels.config import ONE_BIT
+from tritonbnn.kernels.config import ONE_BIT, ceil_div
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
 from tritonbnn.kernels.library import convolution
@@ -21,6 +21,7 @@ from tritonbnn.kernels.mma_operands import has_one_bit_core, takes
 from tritonbnn.kernels.pack import unpack_signs
 from tritonbnn.kernels.targets import target_of
 from tritonbnn.kernels.tiles import popcount, signs, tile_of, window
+from tritonbnn.kernels.weight import Numbers, expand
 from tritonbnn.layout import channels_last, flat_pixels, from_flat
 
 
@@ -144,28 +145,61 @@ def conv_packed(
     if dtype not in (torch.int16, torch.int32):
         check_kernel_dtype("dtype", dtype)
     geometry = checked_geometry(x, channels, weight.shape[0], weight.shape[1], stride, padding)
-    choice = config.choose(geometry.key("conv_packed", "int32"), x.device)
-    y = torch.empty((geometry.pixels, weight.shape[0]), dtype=dtype, device=x.device)
     if alpha is not None:
         alpha = alpha.to(torch.float32).contiguous()
+    choice = product_choice(geometry, x.device)
+    y = convolved(x.contiguous(), weight.contiguous(), None, alpha, geometry, choice, dtype)
+    return from_flat(y, geometry.output_shape)
+
+
+def product_choice(geometry: Geometry, device: torch.device) -> config.Choice:
+    """What a packed convolution runs as: the table's choice, if the device has what it takes."""
+    choice = config.choose(geometry.key("conv_packed", "int32"), device)
     name = choice.formulation
-    if name in ONE_BIT and not (takes(name, geometry) and has_one_bit_core(x.device, name)):
-        target = target_of(x.device)
-        choice = config.default(geometry.key("conv_packed", "int32"), target=target)
+    if name not in ONE_BIT or (takes(name, geometry) and has_one_bit_core(device, name)):
+        return choice
+    return config.default(geometry.key("conv_packed", "int32"), target=target_of(device))
+
+
+def convolved(
+    x: Tensor,
+    weight: Tensor,
+    numbers: Numbers | None,
+    alpha: Tensor | None,
+    geometry: Geometry,
+    choice: config.Choice,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Convolve signs with signs, unchecked.
+
+    Args:
+        x: packed (N, H, W, words), contiguous.
+        weight: packed (O, kh, kw, words), contiguous.
+        numbers: the weight's, if they are there already.
+        alpha: (O,) float32, or None for 1.
+        geometry: of the convolution.
+        choice: what it runs as.
+        dtype: of the result.
+
+    Returns:
+        (N H' W', O).
+    """
+    y = torch.empty((geometry.pixels, geometry.out_channels), dtype=dtype, device=x.device)
     if y.numel() and choice.formulation == "mma":
         from tritonbnn.kernels.mma import conv_mma  # it needs Gluon, which not every Triton has
 
-        conv_mma(x.contiguous(), weight.contiguous(), alpha, y, geometry, choice.tile)
+        conv_mma(x, weight, alpha, y, geometry, choice.tile)
     elif y.numel() and choice.formulation == "wgmma":
         from tritonbnn.kernels.mma_warpgroup import conv_warpgroup
 
-        conv_warpgroup(x.contiguous(), weight.contiguous(), alpha, y, geometry, choice.tile)
+        conv_warpgroup(x, weight, alpha, y, geometry, choice.tile)
     elif y.numel() and choice.formulation == "popcount":
-        _launch_popcount(x.contiguous(), weight.contiguous(), alpha, y, geometry, choice.tile)
+        _launch_popcount(x, weight, alpha, y, geometry, choice.tile)
     elif y.numel():
-        expanded = flat_pixels(unpack_signs(weight, channels, torch.int8))
-        _launch_dot(x.contiguous(), expanded, alpha, y, geometry, choice.tile)
-    return from_flat(y, geometry.output_shape)
+        values, sums = numbers or expand(weight, geometry.channels)
+        tap_sums = sums if geometry.padding else None
+        _launch_dot(x, values, tap_sums, alpha, y, geometry, choice.tile)
+    return y
 
 
 def conv_real(
@@ -184,28 +218,29 @@ def conv_real(
         return convolution(unpack_signs(x, channels, dtype), weight, geometry)
     y = torch.empty((geometry.pixels, out_channels), dtype=dtype, device=x.device)
     if y.numel():
-        _launch_dot(x.contiguous(), flat_pixels(weight), None, y, geometry, choice.tile)
+        flat = flat_pixels(weight)
+        tap_sums = flat.sum(1, dtype=torch.float32) if padding else None
+        _launch_dot(x.contiguous(), flat, tap_sums, None, y, geometry, choice.tile)
     return from_flat(y, geometry.output_shape)
 
 
 def _launch_dot(
     x: Tensor,
     weight: Tensor,
+    tap_sums: Tensor | None,
     alpha: Tensor | None,
     y: Tensor,
     geometry: Geometry,
     tile: config.TileConfig,
 ) -> None:
-    """Run the tensor-core kernel; ``weight`` holds numbers, (O kh kw, C)."""
-    accumulator = torch.int32 if weight.dtype == torch.int8 else torch.float32
+    """Run the tensor-core kernel; ``weight`` holds numbers, (O kh kw, C), with their sums."""
     launch(
         _conv_dot_kernel,
-        triton.cdiv(geometry.pixels, tile.block_m)
-        * triton.cdiv(geometry.out_channels, tile.block_n),
+        ceil_div(geometry.pixels, tile.block_m) * ceil_div(geometry.out_channels, tile.block_n),
         tile,
         x_ptr=x,
         weight_ptr=weight,
-        tap_sum_ptr=weight.sum(1, dtype=accumulator) if geometry.padding else None,
+        tap_sum_ptr=tap_sums,
         alpha_ptr=alpha,
         y_ptr=y,
         pixels=geometry.pixels,
@@ -227,8 +262,7 @@ def _launch_popcount(
     """Run the popcount kernel; ``weight`` is packed, (O, kh, kw, words)."""
     launch(
         _conv_popcount_kernel,
-        triton.cdiv(geometry.pixels, tile.block_m)
-        * triton.cdiv(geometry.out_channels, tile.block_n),
+        ceil_div(geometry.pixels, tile.block_m) * ceil_div(geometry.out_channels, tile.block_n),
         tile,
         x_ptr=x,
         weight_ptr=weight,

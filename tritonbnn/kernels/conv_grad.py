@@ -12,12 +12,14 @@ from torch import Tensor
 from tritonbnn import checks
 from tritonbnn.bits import WORD_BITS
 from tritonbnn.kernels import config
+from tritonbnn.kernels.config import ceil_div
 from tritonbnn.kernels.geometry import Geometry, check_geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
 from tritonbnn.kernels.library import convolution_backward
 from tritonbnn.kernels.pack import unpack_signs
 from tritonbnn.kernels.tiles import signs, tile_of, window
-from tritonbnn.layout import channels_last, empty_channels_last, from_flat
+from tritonbnn.kernels.weight import scaled, summed
+from tritonbnn.layout import channels_last, empty_channels_last, flat_pixels, from_flat
 
 TARGET_PROGRAMS = 512
 """Programs that the weight gradient splits its pixels for: a few waves of any current GPU."""
@@ -153,16 +155,27 @@ def conv_input_grad(
     )
     check_geometry(geometry)
     checks.check_shape("grad", grad, geometry.output_shape)
+    return input_grad(grad, real, geometry)
+
+
+def input_grad(grad: Tensor, real: Tensor, geometry: Geometry) -> Tensor:
+    """The gradient to the input, unchecked.
+
+    Args:
+        grad: (N, O, H', W').
+        real: the weight as numbers, (O, C, kh, kw) in ``grad``'s dtype and channels_last memory.
+        geometry: of the convolution.
+    """
+    batch, channels = geometry.batch, geometry.channels
+    height, width = geometry.height, geometry.width
     choice = config.choose(
         geometry.key("conv_input_grad", config.dtype_name(grad.dtype)), grad.device
     )
-    shape = (geometry.batch, channels, height, width)
+    shape = (batch, channels, height, width)
     if choice.formulation == "library":
         like = empty_channels_last(shape, grad.dtype, grad.device)
         return convolution_backward(grad, like, real, geometry, [True, False, False])[0]
-    dx = torch.empty(
-        (geometry.batch * height * width, channels), dtype=grad.dtype, device=grad.device
-    )
+    dx = torch.empty((batch * height * width, channels), dtype=grad.dtype, device=grad.device)
     if dx.numel():
         _launch_input_grad(channels_last(grad), real, dx, geometry, choice.tile)
     return from_flat(dx, shape)
@@ -176,18 +189,18 @@ def _real_weight(weight: Tensor, alpha: Tensor | None, channels: int, dtype: tor
         return channels_last(weight.to(dtype))
     checks.check_packed("weight", weight, channels)
     checks.check_per_channel(weight.shape[0], alpha=alpha)
-    return unpack_signs(weight, channels, dtype).mul_(alpha.to(dtype).view(-1, 1, 1, 1))
+    return scaled(weight, alpha, channels, dtype)
 
 
 def _launch_input_grad(
     grad: Tensor, weight: Tensor, dx: Tensor, geometry: Geometry, tile: config.TileConfig
 ) -> None:
     stride = geometry.stride
-    rows, columns = triton.cdiv(geometry.height, stride), triton.cdiv(geometry.width, stride)
-    programs = triton.cdiv(geometry.batch * rows * columns, tile.block_m)
+    rows, columns = ceil_div(geometry.height, stride), ceil_div(geometry.width, stride)
+    programs = ceil_div(geometry.batch * rows * columns, tile.block_m)
     launch(
         _conv_input_grad_kernel,
-        (programs * triton.cdiv(geometry.channels, tile.block_n), stride * stride),
+        (programs * ceil_div(geometry.channels, tile.block_n), stride * stride),
         tile,
         grad_ptr=grad,
         weight_ptr=weight,
@@ -209,26 +222,41 @@ def conv_weight_grad(
     checks.check_same_device(grad=grad, x=x)
     geometry = checked_geometry(x, channels, grad.shape[1], kernel_size, stride, padding)
     checks.check_shape("grad", grad, geometry.output_shape)
+    return weight_grad(grad, x.contiguous(), geometry, clip=None)
+
+
+def weight_grad(grad: Tensor, x: Tensor, geometry: Geometry, *, clip: Tensor | None) -> Tensor:
+    """The gradient to the weight, unchecked, float32.
+
+    Args:
+        grad: (N, O, H', W').
+        x: packed (N, H, W, words), contiguous.
+        geometry: of the convolution.
+        clip: the latent weight, (O, C, kh, kw), where the gradient is 0 at abs(w) > 1. The
+            gradient comes in its memory layout. None for no clip, and channels_last memory.
+    """
     choice = config.choose(
         geometry.key("conv_weight_grad", config.dtype_name(grad.dtype)), grad.device
     )
+    channels, kernel_size = geometry.channels, geometry.kernel_size
     shape = (geometry.out_channels, channels, kernel_size, kernel_size)
     if choice.formulation == "library":
-        like = empty_channels_last(shape, grad.dtype, grad.device)
+        real = empty_channels_last(shape, grad.dtype, grad.device)
         signs_of_x = unpack_signs(x, channels, grad.dtype)
         mask = [False, True, False]
-        weight_grad = convolution_backward(grad, signs_of_x, like, geometry, mask)[1]
-        return channels_last(weight_grad.to(torch.float32))
+        found = convolution_backward(grad, signs_of_x, real, geometry, mask)[1]
+        partial = flat_pixels(channels_last(found.to(torch.float32)))[None]
+        return summed(partial, clip, shape)
     tile = choice.tile
-    blocks = triton.cdiv(geometry.pixels, tile.block_k)
+    blocks = ceil_div(geometry.pixels, tile.block_k)
     splits = _splits(geometry, tile, blocks)
     taps = kernel_size * kernel_size
     partial = torch.empty(
         (splits, geometry.out_channels * taps, channels), dtype=torch.float32, device=grad.device
     )
     if partial.numel():
-        _launch_weight_grad(channels_last(grad), x.contiguous(), partial, geometry, tile, blocks)
-    return from_flat(partial.sum(0) if splits != 1 else partial[0], shape)
+        _launch_weight_grad(channels_last(grad), x, partial, geometry, tile, blocks)
+    return summed(partial, clip, shape)
 
 
 def _splits(geometry: Geometry, tile: config.TileConfig, blocks: int) -> int:
@@ -236,10 +264,10 @@ def _splits(geometry: Geometry, tile: config.TileConfig, blocks: int) -> int:
 
     No device is asked, so that the order of summation is the same on all of them.
     """
-    tiles = triton.cdiv(geometry.out_channels, tile.block_m)
-    tiles *= triton.cdiv(geometry.channels, tile.block_n) * geometry.kernel_size**2
-    splits = min(triton.cdiv(TARGET_PROGRAMS, tiles), triton.cdiv(blocks, MIN_STEPS))
-    return triton.cdiv(blocks, triton.cdiv(blocks, splits)) if splits else 0
+    tiles = ceil_div(geometry.out_channels, tile.block_m)
+    tiles *= ceil_div(geometry.channels, tile.block_n) * geometry.kernel_size**2
+    splits = min(ceil_div(TARGET_PROGRAMS, tiles), ceil_div(blocks, MIN_STEPS))
+    return ceil_div(blocks, ceil_div(blocks, splits)) if splits else 0
 
 
 def _launch_weight_grad(
@@ -251,8 +279,8 @@ def _launch_weight_grad(
     blocks: int,
 ) -> None:
     splits = partial.shape[0]
-    tiles = triton.cdiv(geometry.out_channels, tile.block_m)
-    tiles *= triton.cdiv(geometry.channels, tile.block_n)
+    tiles = ceil_div(geometry.out_channels, tile.block_m)
+    tiles *= ceil_div(geometry.channels, tile.block_n)
     launch(
         _conv_weight_grad_kernel,
         (tiles, geometry.kernel_size**2, splits),
@@ -261,7 +289,7 @@ def _launch_weight_grad(
         x_ptr=x,
         partial_ptr=partial,
         pixels=geometry.pixels,
-        steps=triton.cdiv(blocks, splits),
+        steps=ceil_div(blocks, splits),
         shape=geometry.shape,
         BLOCK_M=tile.block_m,
         BLOCK_N=max(tile.block_n, WORD_BITS),

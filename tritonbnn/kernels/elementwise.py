@@ -7,14 +7,13 @@ there are no rows.
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from tritonbnn.kernels.config import TileConfig
+from tritonbnn.kernels.config import TileConfig, ceil_div
 from tritonbnn.kernels.launch import launch
 
 MAX_PARTIALS = 1024
-"""Programs per channel block that sum: enough to fill a GPU, few enough to sum after."""
+"""Programs that sum, over all blocks of channels: enough to fill a GPU, few enough to sum after."""
 
 
 def launch_elementwise(kernel: Any, tile: TileConfig, like: Tensor, **arguments: Any) -> None:
@@ -27,7 +26,7 @@ def launch_elementwise(kernel: Any, tile: TileConfig, like: Tensor, **arguments:
         **arguments: the rest of the kernel's, by name.
     """
     rows, channels = like.shape
-    programs = triton.cdiv(rows, tile.block_m) * triton.cdiv(channels, tile.block_n)
+    programs = ceil_div(rows, tile.block_m) * ceil_div(channels, tile.block_n)
     if programs:
         launch(kernel, programs, tile, **_shape(tile, like), **arguments)
 
@@ -56,11 +55,11 @@ def launch_partial_sums(
         atomics, so that a result is the same in every run.
     """
     rows, channels = like.shape
-    programs = min(MAX_PARTIALS, triton.cdiv(rows, tile.block_m))
+    blocks = ceil_div(channels, tile.block_n)
+    programs = min(ceil_div(MAX_PARTIALS, blocks), ceil_div(rows, tile.block_m))
     sums = torch.empty((programs, count, channels), dtype=dtype, device=like.device)
     if programs:
-        grid = programs * triton.cdiv(channels, tile.block_n)
-        launch(kernel, grid, tile, sums_ptr=sums, **_shape(tile, like), **arguments)
+        launch(kernel, programs * blocks, tile, sums_ptr=sums, **_shape(tile, like), **arguments)
     return sums
 
 

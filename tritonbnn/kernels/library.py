@@ -1,7 +1,7 @@
 """The formulation that expands signs and lets torch's library convolve."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +30,11 @@ def contract() -> Iterator[None]:
 
 def convolution(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
     """torch's conv2d in the operands' own dtype, whatever autocast would make of it."""
-    with contract(), torch.autocast(x.device.type, enabled=False):
+    device = x.device.type
+    has_autocast = torch.amp.is_autocast_available(
+        device
+    )  # meta, to which kernels compile, has not
+    with contract(), torch.autocast(device, enabled=False) if has_autocast else nullcontext():
         y = F.conv2d(x, weight, stride=geometry.stride, padding=geometry.padding)
     return channels_last(y)
 

@@ -9,12 +9,11 @@ peak and 90 us of memory for the int32 result.
 
 from typing import Any
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tritonbnn.kernels.config import TileConfig
+from tritonbnn.kernels.config import TileConfig, ceil_div
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import launch
 from tritonbnn.kernels.mma_operands import (
@@ -81,9 +80,9 @@ def product_arguments(
         tile: likewise.
     """
     cut = block_tiles(tile)
-    blocks_o = triton.cdiv(geometry.out_channels, tile.block_n)
+    blocks_o = ceil_div(geometry.out_channels, tile.block_n)
     tiles = blocks_o * tile.block_n // 16
-    return triton.cdiv(geometry.pixels, tile.block_m) * blocks_o, {
+    return ceil_div(geometry.pixels, tile.block_m) * blocks_o, {
         "x_ptr": x,
         "weight_ptr": weight_fragments(weight, geometry, cut.tiles_o, tiles),
         "base_ptr": window_bases(weight, geometry),

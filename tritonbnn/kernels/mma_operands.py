@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tritonbnn.checks import sum_dtype
 from tritonbnn.kernels import verdicts
-from tritonbnn.kernels.config import TileConfig, power_of_two
+from tritonbnn.kernels.config import TileConfig, ceil_div, power_of_two
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import interpreted, launch
 from tritonbnn.kernels.targets import target_of
@@ -221,11 +221,11 @@ def weight_fragments(weight: Tensor, geometry: Geometry, tiles_o: int, tiles: in
         tiles: tiles in all, those beyond the last channel included.
     """
     tap_words = weight[0].numel()
-    shape = (tiles, triton.cdiv(tap_words, CHUNK_WORDS), 2, 32, 4)
+    shape = (tiles, ceil_div(tap_words, CHUNK_WORDS), 2, 32, 4)
     fragments = torch.empty(shape, dtype=torch.int32, device=weight.device)
     launch(
         _fragments_kernel,
-        triton.cdiv(fragments.numel(), _TILE.block_m),
+        ceil_div(fragments.numel(), _TILE.block_m),
         _TILE,
         weight_ptr=weight,
         fragments_ptr=fragments,
@@ -247,12 +247,12 @@ def weight_matrices(weight: Tensor, block_n: int, steps: int) -> Tensor:
         steps: of 256 bits of K in a stage.
     """
     out_channels, words = len(weight), weight.shape[-1]
-    blocks, chunks = triton.cdiv(out_channels, block_n), triton.cdiv(words, 8 * steps)
+    blocks, chunks = ceil_div(out_channels, block_n), ceil_div(words, 8 * steps)
     shape = (blocks, chunks, steps, block_n // 8, 2, 8, 4)
     matrices = torch.empty(shape, dtype=torch.int32, device=weight.device)
     launch(
         _matrices_kernel,
-        triton.cdiv(matrices.numel(), _TILE.block_m),
+        ceil_div(matrices.numel(), _TILE.block_m),
         _TILE,
         weight_ptr=weight,
         matrices_ptr=matrices,
@@ -277,7 +277,7 @@ def window_bases(weight: Tensor, geometry: Geometry) -> Tensor:
     block = 32
     launch(
         _base_kernel,
-        triton.cdiv(geometry.out_channels, block),
+        ceil_div(geometry.out_channels, block),
         _TILE,
         weight_ptr=weight,
         base_ptr=base,
@@ -297,7 +297,7 @@ def window_ones(x: Tensor, geometry: Geometry) -> Tensor:
     block = max(1, 1024 // block_words)
     launch(
         _patch_kernel,
-        triton.cdiv(geometry.pixels, block),
+        ceil_div(geometry.pixels, block),
         _TILE,
         x_ptr=x,
         patch_ptr=patch,

@@ -5,20 +5,21 @@ bf16 stream, 4.1 in place of the 10.1 where an int16 output is written and read 
 core's operations. A prediction: nothing has been measured yet.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tritonbnn.bits import WORD_BITS, words
-from tritonbnn.kernels.config import default_tile
+from tritonbnn.bits import words
+from tritonbnn.kernels.config import TileConfig, ceil_div, default_tile, whole_words
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import launch
 from tritonbnn.kernels.mma import product_arguments
 from tritonbnn.kernels.mma_tile import block_of_program, signed_sums
-from tritonbnn.kernels.unit import moments_of, per_channel, shortcut_value
+from tritonbnn.kernels.unit import per_channel, shortcut_value
 from tritonbnn.layout import flat_pixels, from_flat
 
 
@@ -110,8 +111,23 @@ def _unit_mma_kernel(
         gl.store(signs_ptr + offset, packed, mask=inside)
 
 
-def moments_mma(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """Mean and variance of the convolution per channel, (O,) float64.
+@dataclass(frozen=True)
+class Product:
+    """A convolution that several kernels compute anew, each with what follows it.
+
+    Attributes:
+        programs: that each of them runs.
+        tile: of all.
+        arguments: the operands, prepared once.
+    """
+
+    programs: int
+    tile: TileConfig
+    arguments: dict[str, Any]
+
+
+def product_of(x: Tensor, weight: Tensor, geometry: Geometry) -> Product:
+    """The convolution of packed operands.
 
     Args:
         x: packed (N, H, W, words), contiguous.
@@ -119,17 +135,21 @@ def moments_mma(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, 
         geometry: of the convolution.
     """
     # Not the table's tile: a larger one leaves too few registers for what follows the product.
-    tile = default_tile(geometry.key("conv_packed", "int32"), "mma")
-    programs, product = product_arguments(x, weight, geometry, tile)
-    shape = (-(-geometry.pixels // tile.block_m), 2, geometry.out_channels)
-    sums = torch.empty(shape, dtype=torch.int64, device=x.device)
-    launch(_moments_mma_kernel, programs, tile, **product, sums_ptr=sums)
-    return moments_of(sums, geometry.pixels)
+    tile = whole_words(default_tile(geometry.key("conv_packed", "int32"), "mma"))
+    programs, arguments = product_arguments(x, weight, geometry, tile)
+    return Product(programs, tile, arguments)
+
+
+def moments_mma(product: Product, geometry: Geometry) -> Tensor:
+    """Each block's share of the sums of the convolution and of its square, (blocks, 2, O) int64."""
+    shape = (ceil_div(geometry.pixels, product.tile.block_m), 2, geometry.out_channels)
+    sums = torch.empty(shape, dtype=torch.int64, device=product.arguments["x_ptr"].device)
+    launch(_moments_mma_kernel, product.programs, product.tile, **product.arguments, sums_ptr=sums)
+    return sums
 
 
 def unit_mma(
-    x: Tensor,
-    weight: Tensor,
+    product: Product,
     stream: Tensor,
     vectors: dict[str, Tensor | None],
     geometry: Geometry,
@@ -140,26 +160,22 @@ def unit_mma(
     """z and its signs, as :func:`tritonbnn.eager.conv_unit_forward` returns them.
 
     Args:
-        x: packed (N, H, W, words), contiguous.
-        weight: packed (O, kh, kw, words), contiguous.
+        product: the convolution.
         stream: channels innermost.
         vectors: (O,) each, by name; those of the activation None together.
         geometry: of the convolution.
         shortcut: "identity", "pool" or "repeat".
         pack: whether the signs are wanted.
     """
-    tile = default_tile(geometry.key("conv_packed", "int32"), "mma")
-    tile = replace(tile, block_n=max(tile.block_n, WORD_BITS))  # whole words
-    programs, product = product_arguments(x, weight, geometry, tile)
     pixels, channels = geometry.pixels, geometry.out_channels
-    z = torch.empty((pixels, channels), dtype=stream.dtype, device=x.device)
+    z = torch.empty((pixels, channels), dtype=stream.dtype, device=stream.device)
     packed = words(channels) if pack else 0
-    signs = torch.empty((pixels, packed), dtype=torch.int32, device=x.device)
+    signs = torch.empty((pixels, packed), dtype=torch.int32, device=stream.device)
     launch(
         _unit_mma_kernel,
-        programs,
-        tile,
-        **product,
+        product.programs,
+        product.tile,
+        **product.arguments,
         stream_ptr=flat_pixels(stream),
         **{f"{name}_ptr": None if v is None else v.contiguous() for name, v in vectors.items()},
         z_ptr=z,

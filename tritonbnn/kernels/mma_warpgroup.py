@@ -12,14 +12,13 @@ Prediction, nothing has been measured yet: at 128 pixels by 256 channels a block
 level cache for 12 KB every 256 clocks at the instruction's peak, more than it gives.
 """
 
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
-from tritonbnn.kernels.config import TileConfig
+from tritonbnn.kernels.config import TileConfig, ceil_div
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import launch
 from tritonbnn.kernels.mma_operands import weight_matrices, window_bases, window_ones
@@ -225,8 +224,7 @@ def conv_warpgroup(
     """
     launch(
         _conv_warpgroup_kernel,
-        triton.cdiv(geometry.pixels, tile.block_m)
-        * triton.cdiv(geometry.out_channels, tile.block_n),
+        ceil_div(geometry.pixels, tile.block_m) * ceil_div(geometry.out_channels, tile.block_n),
         tile,
         x_ptr=x,
         weight_ptr=weight_matrices(weight, tile.block_n, tile.block_k // 256),

@@ -8,8 +8,10 @@ from torch import Tensor
 from tritonbnn import checks
 from tritonbnn.bits import WORD_BITS, words
 from tritonbnn.kernels import config
+from tritonbnn.kernels.config import ceil_div
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
 from tritonbnn.kernels.tiles import popcount
+from tritonbnn.kernels.weight import expand_rows, prepare
 from tritonbnn.layout import channels_last, flat_pixels, from_flat
 
 
@@ -39,29 +41,6 @@ def _pack_kernel(
         x += tl.load(shift_ptr + channel, mask=mask, other=0.0).to(tl.float32)
     packed = tl.sum((x >= 0).to(tl.int32) << lane, axis=1)
     tl.store(packed_ptr + word, packed, mask=row < rows)
-
-
-@triton.jit
-def _unpack_kernel(
-    packed_ptr,
-    x_ptr,
-    rows,
-    CHANNELS: tl.constexpr,
-    WORDS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """x[r, 32 w + l] = 2 (packed[r, w] >> l & 1) - 1.
-
-    packed (rows, WORDS) int32, x (rows, CHANNELS) of any number dtype.
-    """
-    word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    row = word // WORDS
-    lane = tl.arange(0, 32)[None, :]
-    channel = (word % WORDS)[:, None] * 32 + lane
-    mask = (row < rows)[:, None] & (channel < CHANNELS)
-    bits = (tl.load(packed_ptr + word, mask=row < rows, other=0)[:, None] >> lane) & 1
-    plus_minus = tl.where(bits != 0, 1.0, -1.0).to(x_ptr.dtype.element_ty)
-    tl.store(x_ptr + row[:, None] * CHANNELS + channel, plus_minus, mask=mask)
 
 
 @triton.jit
@@ -104,7 +83,7 @@ def pack_signs(x: Tensor, shift: Tensor | None = None) -> Tensor:
     if packed.numel():
         launch(
             _pack_kernel,
-            triton.cdiv(packed.numel(), block),
+            ceil_div(packed.numel(), block),
             tile,
             x_ptr=flat,
             shift_ptr=None if shift is None else shift.contiguous(),
@@ -130,20 +109,7 @@ def unpack_signs(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
         check_kernel_dtype("dtype", dtype)
     rows = packed.numel() // packed.shape[-1]
     flat = torch.empty((rows, channels), dtype=dtype, device=packed.device)
-    tile = config.default(config.ProblemKey("pack_signs", "int32", rows, 1, 1, channels)).tile
-    block = max(1, tile.block_m * tile.block_n // WORD_BITS)
-    if rows:
-        launch(
-            _unpack_kernel,
-            triton.cdiv(rows * words(channels), block),
-            tile,
-            packed_ptr=packed.contiguous(),
-            x_ptr=flat,
-            rows=rows,
-            CHANNELS=channels,
-            WORDS=words(channels),
-            BLOCK=block,
-        )
+    expand_rows(packed, flat)
     if packed.dim() == 2:
         return flat
     n, h, w, _ = packed.shape
@@ -153,8 +119,8 @@ def unpack_signs(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
 def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Pack a weight and scale it: the twin of :func:`tritonbnn.eager.pack_weight`."""
     check_kernel_dtype("weight", weight.dtype)
-    alpha = weight.abs().mean(dim=tuple(range(1, weight.dim())), dtype=torch.float32)
-    return pack_signs(weight), alpha
+    packed, alpha, _ = prepare(weight, numbers=False)
+    return packed, alpha
 
 
 def packed_difference(a: Tensor, b: Tensor) -> Tensor:
@@ -168,7 +134,7 @@ def packed_difference(a: Tensor, b: Tensor) -> Tensor:
     if rows:
         launch(
             _difference_kernel,
-            triton.cdiv(rows, block_m),
+            ceil_div(rows, block_m),
             tile,
             a_ptr=a,
             b_ptr=b,

@@ -20,8 +20,8 @@ from tritonbnn.kernels import aot, config
 from tritonbnn.kernels.commands import add_problem_arguments, named_problems
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import Launch
-from tritonbnn.kernels.problems import DTYPES, Problem
-from tritonbnn.kernels.targets import TARGETS, Target, parse_target
+from tritonbnn.kernels.problems import DTYPES, OPS, PLAN, Problem
+from tritonbnn.kernels.targets import ANY, TARGETS, Target, parse_target
 
 META = torch.device("meta")
 
@@ -34,6 +34,9 @@ REPRESENTATIVE = (
 
 SPILLED = 8
 """Bytes a kernel may spill: two registers, which Triton 3.8 spills of one kernel on sm_80."""
+
+GATED = (*OPS, PLAN)
+"""What is compiled: every launcher, and what a whole unit launches beside them."""
 
 ONE_BIT_UNITS = {"mma": "BMMA", "warpgroup": "BGMMA"}
 """The only tensor-core instruction of kernels with such a name."""
@@ -95,16 +98,24 @@ class Row:
         }
 
 
-def launches_of(problem: Problem, choice: config.Choice | None = None) -> list[Launch]:
-    """What a problem launches, without running it, by default as the interpreter would."""
+def launches_of(
+    problem: Problem, choice: config.Choice | None = None, target: Target = ANY
+) -> list[Launch]:
+    """What a problem launches, without running it, by default as the interpreter would.
+
+    A unit's choice is its plan. What it launches runs as its target's default.
+    """
     inputs = problem.inputs(META)
-    with config.using(choice or config.default(problem.key)):
+    choice = choice or config.default(problem.key, target=target)
+    with config.using(target if problem.op == PLAN else choice):
         return aot.record(lambda: problem.run(inputs))
 
 
 def shipped_choices(problem: Problem, target: Target) -> Iterator[config.Choice]:
     """The target's defaults and what shipped tables hold for a problem, library calls left out."""
     names = config.formulations(problem.key.op, target)
+    if problem.op == PLAN:  # the others launch the same kernels
+        names = names[:1]
     choices = {config.default(problem.key, name, target) for name in names}
     for path in sorted(config.CONFIG_DIR.glob("*.json")):
         gpu = json.loads(path.read_text(encoding="utf-8"))["gpu"]
@@ -120,7 +131,7 @@ def compile_all(problems: Iterable[Problem], targets: Iterable[Target]) -> Itera
         if problem.dtype == torch.bfloat16 and not target.bfloat16:
             problem = replace(problem, dtype=torch.float16)
         for choice in shipped_choices(problem, target):
-            for launch in launches_of(problem, choice):
+            for launch in launches_of(problem, choice, target):
                 identity = target.name, *_identity(launch)
                 if identity in seen:
                     continue
@@ -152,12 +163,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument(
         "--target", action="append", help=f"{', '.join(TARGETS)}; repeat it for several (sm_90)"
     )
-    add_problem_arguments(parser, None)
+    add_problem_arguments(parser, None, GATED)
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args(argv)
     path = writable(arguments.json)
     targets = [parse_target(name) for name in arguments.target or ["sm_90"]]
-    problems = named_problems(arguments, layers=REPRESENTATIVE, both_steps=True)
+    problems = named_problems(arguments, GATED, REPRESENTATIVE, both_steps=True)
     rows = list(compile_all(tqdm(problems, unit="problem", disable=None), targets))
     if path:
         write_json(path, [row.as_json() for row in rows])

@@ -5,7 +5,6 @@ memory. The next unit's signs, packed in the epilogue, cost 1/8 byte there; a pa
 would read the stream again, 2 bytes.
 """
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonbnn import checks
-from tritonbnn.bits import WORD_BITS, words
+from tritonbnn.bits import words
 from tritonbnn.kernels import config
 from tritonbnn.kernels.elementwise import launch_elementwise, launch_partial_sums
 from tritonbnn.kernels.launch import check_kernel_dtype
@@ -81,8 +80,9 @@ def _channel_moments_kernel(
     known = channel < CHANNELS
     accumulator: tl.constexpr = tl.int64 if EXACT else tl.float32
     square: tl.constexpr = tl.int32 if a_ptr.dtype.element_ty == tl.int16 else tl.int64
-    total = tl.zeros((1, BLOCK_N), accumulator)
-    squares = tl.zeros((1, BLOCK_N), accumulator)
+    # every thread adds up its own: adding across threads in every block costs more than the loads
+    total = tl.zeros((BLOCK_M, BLOCK_N), accumulator)
+    squares = tl.zeros((BLOCK_M, BLOCK_N), accumulator)
     for block in range(pid, tl.cdiv(rows, BLOCK_M), programs):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M)[:, None].to(tl.int64)
         mask = (row < rows) & known
@@ -92,11 +92,11 @@ def _channel_moments_kernel(
         else:
             pivot = tl.load(a_ptr + channel, mask=known, other=0.0).to(tl.float32)
             d = tl.where(mask, value.to(tl.float32) - pivot, 0.0)
-        total += tl.sum(d.to(accumulator), axis=0)[None, :]
-        squares += tl.sum((d * d).to(accumulator), axis=0)[None, :]
+        total += d.to(accumulator)
+        squares += (d * d).to(accumulator)
     out = sums_ptr + pid * 2 * CHANNELS + channel
-    tl.store(out, total, mask=known)
-    tl.store(out + CHANNELS, squares, mask=known)
+    tl.store(out, tl.sum(total, axis=0)[None, :], mask=known)
+    tl.store(out + CHANNELS, tl.sum(squares, axis=0)[None, :], mask=known)
 
 
 @triton.jit
@@ -185,7 +185,22 @@ def channel_moments(a: Tensor) -> tuple[Tensor, Tensor]:
         check_kernel_dtype("a", a.dtype)
     if not rows:
         return tuple(torch.zeros((2, channels), dtype=torch.float64, device=a.device))
-    sums = launch_partial_sums(
+    mean, variance = moments_of(moment_sums(a, flat), rows)
+    return mean if exact else mean + flat[0], variance
+
+
+def moment_sums(a: Tensor, flat: Tensor) -> Tensor:
+    """Each program's share of the sums of a, less its first row if it is real, and of the square.
+
+    Args:
+        a: (N, C, H, W), in channels_last memory.
+        flat: the same as (pixels, C).
+
+    Returns:
+        (programs, 2, C), int64 or float32.
+    """
+    exact = not a.is_floating_point()
+    return launch_partial_sums(
         _channel_moments_kernel,
         config.choose(config.elementwise_key("channel_moments", a), a.device).tile,
         flat,
@@ -194,8 +209,6 @@ def channel_moments(a: Tensor) -> tuple[Tensor, Tensor]:
         a_ptr=flat,
         EXACT=exact,
     )
-    mean, variance = moments_of(sums, rows)
-    return mean if exact else mean + flat[0], variance
 
 
 def moments_of(sums: Tensor, rows: int) -> tuple[Tensor, Tensor]:
@@ -238,7 +251,7 @@ def unit_forward(
     tile = config.choose(config.elementwise_key("unit_forward", a, stream), a.device).tile
     launch_elementwise(
         _unit_forward_kernel,
-        replace(tile, block_n=max(tile.block_n, WORD_BITS)),  # whole words
+        config.whole_words(tile),
         z,
         **arguments,
         next_shift_ptr=None if next_shift is None else next_shift.contiguous(),

@@ -122,6 +122,25 @@ def unit_activation_backward(
     shortcut: str,
 ) -> tuple[Tensor, Tensor]:
     """du and its sums: the twin of :func:`tritonbnn.eager.unit_activation_backward`."""
+    du, sums = activation_backward(
+        grad, a, stream, mean, scale, offset, shift_mid, slope, shortcut=shortcut
+    )
+    return du, sums.sum(0)
+
+
+def activation_backward(
+    grad: Tensor,
+    a: Tensor,
+    stream: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    offset: Tensor,
+    shift_mid: Tensor | None,
+    slope: Tensor | None,
+    *,
+    shortcut: str,
+) -> tuple[Tensor, Tensor]:
+    """:func:`unit_activation_backward`, whose sums are each program's share, (programs, 4, O)."""
     check_kernel_dtype("grad", grad.dtype)
     checks.check_same_shape(a=a, grad=grad)
     checks.check_same_device(a=a, grad=grad)
@@ -137,7 +156,7 @@ def unit_activation_backward(
         grad_ptr=flat_pixels(channels_last(grad)),
         du_ptr=du,
     )
-    return from_flat(du, tuple(a.shape)), sums.sum(0)
+    return from_flat(du, tuple(a.shape)), sums
 
 
 def unit_norm_backward(

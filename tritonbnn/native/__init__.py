@@ -5,6 +5,7 @@ nothing: :mod:`tritonbnn.native.library` does, at the first call.
 """
 
 from tritonbnn.eager.unit import unit_plan
+from tritonbnn.native import whole as whole
 from tritonbnn.native.binarize import sign_backward, sign_forward
 from tritonbnn.native.bop import bop_update, bop_update_packed
 from tritonbnn.native.conv import conv_input_grad, conv_packed, conv_real, conv_weight_grad

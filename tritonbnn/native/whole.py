@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tritonbnn import checks, eager
 from tritonbnn.bits import words
-from tritonbnn.contract import Gradients, Kept, Options, Statistics
+from tritonbnn.contract import Averages, Gradients, Kept, Options, Statistics
 from tritonbnn.layout import channels_last, empty_channels_last
 from tritonbnn.native import library
 from tritonbnn.native.common import SHORTCUTS, TYPES, runs
@@ -16,6 +16,9 @@ from tritonbnn.native.conv import Geometry, WeightStrides, geometry
 from tritonbnn.native.library import pointer
 from tritonbnn.native.pack import empty_words, weight_bits
 from tritonbnn.packed import PackedWeight
+
+SHARES_STATISTICS = False
+"""Whether a unit's statistics may be those of several processes: they meet between two calls."""
 
 _NUMBERS = ("type", "a_type", "shortcut")
 _OPERANDS = (
@@ -63,6 +66,11 @@ def takes(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
         if not tensor.is_cpu:
             return False
     return True
+
+
+def moves(averages: Averages, channels: int, device: torch.device) -> bool:
+    """Whether :func:`forward` can move running averages."""
+    return False
 
 
 def _problem(

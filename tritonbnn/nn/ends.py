@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from tritonbnn.nn.leaf import as_leaf
-from tritonbnn.nn.norm import count_batch
+from tritonbnn.nn.norm import running_averages
 from tritonbnn.ops import ends
+from tritonbnn.ops.norm import move_averages
 
 
 class OrderedConv2d(nn.Conv2d):
@@ -45,7 +46,7 @@ class OrderedBatchNorm2d(nn.BatchNorm2d):
         if x.numel() <= x.shape[1] or not ends.in_order(x, self.weight, self.bias):
             return super().forward(x)
         y, mean, variance = ends.batch_norm(x, self.weight, self.bias, self.eps)
-        count_batch(self, (mean, variance))
+        move_averages(running_averages(self), (mean, variance))
         return y
 
 

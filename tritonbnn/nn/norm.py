@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from tritonbnn.contract import Averages
+
 
 def is_fusible(norm: nn.Module) -> TypeGuard[_BatchNorm]:
     """Whether the fused Function computes exactly what a call of ``norm`` would.
@@ -82,35 +84,6 @@ def averages(bn: _BatchNorm) -> tuple[Tensor, Tensor] | None:
     return bn.running_mean, bn.running_var
 
 
-def count_batch(bn: _BatchNorm, statistics: tuple[Tensor, Tensor] | None) -> None:
-    """Count a batch, and move the running averages towards its statistics, as nn.BatchNorm2d does.
-
-    Args:
-        bn: in training mode, and tracking.
-        statistics: mean and unbiased variance, (O,) each, without a gradient; None for a batch
-            without values.
-
-    Raises:
-        ValueError: an average has another shape, or is elsewhere.
-    """
-    counter, moving = bn.num_batches_tracked, averages(bn)
-    if counter is not None:
-        counter.add_(1)
-    step: float | Tensor
-    if bn.momentum is not None:
-        step = bn.momentum
-    elif counter is not None:
-        step = 1 / counter.double()  # a cumulative average
-    else:
-        return  # nn.BatchNorm2d's, too, stands still without a count
-    if moving is None or statistics is None:
-        return
-    for average, value in zip(moving, statistics, strict=True):
-        weight = step.to(average.dtype) if isinstance(step, Tensor) else step
-        try:
-            average.lerp_(value.to(average.dtype), weight)
-        except RuntimeError as error:
-            raise ValueError(
-                f"a running average of the norm must be {tuple(value.shape)} on {value.device}, "
-                f"not {tuple(average.shape)} on {average.device}"
-            ) from error
+def running_averages(bn: _BatchNorm) -> Averages:
+    """What a batch moves of ``bn``, which is in training mode and tracks."""
+    return Averages(bn.running_mean, bn.running_var, bn.num_batches_tracked, bn.momentum)

@@ -13,7 +13,7 @@ from tritonbnn.checks import check_float
 from tritonbnn.nn.activations import INITIAL_SLOPE
 from tritonbnn.nn.layers import initialise_weight, new_weight, tell_of_pruning
 from tritonbnn.nn.leaf import as_leaf
-from tritonbnn.nn.norm import averages, count_batch, is_fusible, normed, statistics_group
+from tritonbnn.nn.norm import averages, is_fusible, normed, running_averages, statistics_group
 from tritonbnn.ops.apply import exporting
 from tritonbnn.ops.autocast import autocast_input
 from tritonbnn.ops.unit import PLANS
@@ -220,8 +220,8 @@ class BinaryUnit(nn.Module):
         signs: Tensor | None,
         following: "BinaryUnit | None",
     ) -> ops.UnitOutput:
-        group = statistics_group(bn)
-        output = ops.binary_unit(
+        tracks = bn.training and bn.track_running_stats
+        return ops.binary_unit(
             x,
             weight,
             bn.weight,
@@ -239,13 +239,9 @@ class BinaryUnit(nn.Module):
             statistics=None if bn.training else averages(bn),
             eps=bn.eps,
             plan=self.plan,
-            group=group,
+            group=statistics_group(bn),
+            averages=running_averages(bn) if tracks else None,
         )
-        if bn.training and bn.track_running_stats:
-            # with a group there may be values of other processes
-            known = x.shape[0] > 0 or group is not None
-            count_batch(bn, (output.mean, output.variance) if known else None)
-        return output
 
     def _composed(self, x: Tensor, weight: Tensor, shortcut: Tensor | None) -> Tensor:
         check_float("x", x)

@@ -7,6 +7,7 @@ microseconds a call, which a training step would pay several hundred times.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -95,6 +96,17 @@ def in_one_call(takes: Callable[..., bool], x: Tensor, *others: Tensor | None) -
         and backend.launchers(x.device) is native
         and takes(x, *others)
     )
+
+
+def whole_units(x: Tensor, *others: Tensor | None) -> ModuleType | None:
+    """What computes a unit of these operands in one call a direction, or None.
+
+    None while torch traces, which is to see operators.
+    """
+    if through_operators(x, *others):
+        return None
+    whole = getattr(backend.launchers(x.device), "whole", None)
+    return whole if whole is not None and whole.takes(x, *others) else None
 
 
 _ORDINARY = (Tensor, torch.nn.Parameter, PackedWeight)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, distributed
 
-from tritonbnn.contract import Statistics
+from tritonbnn.contract import Averages, Statistics
 
 
 class Affine(NamedTuple):
@@ -124,3 +124,39 @@ def norm_grads(
     a_scale = -du_scale * scale * du_xhat_mean
     constant = -du_scale * du_mean - a_scale * affine.centre
     return dgamma, (du_scale, a_scale, constant)
+
+
+def move_averages(averages: Averages, statistics: tuple[Tensor, Tensor] | None) -> None:
+    """Count a batch, and move the running averages towards its statistics, as nn.BatchNorm2d does.
+
+    Args:
+        averages: changed in place.
+        statistics: mean and unbiased variance, (O,) each, without a gradient; None for a batch
+            without values.
+
+    Raises:
+        ValueError: an average has another shape, or is elsewhere.
+    """
+    counter, moving = averages.counter, (averages.mean, averages.variance)
+    if counter is not None:
+        counter.add_(1)
+    step: float | Tensor
+    if averages.momentum is not None:
+        step = averages.momentum
+    elif counter is not None:
+        step = 1 / counter.double()  # a cumulative average
+    else:
+        return  # nn.BatchNorm2d's, too, stands still without a count
+    if statistics is None:
+        return
+    for average, value in zip(moving, statistics, strict=True):
+        if average is None:
+            continue
+        weight = step.to(average.dtype) if isinstance(step, Tensor) else step
+        try:
+            average.lerp_(value.to(average.dtype), weight)
+        except RuntimeError as error:
+            raise ValueError(
+                f"a running average of the norm must be {tuple(value.shape)} on {value.device}, "
+                f"not {tuple(average.shape)} on {average.device}"
+            ) from error

@@ -1,17 +1,18 @@
 """The half-block as one Function, which saves packed signs and the stream."""
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
 from tritonbnn import checks
-from tritonbnn.contract import Kept, Options, Statistics
+from tritonbnn.contract import Averages, Kept, Options, Statistics
 from tritonbnn.layout import in_format_of, laid_out_as
-from tritonbnn.native import whole
 from tritonbnn.ops import backend, composed, library
 from tritonbnn.ops.apply import apply
 from tritonbnn.ops.autocast import autocast_input
+from tritonbnn.ops.norm import move_averages
 from tritonbnn.ops.once import differentiable_once
 
 PLANS = ("auto", "keep", "recompute", "fused")
@@ -55,7 +56,7 @@ class _BinaryUnit(torch.autograd.Function):
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         operands = (x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out, residual)
-        compute = whole.forward if options.at_once else composed.forward
+        compute = _whole(x).forward if options.at_once else composed.forward
         outputs, kept = compute(*operands, signs, next_shift, statistics, options)
         outputs = (in_format_of(outputs[0], x, weight), *outputs[1:])
         ctx.save_for_backward(x, weight, gamma, shift_in, shift_mid, slope, residual, *kept)
@@ -73,7 +74,7 @@ class _BinaryUnit(torch.autograd.Function):
         x, weight, gamma, shift_in, shift_mid, slope, residual, *kept = ctx.saved_tensors
         needs_x, needs_weight, _, _, needs_shift_in = ctx.needs_input_grad[:5]
         at_once = ctx.options.at_once and not library.through_operators(grad)
-        compute = whole.backward if at_once else composed.backward
+        compute = _whole(x).backward if at_once else composed.backward
         gradients = compute(
             *(grad, x, weight, gamma, shift_in, shift_mid, slope, residual, Kept(*kept)),
             ctx.options,
@@ -89,6 +90,10 @@ class _BinaryUnit(torch.autograd.Function):
             None if residual is None else laid_out_as(gradients.residual, residual),
             *(None,) * 4,
         )
+
+
+def _whole(x: Tensor) -> ModuleType:
+    return backend.launchers(x.device).whole
 
 
 def binary_unit(
@@ -111,6 +116,7 @@ def binary_unit(
     eps: float = 1e-5,
     plan: str = "auto",
     group: distributed.ProcessGroup | None = None,
+    averages: Averages | None = None,
 ) -> UnitOutput:
     """rprelu(BatchNorm(binary_conv2d(x, weight, shift_in)) + shortcut) in one Function.
 
@@ -144,6 +150,7 @@ def binary_unit(
             shapes, else "keep". "recompute" saves least. The table knows single shapes, so "auto"
             is "keep" where torch.compile makes one program for many.
         group: processes that share the batch's statistics, as SyncBatchNorm does; or None.
+        averages: BatchNorm's running ones, which the batch moves in place; None for none.
 
     Returns:
         The output stream in ``x``'s dtype, its signs, and the statistics. The stream is in
@@ -198,14 +205,22 @@ def binary_unit(
     residual = None if residual is None else residual.to(x.dtype)
     next_shift = None if next_shift is None else next_shift.detach()
     operands = (x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out, residual)
-    # processes that share statistics do so between two launchers
-    at_once = group is None and library.in_one_call(
-        whole.takes, *operands, next_shift, mean, variance
-    )
+    whole = library.whole_units(*operands, next_shift, mean, variance)
+    at_once = moved = False
+    if whole is not None and (group is None or whole.SHARES_STATISTICS):
+        at_once = True
+        moved = averages is not None and whole.moves(averages, shape[1], x.device)
     if plan == "auto":
         plan = _automatic_plan(x, weight, stride, binary_weight)
     options = Options(stride, kind, binary_weight, eps, plan, group, pack, at_once)
-    return UnitOutput(*apply(_BinaryUnit, *operands, signs, next_shift, given, options))
+    if moved:
+        options = options._replace(averages=averages)
+    output = UnitOutput(*apply(_BinaryUnit, *operands, signs, next_shift, given, options))
+    if averages is not None and not moved:
+        # with a group there may be values of other processes
+        known = x.shape[0] > 0 or group is not None
+        move_averages(averages, (output.mean, output.variance) if known else None)
+    return output
 
 
 def _automatic_plan(x: Tensor, weight: Tensor, stride: int, binary_weight: bool) -> str:

@@ -7,7 +7,8 @@ from torch.nn import functional as F
 from tritonbnn import kernels, ops, reference
 from tritonbnn.bits import words
 from tritonbnn.checks import shortcut_input_shape
-from tritonbnn.kernels import config
+from tritonbnn.contract import Averages, Options, Statistics
+from tritonbnn.kernels import config, whole
 from tritonbnn.kernels.problems import conv
 from tritonbnn.kernels.problems.problem import (
     PIXELS,
@@ -22,6 +23,7 @@ from tritonbnn.kernels.problems.problem import (
     vector_inputs,
 )
 from tritonbnn.kernels.problems.sign import shortcut
+from tritonbnn.kernels.unit_norm import batch_norm, local_sums
 
 _UNIT = ("a", "stream", "mean", "scale", "offset", "shift_mid", "slope")
 
@@ -128,6 +130,8 @@ def _norm_formula(t: Tensors, shortcut: str) -> Tensor:
 
 def _run_whole(problem: Problem, t: Tensors) -> tuple[Tensor, ...]:
     """A unit's output and all its gradients, under the plan of the tuning table."""
+    if t["stream"].is_meta:  # torch would ask for shapes only, and nothing would be launched
+        return _launch_whole(problem, t)
     leaves = [t[name].detach().requires_grad_() for name in _WHOLE]
     z = ops.binary_unit(
         *leaves,
@@ -136,6 +140,31 @@ def _run_whole(problem: Problem, t: Tensors) -> tuple[Tensor, ...]:
         binary_weight=problem.binary_weight,
     ).z
     return z.detach(), *torch.autograd.grad(z, leaves, t["grad"])
+
+
+def _launch_whole(problem: Problem, t: Tensors) -> tuple[Tensor, ...]:
+    """All that a unit's passes launch: training, eval mode, and statistics of several processes."""
+    x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out = (t[name] for name in _WHOLE)
+    given = Statistics(t["mean"], t["scale"])
+    counter = torch.zeros((), dtype=torch.int64, device=x.device)
+    options = Options(
+        stride=problem.layer.stride,
+        shortcut=problem.shortcut,
+        binary_weight=problem.binary_weight,
+        eps=1e-5,
+        plan=config.choose(problem.key, x.device).formulation,
+        group=None,
+        pack=True,
+        averages=Averages(*given, counter, momentum=0.1),
+    )
+    operands = (x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out, None, None)
+    whole.forward(*operands, t["offset"], given, options)
+    (z, *_), kept = whole.forward(*operands, t["offset"], None, options)
+    sums = torch.empty(2, 2, len(gamma), dtype=torch.int64, device=x.device)
+    batch_norm(local_sums(sums, None, 1), None, 1, None, gamma, beta, options)
+    backward = (t["grad"], x, weight, gamma, shift_in, shift_mid, slope, None)
+    gradients = whole.backward(*backward, kept, options, wants_input=True, wants_weight=True)
+    return z, *(each for each in gradients if each is not None)
 
 
 def _whole(problem: Problem, t: Tensors, dtype: torch.dtype) -> tuple[Tensor, ...]:
