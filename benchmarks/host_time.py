@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -30,10 +31,11 @@ from benchmarks.rivals import parse
 from benchmarks.steps import LEARNING_RATE
 from tritonbnn import cli
 from tritonbnn.files import writable, write_json
-from tritonbnn.kernels.launch import Launch
+from tritonbnn.kernels.launch import start
 from tritonbnn.kernels.provenance import header
 from tritonbnn.kernels.targets import Target, parse_target
 
+CPU = torch.device("cpu")
 BATCH, SIZE, WIDTH, CLASSES = 2, 32, 0.25, 10
 PARTS = ("forward", "backward", "update")
 
@@ -54,16 +56,17 @@ class _Driver:
         return self._target
 
 
-class _Nothing:
+class _Nothing(CompiledKernel):
     """A kernel that was not compiled, and counts the launches of all such."""
 
     launches = 0
-    function = packed_metadata = None
 
-    def launch_metadata(self, *arguments: Any) -> None:
-        return None
+    def __init__(self) -> None:
+        self.name = self.module = "none"
+        self.src = self.function = self.packed_metadata = None
+        self._run = self._count
 
-    def run(self, *arguments: Any) -> None:
+    def _count(self, *arguments: Any) -> None:
         _Nothing.launches += 1
 
 
@@ -77,10 +80,8 @@ def _compile_nothing(kernel: JITFunction, key: str, signature: Any, device: int,
 def launches_do_nothing(target: Target) -> Iterator[None]:
     """Have kernels of ours launched by Triton, as far as the driver."""
 
-    def launched(launch: Launch) -> None:
-        tile = launch.tile
-        options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-        launch.kernel[launch.grid](**launch.arguments, **options)
+    def launched(kernel: Any, arguments: Any, tile: Any, grid: Any) -> None:
+        start(kernel, grid, tile, arguments, CPU)
 
     before = driver._active
     driver.set_active(_Driver(target))

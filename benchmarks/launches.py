@@ -73,7 +73,11 @@ def step_launches(
         target: whose default formulations and tiles our kernels take.
     """
     counted: list[Counted] = []
-    with FakeTensorMode(), as_on_a_gpu(target, lambda each: counted.append(_of_ours(each))):
+
+    def launched(*launch: Any) -> None:
+        counted.append(_of_ours(Launch(*launch)))
+
+    with FakeTensorMode(), as_on_a_gpu(target, launched):
         model = in_channels_last(build())
         images = torch.empty(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
         step = training_step(model, images, torch.zeros(batch, dtype=torch.int64), bf16=bf16)
@@ -108,8 +112,11 @@ def rest_of_step(model: nn.Module, batch: int, *, bf16: bool) -> list[Counted]:
 
 
 @contextmanager
-def as_on_a_gpu(target: Target, call: Callable[[Launch], None]) -> Iterator[None]:
-    """Have the kernels' launchers called on the CPU, and their launches handed to ``call``."""
+def as_on_a_gpu(target: Target, call: Callable[..., None]) -> Iterator[None]:
+    """Have the kernels' launchers called on the CPU, and each launch handed to ``call``.
+
+    It takes what :class:`~tritonbnn.kernels.launch.Launch` holds.
+    """
     # the kernels were imported to be compiled, so they are not interpreted whatever this says
     environment = {VARIABLE: "triton", "TRITON_INTERPRET": "1"}
     with (

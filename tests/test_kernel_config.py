@@ -182,3 +182,12 @@ def test_importing_the_kernels_is_inert():
         "assert config.table_of.cache_info().currsize == 0\n"
     )
     assert_runs_silently(code)
+
+
+@pytest.mark.parametrize("block_n", [1, 2, 16, 32, 128])
+def test_whole_words_make_a_tile_no_larger(block_n):
+    """A narrow layer's epilogue: of 4 channels, a tile of whole words would be 8 times as large."""
+    tile = config.TileConfig(4096 // block_n, block_n, 1, 4, 1)
+    whole = config.whole_words(tile)
+    assert whole.block_n == max(block_n, 32)
+    assert whole.block_m * whole.block_n == 4096

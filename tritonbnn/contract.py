@@ -4,6 +4,7 @@ Of a whole unit: what is taken beside its tensors, kept for backward, and return
 Bop: its epsilon.
 """
 
+from types import ModuleType
 from typing import NamedTuple
 
 from torch import Tensor, distributed
@@ -31,8 +32,8 @@ class Averages(NamedTuple):
 class Options(NamedTuple):
     """What a unit computes apart from its tensors; see :func:`tritonbnn.ops.binary_unit`.
 
-    ``at_once`` is whether one call a direction computes it. ``averages`` are those that such a call
-    moves.
+    ``whole`` is the module that computes it in one call a direction, if there is one; ``averages``
+    are those that such a call moves.
     """
 
     stride: int
@@ -42,7 +43,7 @@ class Options(NamedTuple):
     plan: str
     group: distributed.ProcessGroup | None
     pack: bool
-    at_once: bool = False
+    whole: ModuleType | None = None
     averages: Averages | None = None
 
 

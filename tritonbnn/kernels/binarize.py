@@ -10,7 +10,7 @@ from tritonbnn.kernels import config
 from tritonbnn.kernels.elementwise import launch_elementwise, launch_partial_sums
 from tritonbnn.kernels.launch import check_kernel_dtype
 from tritonbnn.kernels.tiles import tile_of
-from tritonbnn.layout import channels_last, flat_pixels, from_flat
+from tritonbnn.layout import channels_last, empty_pixels, flat_pixels, from_flat
 
 
 @triton.jit
@@ -143,21 +143,34 @@ def sign_backward(
     checks.check_same_shape(x=x, grad=grad)
     if residual is not None:
         checks.check_shape("x", x, checks.shortcut_input_shape(residual.shape, shortcut))
-    flat = flat_pixels(channels_last(x))
+    residual = None if residual is None else channels_last(residual)
+    shift = None if shift is None else shift.contiguous()
+    dx, sums = sign_gradients(channels_last(grad), channels_last(x), residual, shift, shortcut)
+    return dx, sums.sum((0, 1))
+
+
+def sign_gradients(
+    grad: Tensor, x: Tensor, residual: Tensor | None, shift: Tensor | None, shortcut: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`sign_backward`, unchecked: channels_last images, and a contiguous shift.
+
+    Returns:
+        dx, and each program's share of the shift's gradient, (programs, 1, C).
+    """
     height, width = x.shape[2:] if x.dim() == 4 else (1, 1)
-    dx = torch.empty(flat.shape, dtype=x.dtype, device=x.device)
+    dx = empty_pixels(x, x.dtype)
     sums = launch_partial_sums(
         _sign_backward_kernel,
         config.choose(config.elementwise_key("sign_backward", x), x.device).tile,
         dx,
         count=1,
-        grad_ptr=flat_pixels(channels_last(grad)),
-        x_ptr=flat,
-        shift_ptr=None if shift is None else shift.contiguous(),
-        residual_ptr=None if residual is None else flat_pixels(channels_last(residual)),
+        grad_ptr=grad,
+        x_ptr=x,
+        shift_ptr=shift,
+        residual_ptr=residual,
         dx_ptr=dx,
         HEIGHT=height,
         WIDTH=width,
         SHORTCUT=shortcut,
     )
-    return from_flat(dx, tuple(x.shape)), sums.sum((0, 1))
+    return dx, sums

@@ -132,10 +132,14 @@ def elementwise_key(op: str, x: torch.Tensor, *others: torch.Tensor) -> ProblemK
         x: gives the shape.
         others: operands whose dtype may be another one; "int16+bfloat16" names both.
     """
-    batch, channels = x.shape[:2]
-    height, width = x.shape[2:] if x.dim() == 4 else (1, 1)
-    dtype = joint_dtype_name(*(tensor.dtype for tensor in (x, *others)))
-    return ProblemKey(op, dtype, batch, height, width, channels)
+    return _elementwise_key(op, x.shape, x.dtype, *(tensor.dtype for tensor in others))
+
+
+@lru_cache(maxsize=4096)
+def _elementwise_key(op: str, shape: torch.Size, *dtypes: torch.dtype) -> ProblemKey:
+    batch, channels, *pixels = shape
+    height, width = pixels or (1, 1)
+    return ProblemKey(op, joint_dtype_name(*dtypes), batch, height, width, channels)
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -22,7 +22,7 @@ from tritonbnn.kernels.pack import unpack_signs
 from tritonbnn.kernels.targets import target_of
 from tritonbnn.kernels.tiles import popcount, signs, tile_of, window
 from tritonbnn.kernels.weight import Numbers, expand
-from tritonbnn.layout import channels_last, flat_pixels, from_flat
+from tritonbnn.layout import channels_last, empty_channels_last, flat_pixels, from_flat
 
 
 @triton.jit
@@ -148,8 +148,7 @@ def conv_packed(
     if alpha is not None:
         alpha = alpha.to(torch.float32).contiguous()
     choice = product_choice(geometry, x.device)
-    y = convolved(x.contiguous(), weight.contiguous(), None, alpha, geometry, choice, dtype)
-    return from_flat(y, geometry.output_shape)
+    return convolved(x.contiguous(), weight.contiguous(), None, alpha, geometry, choice, dtype)
 
 
 def product_choice(geometry: Geometry, device: torch.device) -> config.Choice:
@@ -182,17 +181,17 @@ def convolved(
         dtype: of the result.
 
     Returns:
-        (N H' W', O).
+        (N, O, H', W') in channels_last memory.
     """
-    y = torch.empty((geometry.pixels, geometry.out_channels), dtype=dtype, device=x.device)
+    y = empty_channels_last(geometry.output_shape, dtype, x.device)
     if y.numel() and choice.formulation == "mma":
         from tritonbnn.kernels.mma import conv_mma  # it needs Gluon, which not every Triton has
 
-        conv_mma(x, weight, alpha, y, geometry, choice.tile)
+        conv_mma(x, weight, alpha, flat_pixels(y), geometry, choice.tile)
     elif y.numel() and choice.formulation == "wgmma":
         from tritonbnn.kernels.mma_warpgroup import conv_warpgroup
 
-        conv_warpgroup(x, weight, alpha, y, geometry, choice.tile)
+        conv_warpgroup(x, weight, alpha, flat_pixels(y), geometry, choice.tile)
     elif y.numel() and choice.formulation == "popcount":
         _launch_popcount(x, weight, alpha, y, geometry, choice.tile)
     elif y.numel():

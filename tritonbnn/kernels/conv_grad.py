@@ -19,7 +19,7 @@ from tritonbnn.kernels.library import convolution_backward
 from tritonbnn.kernels.pack import unpack_signs
 from tritonbnn.kernels.tiles import signs, tile_of, window
 from tritonbnn.kernels.weight import scaled, summed
-from tritonbnn.layout import channels_last, empty_channels_last, flat_pixels, from_flat
+from tritonbnn.layout import channels_last, empty_channels_last, flat_pixels
 
 TARGET_PROGRAMS = 512
 """Programs that the weight gradient splits its pixels for: a few waves of any current GPU."""
@@ -175,10 +175,10 @@ def input_grad(grad: Tensor, real: Tensor, geometry: Geometry) -> Tensor:
     if choice.formulation == "library":
         like = empty_channels_last(shape, grad.dtype, grad.device)
         return convolution_backward(grad, like, real, geometry, [True, False, False])[0]
-    dx = torch.empty((batch * height * width, channels), dtype=grad.dtype, device=grad.device)
+    dx = empty_channels_last(shape, grad.dtype, grad.device)
     if dx.numel():
         _launch_input_grad(channels_last(grad), real, dx, geometry, choice.tile)
-    return from_flat(dx, shape)
+    return dx
 
 
 def _real_weight(weight: Tensor, alpha: Tensor | None, channels: int, dtype: torch.dtype) -> Tensor:

@@ -22,13 +22,13 @@ def launch_elementwise(kernel: Any, tile: TileConfig, like: Tensor, **arguments:
     Args:
         kernel: a ``triton.jit`` function.
         tile: of rows and channels.
-        like: of (rows, channels), the shape that is cut into tiles.
+        like: (rows, channels), or (N, C, H, W) in channels_last memory: what is cut into tiles.
         **arguments: the rest of the kernel's, by name.
     """
-    rows, channels = like.shape
+    rows, channels = _sizes(like)
     programs = ceil_div(rows, tile.block_m) * ceil_div(channels, tile.block_n)
     if programs:
-        launch(kernel, programs, tile, **_shape(tile, like), **arguments)
+        launch(kernel, programs, tile, **_cut(tile, rows, channels), **arguments)
 
 
 def launch_partial_sums(
@@ -45,7 +45,7 @@ def launch_partial_sums(
     Args:
         kernel: a ``triton.jit`` function, which writes its sums to ``sums_ptr``.
         tile: of rows and channels.
-        like: of (rows, channels), the shape that is cut into tiles.
+        like: (rows, channels), or (N, C, H, W) in channels_last memory: what is cut into tiles.
         count: sums per channel.
         dtype: of the sums.
         **arguments: the rest of the kernel's, by name.
@@ -54,17 +54,22 @@ def launch_partial_sums(
         Each program's share of the sums, (programs, count, channels). They are added without
         atomics, so that a result is the same in every run.
     """
-    rows, channels = like.shape
+    rows, channels = _sizes(like)
     blocks = ceil_div(channels, tile.block_n)
     programs = min(ceil_div(MAX_PARTIALS, blocks), ceil_div(rows, tile.block_m))
     sums = torch.empty((programs, count, channels), dtype=dtype, device=like.device)
     if programs:
-        launch(kernel, programs * blocks, tile, sums_ptr=sums, **_shape(tile, like), **arguments)
+        cut = _cut(tile, rows, channels)
+        launch(kernel, programs * blocks, tile, sums_ptr=sums, **cut, **arguments)
     return sums
 
 
-def _shape(tile: TileConfig, like: Tensor) -> dict[str, int]:
-    rows, channels = like.shape
+def _sizes(like: Tensor) -> tuple[int, int]:
+    channels = like.shape[1]
+    return like.numel() // channels, channels
+
+
+def _cut(tile: TileConfig, rows: int, channels: int) -> dict[str, int]:
     return {
         "rows": rows,
         "CHANNELS": channels,

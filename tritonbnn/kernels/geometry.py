@@ -1,6 +1,7 @@
 """The shapes of one convolution problem, checked once and handed to kernels as constants."""
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from torch import Tensor
 
@@ -45,11 +46,11 @@ class Geometry:
     stride: int
     padding: int
 
-    @property
+    @cached_property
     def out_height(self) -> int:
         return self._out_size[0]
 
-    @property
+    @cached_property
     def out_width(self) -> int:
         return self._out_size[1]
 
@@ -59,16 +60,16 @@ class Geometry:
             self.height, self.width, self.kernel_size, self.stride, self.padding
         )
 
-    @property
+    @cached_property
     def pixels(self) -> int:
         """Pixels of the output, over the batch."""
         return self.batch * self.out_height * self.out_width
 
-    @property
+    @cached_property
     def output_shape(self) -> tuple[int, int, int, int]:
         return self.batch, self.out_channels, self.out_height, self.out_width
 
-    @property
+    @cached_property
     def shape(self) -> Shape:
         """What kernels know of it."""
         return Shape(
@@ -85,17 +86,22 @@ class Geometry:
 
     def key(self, op: str, dtype: str) -> ProblemKey:
         """The tuning table's name for an operation on this problem."""
-        return ProblemKey(
-            op,
-            dtype,
-            self.batch,
-            self.height,
-            self.width,
-            self.channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-        )
+        return _key(self, op, dtype)
+
+
+@lru_cache(maxsize=4096)
+def _key(geometry: Geometry, op: str, dtype: str) -> ProblemKey:
+    return ProblemKey(
+        op,
+        dtype,
+        geometry.batch,
+        geometry.height,
+        geometry.width,
+        geometry.channels,
+        geometry.out_channels,
+        geometry.kernel_size,
+        geometry.stride,
+    )
 
 
 def check_geometry(geometry: Geometry) -> None:
@@ -120,6 +126,12 @@ def checked_geometry(
 ) -> Geometry:
     """The problem whose input is ``x``, packed (N, H, W, words), if kernels take it."""
     batch, height, width, _ = x.shape
-    geometry = Geometry(batch, height, width, channels, out_channels, kernel_size, stride, padding)
+    return _checked(batch, height, width, channels, out_channels, kernel_size, stride, padding)
+
+
+@lru_cache(maxsize=1024)
+def _checked(*sizes: int) -> Geometry:
+    """One object for each problem, so that a step's sizes are computed once in a run."""
+    geometry = Geometry(*sizes)
     check_geometry(geometry)
     return geometry

@@ -20,7 +20,7 @@ from tritonbnn.kernels.launch import launch
 from tritonbnn.kernels.mma import product_arguments
 from tritonbnn.kernels.mma_tile import block_of_program, signed_sums
 from tritonbnn.kernels.unit import per_channel, shortcut_value
-from tritonbnn.layout import flat_pixels, from_flat
+from tritonbnn.layout import empty_channels_last, flat_pixels
 
 
 @gluon.jit
@@ -167,10 +167,10 @@ def unit_mma(
         shortcut: "identity", "pool" or "repeat".
         pack: whether the signs are wanted.
     """
-    pixels, channels = geometry.pixels, geometry.out_channels
-    z = torch.empty((pixels, channels), dtype=stream.dtype, device=stream.device)
-    packed = words(channels) if pack else 0
-    signs = torch.empty((pixels, packed), dtype=torch.int32, device=stream.device)
+    n, channels, height, width = geometry.output_shape
+    z = empty_channels_last(geometry.output_shape, stream.dtype, stream.device)
+    shape = (n, height, width, words(channels) if pack else 0)
+    signs = torch.empty(shape, dtype=torch.int32, device=stream.device)
     launch(
         _unit_mma_kernel,
         product.programs,
@@ -178,9 +178,8 @@ def unit_mma(
         **product.arguments,
         stream_ptr=flat_pixels(stream),
         **{f"{name}_ptr": None if v is None else v.contiguous() for name, v in vectors.items()},
-        z_ptr=z,
+        z_ptr=flat_pixels(z),
         signs_ptr=signs if pack else None,
         SHORTCUT=shortcut,
     )
-    n, _, height, width = geometry.output_shape
-    return from_flat(z, geometry.output_shape), signs.view(n, height, width, packed)
+    return z, signs

@@ -5,6 +5,7 @@ memory. The next unit's signs, packed in the epilogue, cost 1/8 byte there; a pa
 would read the stream again, 2 bytes.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from tritonbnn.kernels import config
 from tritonbnn.kernels.elementwise import launch_elementwise, launch_partial_sums
 from tritonbnn.kernels.launch import check_kernel_dtype
 from tritonbnn.kernels.tiles import tile_of
-from tritonbnn.layout import channels_last, flat_pixels, from_flat
+from tritonbnn.layout import channels_last, empty_pixels, flat_pixels
+
+Vectors = tuple[Tensor | None, ...]
 
 
 @triton.jit
@@ -171,30 +174,35 @@ def unit_plan(
 
     Unpacking bits makes the convolution dearer than the 4 bytes an element that keeping costs.
     """
-    name = config.joint_dtype_name(torch.int16 if binary_weight else dtype, dtype)
     shape = (batch, height, width, channels, out_channels, kernel_size, stride)
-    return config.choose(config.ProblemKey("unit_plan", name, *shape), device).formulation
+    return config.choose(_plan_key(dtype, binary_weight, *shape), device).formulation
+
+
+@lru_cache(maxsize=4096)
+def _plan_key(dtype: torch.dtype, binary_weight: bool, *shape: int) -> config.ProblemKey:
+    name = config.joint_dtype_name(torch.int16 if binary_weight else dtype, dtype)
+    return config.ProblemKey("unit_plan", name, *shape)
 
 
 def channel_moments(a: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance per channel: the twin of :func:`tritonbnn.eager.channel_moments`."""
-    flat = flat_pixels(channels_last(a))
+    a = channels_last(a)
+    flat = flat_pixels(a)
     rows, channels = flat.shape
     exact = not a.is_floating_point()
     if not exact:
         check_kernel_dtype("a", a.dtype)
     if not rows:
         return tuple(torch.zeros((2, channels), dtype=torch.float64, device=a.device))
-    mean, variance = moments_of(moment_sums(a, flat), rows)
+    mean, variance = moments_of(moment_sums(a), rows)
     return mean if exact else mean + flat[0], variance
 
 
-def moment_sums(a: Tensor, flat: Tensor) -> Tensor:
+def moment_sums(a: Tensor) -> Tensor:
     """Each program's share of the sums of a, less its first row if it is real, and of the square.
 
     Args:
         a: (N, C, H, W), in channels_last memory.
-        flat: the same as (pixels, C).
 
     Returns:
         (programs, 2, C), int64 or float32.
@@ -203,10 +211,10 @@ def moment_sums(a: Tensor, flat: Tensor) -> Tensor:
     return launch_partial_sums(
         _channel_moments_kernel,
         config.choose(config.elementwise_key("channel_moments", a), a.device).tile,
-        flat,
+        a,
         count=2,
         dtype=torch.int64 if exact else torch.float32,
-        a_ptr=flat,
+        a_ptr=a,
         EXACT=exact,
     )
 
@@ -242,41 +250,77 @@ def unit_forward(
     check_kernel_dtype("stream", stream.dtype)
     affine = {"mean": mean, "scale": scale, "offset": offset}
     activation = {"shift_mid": shift_mid, "slope": slope, "shift_out": shift_out}
-    arguments = unit_arguments(a, stream, shortcut, **affine, **activation)
-    rows, channels = arguments["a_ptr"].shape
-    checks.check_per_channel(channels, next_shift=next_shift)
-    checks.check_same_device(a=a, next_shift=next_shift)
-    z = torch.empty((rows, channels), dtype=stream.dtype, device=a.device)
-    signs = torch.empty((rows, words(channels) if pack else 0), dtype=torch.int32, device=a.device)
+    check_unit(a, stream, shortcut, **affine, **activation, next_shift=next_shift)
+    norm, after = contiguous(mean, scale, offset), contiguous(shift_mid, slope, shift_out)
+    following = None if next_shift is None else next_shift.contiguous()
+    return epilogue(
+        channels_last(a), channels_last(stream), norm, after, following, shortcut, pack=pack
+    )
+
+
+def epilogue(
+    a: Tensor,
+    stream: Tensor,
+    norm: Vectors,
+    after: Vectors,
+    next_shift: Tensor | None,
+    shortcut: str,
+    *,
+    pack: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`unit_forward`, unchecked: images in channels_last memory, vectors contiguous.
+
+    Args:
+        a: as there, as are the others.
+        norm: mean, scale and offset.
+        after: shift_mid, slope and shift_out, or three times None.
+    """
+    n, channels, height, width = a.shape
+    z = empty_pixels(a, stream.dtype)
+    shape = (n, height, width, words(channels) if pack else 0)
+    signs = torch.empty(shape, dtype=torch.int32, device=a.device)
     tile = config.choose(config.elementwise_key("unit_forward", a, stream), a.device).tile
     launch_elementwise(
         _unit_forward_kernel,
         config.whole_words(tile),
         z,
-        **arguments,
-        next_shift_ptr=None if next_shift is None else next_shift.contiguous(),
+        **pass_arguments(a, stream, norm, after[:2], shortcut),
+        shift_out_ptr=norm[0] if after[2] is None else after[2],
+        next_shift_ptr=next_shift,
         z_ptr=z,
         signs_ptr=signs if pack else None,
     )
-    n, _, height, width = a.shape
-    return from_flat(z, tuple(a.shape)), signs.view(n, height, width, signs.shape[1])
+    return z, signs
 
 
-def unit_arguments(
-    a: Tensor, stream: Tensor, shortcut: str, **vectors: Tensor | None
-) -> dict[str, Any]:
-    """What epilogue and activation backward read alike, checked; an absent vector is ``mean``."""
-    _, channels, height, width = a.shape
+def check_unit(a: Tensor, stream: Tensor, shortcut: str, **vectors: Tensor | None) -> None:
+    """Raise unless a pass over a unit's images takes these."""
     checks.check_shape("stream", stream, checks.shortcut_input_shape(a.shape, shortcut))
-    checks.check_per_channel(channels, **vectors)
+    checks.check_per_channel(a.shape[1], **vectors)
     checks.check_same_device(a=a, stream=stream, **vectors)
-    present = {name: vectors["mean"] if v is None else v for name, v in vectors.items()}
+
+
+def contiguous(*vectors: Tensor | None) -> Vectors:
+    """Vectors as kernels read them."""
+    return tuple(None if vector is None else vector.contiguous() for vector in vectors)
+
+
+def pass_arguments(
+    a: Tensor, stream: Tensor, norm: Vectors, activation: Vectors, shortcut: str
+) -> dict[str, Any]:
+    """What epilogue and activation backward read alike; an absent vector is the mean."""
+    mean, scale, offset = norm
+    shift_mid, slope = activation
     return {
-        "a_ptr": flat_pixels(channels_last(a)),
-        "stream_ptr": flat_pixels(channels_last(stream)),
-        **{f"{name}_ptr": v.contiguous() for name, v in present.items() if v is not None},
-        "HEIGHT": height,
-        "WIDTH": width,
+        "a_ptr": a,
+        "stream_ptr": stream,
+        "mean_ptr": mean,
+        "scale_ptr": scale,
+        "offset_ptr": offset,
+        "shift_mid_ptr": mean if shift_mid is None else shift_mid,
+        "slope_ptr": mean if slope is None else slope,
+        "HEIGHT": a.shape[2],
+        "WIDTH": a.shape[3],
         "SHORTCUT": shortcut,
-        "ACTIVATION": vectors["slope"] is not None,
+        "ACTIVATION": slope is not None,
     }

@@ -4,7 +4,6 @@ Bytes per output element with a bf16 stream and int16 a: activation 8, BatchNorm
 memory. They are two, because BatchNorm's gradient needs sums over all rows of the activation's.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,8 +13,15 @@ from tritonbnn.kernels import config
 from tritonbnn.kernels.elementwise import launch_elementwise, launch_partial_sums
 from tritonbnn.kernels.launch import check_kernel_dtype
 from tritonbnn.kernels.tiles import tile_of
-from tritonbnn.kernels.unit import per_channel, shortcut_value, unit_arguments
-from tritonbnn.layout import channels_last, flat_pixels, from_flat
+from tritonbnn.kernels.unit import (
+    Vectors,
+    check_unit,
+    contiguous,
+    pass_arguments,
+    per_channel,
+    shortcut_value,
+)
+from tritonbnn.layout import channels_last, empty_pixels
 
 
 @triton.jit
@@ -122,41 +128,42 @@ def unit_activation_backward(
     shortcut: str,
 ) -> tuple[Tensor, Tensor]:
     """du and its sums: the twin of :func:`tritonbnn.eager.unit_activation_backward`."""
-    du, sums = activation_backward(
-        grad, a, stream, mean, scale, offset, shift_mid, slope, shortcut=shortcut
-    )
-    return du, sums.sum(0)
-
-
-def activation_backward(
-    grad: Tensor,
-    a: Tensor,
-    stream: Tensor,
-    mean: Tensor,
-    scale: Tensor,
-    offset: Tensor,
-    shift_mid: Tensor | None,
-    slope: Tensor | None,
-    *,
-    shortcut: str,
-) -> tuple[Tensor, Tensor]:
-    """:func:`unit_activation_backward`, whose sums are each program's share, (programs, 4, O)."""
     check_kernel_dtype("grad", grad.dtype)
     checks.check_same_shape(a=a, grad=grad)
     checks.check_same_device(a=a, grad=grad)
     affine = {"mean": mean, "scale": scale, "offset": offset}
-    arguments = unit_arguments(a, stream, shortcut, **affine, shift_mid=shift_mid, slope=slope)
-    du = torch.empty(flat_pixels(channels_last(a)).shape, dtype=grad.dtype, device=a.device)
+    check_unit(a, stream, shortcut, **affine, shift_mid=shift_mid, slope=slope)
+    norm, activation = contiguous(mean, scale, offset), contiguous(shift_mid, slope)
+    grad, a, stream = channels_last(grad), channels_last(a), channels_last(stream)
+    du, sums = activation_backward(grad, a, stream, norm, activation, shortcut)
+    return du, sums.sum(0)
+
+
+def activation_backward(
+    grad: Tensor, a: Tensor, stream: Tensor, norm: Vectors, activation: Vectors, shortcut: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`unit_activation_backward`, unchecked, its sums each program's share.
+
+    Args:
+        grad: in channels_last memory, as are the next two.
+        a: as there, as are the others.
+        norm: mean, scale and offset, contiguous.
+        activation: shift_mid and slope, contiguous, or twice None.
+
+    Returns:
+        du, and (programs, 4, O).
+    """
+    du = empty_pixels(a, grad.dtype)
     sums = launch_partial_sums(
         _unit_activation_backward_kernel,
         config.choose(config.elementwise_key("unit_activation_backward", a, grad), a.device).tile,
         du,
         count=4,
-        **arguments,
-        grad_ptr=flat_pixels(channels_last(grad)),
+        **pass_arguments(a, stream, norm, activation, shortcut),
+        grad_ptr=grad,
         du_ptr=du,
     )
-    return from_flat(du, tuple(a.shape)), sums
+    return du, sums
 
 
 def unit_norm_backward(
@@ -168,15 +175,24 @@ def unit_norm_backward(
     vectors = {"du_scale": du_scale, "a_scale": a_scale, "constant": constant}
     checks.check_per_channel(a.shape[1], **vectors)
     checks.check_same_device(a=a, du=du, **vectors)
-    flat = flat_pixels(channels_last(a))
-    dy = torch.empty(flat.shape, dtype=du.dtype, device=a.device)
+    contiguous_ones = (vector.contiguous() for vector in vectors.values())
+    return norm_backward(channels_last(du), channels_last(a), *contiguous_ones)
+
+
+def norm_backward(
+    du: Tensor, a: Tensor, du_scale: Tensor, a_scale: Tensor, constant: Tensor
+) -> Tensor:
+    """:func:`unit_norm_backward`, unchecked: channels_last images, contiguous vectors."""
+    dy = empty_pixels(a, du.dtype)
     launch_elementwise(
         _unit_norm_backward_kernel,
         config.choose(config.elementwise_key("unit_norm_backward", a, du), a.device).tile,
         dy,
-        du_ptr=flat_pixels(channels_last(du)),
-        a_ptr=flat,
-        **{f"{name}_ptr": vector.contiguous() for name, vector in vectors.items()},
+        du_ptr=du,
+        a_ptr=a,
+        du_scale_ptr=du_scale,
+        a_scale_ptr=a_scale,
+        constant_ptr=constant,
         dy_ptr=dy,
     )
-    return from_flat(dy, tuple(a.shape))
+    return dy

@@ -238,10 +238,10 @@ def expand(packed: Tensor, channels: int) -> Numbers:
 def scaled(packed: Tensor, alpha: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """alpha times a packed weight's signs, (O, C, k, k) in ``dtype`` and channels_last memory."""
     out_channels, kernel_size = packed.shape[:2]
-    rows = packed.numel() // packed.shape[-1]
-    values = torch.empty((rows, channels), dtype=dtype, device=packed.device)
+    shape = (out_channels, channels, kernel_size, kernel_size)
+    values = empty_channels_last(shape, dtype, packed.device)
     expand_rows(packed, values, alpha=alpha)
-    return from_flat(values, (out_channels, channels, kernel_size, kernel_size))
+    return values
 
 
 def expand_rows(
@@ -255,11 +255,12 @@ def expand_rows(
 
     Args:
         packed: int32, words innermost.
-        values: the result, (rows, C) of any number dtype.
+        values: the result, (rows, C), or (O, C, kh, kw) in channels_last memory; any number dtype.
         alpha: (O,), of as many rows each.
         tap_sums: int32 (rows,), for the sums over C; or None.
     """
-    rows, channels = values.shape
+    channels = values.shape[1]
+    rows = values.numel() // channels
     block = min(_TILE.block_m, power_of_two(words(channels)))
     block_m = _TILE.block_m // block
     if values.numel():

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from tritonbnn import checks
 from tritonbnn.contract import Averages, Gradients, Kept, Options, Statistics
-from tritonbnn.kernels.binarize import sign_backward
+from tritonbnn.kernels.binarize import sign_gradients
 from tritonbnn.kernels.conv import conv_real, convolved, product_choice
 from tritonbnn.kernels.conv_grad import input_grad, weight_grad
 from tritonbnn.kernels.conv_unit import on_one_bit_core
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.launch import KERNEL_DTYPES, check_kernel_dtype
 from tritonbnn.kernels.pack import pack_signs
-from tritonbnn.kernels.unit import moment_sums, unit_forward
-from tritonbnn.kernels.unit_grad import activation_backward, unit_norm_backward
+from tritonbnn.kernels.unit import contiguous, epilogue, moment_sums
+from tritonbnn.kernels.unit_grad import activation_backward, norm_backward
 from tritonbnn.kernels.unit_norm import batch_norm, given_norm, norm_grads
 from tritonbnn.kernels.weight import Numbers, expand, prepare, scaled
-from tritonbnn.layout import channels_last, flat_pixels, from_flat
+from tritonbnn.layout import channels_last, flat_pixels
 from tritonbnn.packed import PackedWeight
 
 SHARES_STATISTICS = True
@@ -76,6 +76,7 @@ def forward(
     signs = pack_signs(x, shift_in) if signs is None else signs.contiguous()
     geometry = _geometry(signs, weight, options)
     gamma, beta = gamma.contiguous(), beta.contiguous()
+    shift_mid, slope, shift_out, next_shift = contiguous(shift_mid, slope, shift_out, next_shift)
     stream = x if residual is None else channels_last(residual)
     shortcut, pack = options.shortcut, options.pack
     packed = alpha = numbers = kept_a = None
@@ -97,13 +98,11 @@ def forward(
         a = _convolution(signs, weight, packed, numbers, geometry, x.dtype)
         sums = pivot = None
         if statistics is None:
-            flat = flat_pixels(a)
-            sums = moment_sums(a, flat)
-            pivot = flat[0] if a.is_floating_point() and len(flat) else None
+            sums = moment_sums(a)
+            pivot = flat_pixels(a)[0] if a.is_floating_point() and a.numel() else None
         vectors, found = _norm(sums, pivot, geometry, alpha, gamma, beta, statistics, options)
-        norm = _affine(vectors)
-        after = (shift_mid, slope, shift_out, next_shift)
-        z, next_signs = unit_forward(a, stream, *norm, *after, shortcut=shortcut, pack=pack)
+        norm, after = _affine(vectors), (shift_mid, slope, shift_out)
+        z, next_signs = epilogue(a, stream, norm, after, next_shift, shortcut, pack=pack)
         kept_a = a if options.plan == "keep" else None
     kept = Kept(signs, packed, alpha, kept_a, vectors)
     mean, variance = found.unbind(0)
@@ -138,8 +137,7 @@ def _convolution(
         return channels_last(conv_real(signs, weight, dtype=dtype, **window))
     integer = checks.sum_dtype(geometry.channels * geometry.kernel_size**2)
     choice = product_choice(geometry, signs.device)
-    a = convolved(signs, packed, numbers, None, geometry, choice, integer)
-    return from_flat(a, geometry.output_shape)
+    return convolved(signs, packed, numbers, None, geometry, choice, integer)
 
 
 def _norm(
@@ -182,19 +180,20 @@ def backward(
     wants_weight: bool,
 ) -> Gradients:
     """All gradients of a unit; those to x and shift_in, and to the weight, if they are wanted."""
-    x, signs, a = channels_last(x), kept.signs.contiguous(), kept.a
+    x, grad, signs = channels_last(x), channels_last(grad), kept.signs.contiguous()
     geometry = _geometry(signs, weight, options)
-    if a is None:
+    if kept.a is None:
         a = _convolution(signs, weight, kept.packed, None, geometry, x.dtype)
-    stream = x if residual is None else residual
-    norm = _affine(kept.vectors)
-    du, sums = activation_backward(
-        grad, a, stream, *norm, shift_mid, slope, shortcut=options.shortcut
-    )
-    vectors, alpha = kept.vectors.contiguous(), kept.alpha
-    grads, coefficients = norm_grads(sums, vectors, alpha, gamma.contiguous(), options.group)
+    else:
+        a = channels_last(kept.a)  # hooks of autograd may return it in another memory
+    stream = x if residual is None else channels_last(residual)
+    shift_in, *activation = contiguous(shift_in, shift_mid, slope)
+    vectors = kept.vectors.contiguous()
+    norm = _affine(vectors)
+    du, sums = activation_backward(grad, a, stream, norm, tuple(activation), options.shortcut)
+    grads, coefficients = norm_grads(sums, vectors, kept.alpha, gamma.contiguous(), options.group)
     du_scale, a_scale, constant = coefficients.unbind(0)
-    dy = unit_norm_backward(du, a, du_scale, a_scale, constant)
+    dy = norm_backward(du, a, du_scale, a_scale, constant)
     del a
     dx = dweight = dshift_in = dsigns = None
     if wants_input:
@@ -208,7 +207,8 @@ def backward(
     del dy
     if dsigns is not None:
         skipped = du if residual is None else None
-        dx, dshift_in = sign_backward(dsigns, x, shift_in, skipped, shortcut=options.shortcut)
+        dx, shares = sign_gradients(dsigns, x, skipped, shift_in, options.shortcut)
+        dshift_in = None if shift_in is None else shares.sum((0, 1))
     dgamma, dbeta, dshift_mid, dslope, dshift_out = grads.unbind(0)
     return Gradients(
         x=dx,

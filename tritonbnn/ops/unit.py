@@ -1,6 +1,5 @@
 """The half-block as one Function, which saves packed signs and the stream."""
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -56,13 +55,13 @@ class _BinaryUnit(torch.autograd.Function):
         options: Options,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         operands = (x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out, residual)
-        compute = _whole(x).forward if options.at_once else composed.forward
+        compute = composed.forward if options.whole is None else options.whole.forward
         outputs, kept = compute(*operands, signs, next_shift, statistics, options)
         outputs = (in_format_of(outputs[0], x, weight), *outputs[1:])
         ctx.save_for_backward(x, weight, gamma, shift_in, shift_mid, slope, residual, *kept)
         ctx.options = options
         ctx.mark_non_differentiable(*outputs[1:])
-        if options.at_once:  # torch.compile does not know it
+        if options.whole is not None:  # torch.compile does not know it
             ctx.set_materialize_grads(False)  # no zeros for what is not differentiable
         return outputs
 
@@ -73,8 +72,8 @@ class _BinaryUnit(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, weight, gamma, shift_in, shift_mid, slope, residual, *kept = ctx.saved_tensors
         needs_x, needs_weight, _, _, needs_shift_in = ctx.needs_input_grad[:5]
-        at_once = ctx.options.at_once and not library.through_operators(grad)
-        compute = _whole(x).backward if at_once else composed.backward
+        whole = None if library.through_operators(grad) else ctx.options.whole
+        compute = composed.backward if whole is None else whole.backward
         gradients = compute(
             *(grad, x, weight, gamma, shift_in, shift_mid, slope, residual, Kept(*kept)),
             ctx.options,
@@ -90,10 +89,6 @@ class _BinaryUnit(torch.autograd.Function):
             None if residual is None else laid_out_as(gradients.residual, residual),
             *(None,) * 4,
         )
-
-
-def _whole(x: Tensor) -> ModuleType:
-    return backend.launchers(x.device).whole
 
 
 def binary_unit(
@@ -206,15 +201,13 @@ def binary_unit(
     next_shift = None if next_shift is None else next_shift.detach()
     operands = (x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out, residual)
     whole = library.whole_units(*operands, next_shift, mean, variance)
-    at_once = moved = False
-    if whole is not None and (group is None or whole.SHARES_STATISTICS):
-        at_once = True
-        moved = averages is not None and whole.moves(averages, shape[1], x.device)
+    if group is not None and whole is not None and not whole.SHARES_STATISTICS:
+        whole = None
+    moved = averages is not None and whole is not None and whole.moves(averages, shape[1], x.device)
     if plan == "auto":
         plan = _automatic_plan(x, weight, stride, binary_weight)
-    options = Options(stride, kind, binary_weight, eps, plan, group, pack, at_once)
-    if moved:
-        options = options._replace(averages=averages)
+    moving = averages if moved else None
+    options = Options(stride, kind, binary_weight, eps, plan, group, pack, whole, moving)
     output = UnitOutput(*apply(_BinaryUnit, *operands, signs, next_shift, given, options))
     if averages is not None and not moved:
         # with a group there may be values of other processes
