@@ -46,7 +46,7 @@ def test_reactnet_a_has_26_convolutions_of_18_shapes():
 def test_candidates_are_distinct_and_start_with_the_default(op):
     key = Problem(op, Geometry(256, 14, 14, 512, 512, 3, 1, 1), torch.bfloat16).key
     found = candidates(key, H100)
-    assert found[0] == config.default(key)
+    assert found[0] == config.default(key, target=H100)
     assert len(set(found)) == len(found) > 4
     formulations = set(config.known_formulations(key.op)) - {"wgmma"}  # that of 1x1 convolutions
     assert {choice.formulation for choice in found} == formulations
@@ -67,7 +67,7 @@ def test_a_limit_keeps_the_default_and_spreads_over_the_rest(op):
     found = candidates(key, H100)
     for limit in (1, 2, 3, 4, 7, 16, 40, len(found) - 1, len(found), len(found) + 9):
         chosen = spread(found, limit)
-        assert chosen[0] == found[0] == config.default(key)
+        assert chosen[0] == found[0] == config.default(key, target=H100)
         assert len(set(chosen)) == len(chosen) == min(limit, len(found))
         assert set(chosen) <= set(found)
         if limit > len(config.known_formulations(op)):

@@ -13,7 +13,7 @@ from tests.conftest import HAS_GPU
 from tests.helpers import KERNEL_DEVICE, plus_minus, vectors
 from tests.test_conv import PROBLEMS, by_unfolding, operands
 from tritonbnn import cli, eager, kernels
-from tritonbnn.kernels import bench_matmul, config, mma_operands, mma_peak
+from tritonbnn.kernels import bench_matmul, config, conv, mma_operands, mma_peak
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.config import Choice, TileConfig
 from tritonbnn.kernels.geometry import Geometry
@@ -173,12 +173,25 @@ def test_without_the_core_int8_runs_and_says_nothing(capfd):
 def test_the_core_is_known_by_capability(monkeypatch, capability, native):
     monkeypatch.setattr(mma_operands, "interpreted", lambda kernel: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(mma_operands.verdicts, "trusted", lambda device, name: True)
     known = mma_operands.has_one_bit_core.__wrapped__
     assert known(torch.device("cuda")) is native
     assert not known(torch.device("cpu"))
+    monkeypatch.setattr(mma_operands.verdicts, "trusted", lambda device, name: False)
+    assert not known(torch.device("cuda"))
 
 
-def test_only_a_table_chooses_it():
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_what_is_not_trusted_gives_way_to_int8(monkeypatch, target):
+    layer = Geometry(2, 5, 3, 33, 31, 3, 1, 1)
+    monkeypatch.setattr(conv, "target_of", lambda device: TARGETS[target])
+    with config.using(TARGETS[target]):
+        for trusted, formulation in ((True, "mma"), (False, "int8")):
+            monkeypatch.setattr(conv, "has_one_bit_core", lambda *_, trusted=trusted: trusted)
+            assert conv.product_choice(layer, torch.device("meta")).formulation == formulation
+
+
+def test_in_the_interpreter_only_a_table_chooses_it():
     key = Geometry(2, 5, 3, 33, 31, 3, 1, 1).key("conv_packed", "int32")
     assert config.look_up(key, {}).formulation == "int8"
     choice = Choice("mma", TILES[0])

@@ -67,7 +67,11 @@ def test_a_default_is_something_that_exists_there(target):
         assert found.formulation in config.formulations(op, target)
         assert set(config.formulations(op, target)) <= set(known)
     forward = config.default(LAYER.key("conv_packed", "int32"), target=target).formulation
-    assert forward == ("popcount" if target.name in ("sm_75", "unknown") else "int8")
+    one_bit = {"sm_80", "sm_86", "sm_89", "sm_90"}
+    usual = {"sm_75": "popcount", "unknown": "popcount", **dict.fromkeys(one_bit, "mma")}
+    assert forward == usual.get(target.name, "int8")
+    without = config.on_common_cores(LAYER.key("conv_packed", "int32"), target).formulation
+    assert without == ("popcount" if target.name in ("sm_75", "unknown") else "int8")
     product = config.default(LAYER.key("conv_input_grad", "float16"), target=target).formulation
     assert product == ("library" if target.name in ("sm_75", "unknown") else "dot")
 

@@ -72,7 +72,7 @@ def tune(
     runs: int = 30,
     table: config.Table | None = None,
 ) -> Entry:
-    """Check and time the choices, the default among them, and return the fastest.
+    """Check and time the choices, the default first among them, and return the fastest.
 
     Args:
         problem: a launcher, or a whole unit.
@@ -84,6 +84,8 @@ def tune(
     Raises:
         UntunableError: the default is wrong or cannot run.
     """
+    choices = list(choices)
+    default = choices[0]
     small = problem.with_batch(min(CHECK_BATCH, problem.layer.batch))
     small_inputs, inputs = small.inputs(device), problem.inputs(device)
     times = {}
@@ -102,7 +104,6 @@ def tune(
                 tqdm.write(f"{problem.op} as {choice} cannot run: {said}")
                 continue
         times[choice] = timing.p50
-    default = config.default(problem.key)
     if default not in times:
         raise UntunableError(f"the default of {problem.key} is wrong or cannot run: {default}")
     best = min(times, key=lambda choice: (times[choice], choice))
@@ -162,11 +163,7 @@ def tune_all(
     for key, problem in tqdm(ordered, unit="problem", disable=None):
         if time.monotonic() > end:
             break
-        choices = [
-            choice
-            for choice in candidates(problem.key, target)
-            if choice.formulation not in ONE_BIT or has_one_bit_core(device, choice.formulation)
-        ]
+        choices = _runnable(candidates(problem.key, target), problem.key, target, device)
         table = dict(config.parse_entry(entry) for entry in entries.values())
         try:
             entries[key] = tune(problem, spread(choices, limit), device, runs, table).as_json()
@@ -177,6 +174,19 @@ def tune_all(
             tuned += 1
             write_table(path, head, entries)
     return tuned, failed
+
+
+def _runnable(
+    choices: list[config.Choice], key: config.ProblemKey, target: Target, device: torch.device
+) -> list[config.Choice]:
+    """Those that the device is trusted with, what an untuned problem runs as first."""
+    found = [
+        choice
+        for choice in choices
+        if choice.formulation not in ONE_BIT or has_one_bit_core(device, choice.formulation)
+    ]
+    default = config.on_common_cores(key, target)
+    return found if choices[0] in found else list(dict.fromkeys((default, *found)))
 
 
 def _cost(problem: Problem) -> int:

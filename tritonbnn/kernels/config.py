@@ -228,6 +228,12 @@ def default(key: ProblemKey, formulation: str | None = None, target: Target = AN
     return Choice(formulation, fitted(tile, target) if key.out_channels else tile)
 
 
+def on_common_cores(key: ProblemKey, target: Target) -> Choice:
+    """The default without the one-bit core, which a GPU may have and not be trusted with."""
+    names = (name for name in formulations(key.op, target) if name not in ONE_BIT)
+    return default(key, next(names), target)
+
+
 def fitted(tile: TileConfig, target: Target) -> TileConfig:
     """A product's tile within the target's registers: fewer loads ahead, and fewer outputs."""
     tile = replace(tile, num_stages=min(tile.num_stages, target.most_stages))

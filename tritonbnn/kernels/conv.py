@@ -157,7 +157,7 @@ def product_choice(geometry: Geometry, device: torch.device) -> config.Choice:
     name = choice.formulation
     if name not in ONE_BIT or (takes(name, geometry) and has_one_bit_core(device, name)):
         return choice
-    return config.default(geometry.key("conv_packed", "int32"), target=target_of(device))
+    return config.on_common_cores(geometry.key("conv_packed", "int32"), target_of(device))
 
 
 def convolved(

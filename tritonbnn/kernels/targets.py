@@ -61,10 +61,10 @@ TARGETS = {
     target.name: target
     for target in (
         _cuda(75, "T4, RTX 2080", 64, "popcount", bfloat16=False, matrices=False),
-        _cuda(80, "A100", 163, "int8", "popcount", "mma"),
-        _cuda(86, "A10, RTX 3090", 99, "int8", "popcount", "mma"),
-        _cuda(89, "L4, RTX 4090", 99, "int8", "popcount", "mma"),
-        _cuda(90, "H100, H200", 227, "int8", "popcount", "mma", "wgmma"),
+        _cuda(80, "A100", 163, "mma", "int8", "popcount"),
+        _cuda(86, "A10, RTX 3090", 99, "mma", "int8", "popcount"),
+        _cuda(89, "L4, RTX 4090", 99, "mma", "int8", "popcount"),
+        _cuda(90, "H100, H200", 227, "mma", "int8", "popcount", "wgmma"),
         _cuda(100, "B200", 227, "int8", "popcount"),
         _cuda(120, "RTX 5090", 99, "int8", "popcount", most_stages=2),
         _hip("gfx90a", "MI200", 64),
