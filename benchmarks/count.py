@@ -30,6 +30,10 @@ OWN_TFLOPS = {"conv_dot": 308.0, "conv_weight_grad": 217.0, "conv_input_grad": 4
 """Of our own products on an H100, estimated from the instructions of their loops (sm_90, default
 tiles)."""
 
+AFTER_PRODUCT = ("stream", "residual", "dx")
+"""Tensors of the input gradient's kernel that wait for its product: its registers leave room for
+one block a multiprocessor, so nothing else runs meanwhile."""
+
 ASSUMPTIONS = (
     "every launch reads its operands once and writes its results once, from and to memory",
     "fused Adam is one launch; what the CPU's autocast casts, a GPU's casts",
@@ -39,6 +43,7 @@ ASSUMPTIONS = (
     f"a library's products reach {PRODUCT_SHARE:.0%} of the bf16 rate; ours, by the instructions"
     " of their loops on sm_90, "
     + ", ".join(f"{name} {rate:g} TFLOP/s" for name, rate in OWN_TFLOPS.items()),
+    "the input gradient's epilogue overlaps nothing",
     "the host keeps up (see benchmarks.host_time)",
 )
 
@@ -48,7 +53,11 @@ def seconds(launch: Counted, copy_gbs: float, bf16_tflops: float) -> float:
     moving = launch.bytes / (COPY_SHARE * copy_gbs * 1e9)
     rate = OWN_TFLOPS.get(launch.name) if launch.source == OURS else None
     rate = PRODUCT_SHARE * bf16_tflops if rate is None else rate
-    return LAUNCH_SECONDS + max(moving, launch.operations / (rate * 1e12))
+    product = launch.operations / (rate * 1e12)
+    if "residual" in launch.tensors and product:
+        late = sum(launch.tensors[name] for name in AFTER_PRODUCT) / launch.bytes * moving
+        return LAUNCH_SECONDS + max(moving - late, product) + late
+    return LAUNCH_SECONDS + max(moving, product)
 
 
 def summary(

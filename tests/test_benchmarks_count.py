@@ -57,15 +57,15 @@ def test_bytes_and_products_are_those_of_the_shapes():
         assert sorted(found) == sorted((first.operations, second.operations)), gradient
 
 
-def test_a_unit_launches_fourteen_kernels_and_nothing_of_torchs_but_a_sum():
+def test_a_unit_launches_twelve_kernels_and_nothing_of_torchs_but_a_sum():
     """The first packs its signs besides; what is not of a unit is on the other side."""
     counted = small_step()
     names = [each.name for each in counted]
     ours = [each.name for each in counted if each.source == OURS]
-    assert len(ours) == 2 * 13 + 1
+    assert len(ours) == 2 * 12 + 1
     assert ours.count("pack") == 1
     assert names.count("sum") == 2 + 1  # of the shift's gradient, and the network's own
-    assert len(names) < 2 * 14 + 1 + 16
+    assert len(names) < 2 * 13 + 1 + 16
 
 
 def test_an_operator_of_torch_is_a_launch_and_a_view_is_none():

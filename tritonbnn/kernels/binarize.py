@@ -37,7 +37,13 @@ def _sign_forward_kernel(
 
 
 @triton.jit
-def _shortcut_grad(
+def sign_slope(x):
+    """The pseudo-gradient of the sign, in float32: max(0, 2 - 2 abs(x)), and NaN of NaN."""
+    return tl.maximum(2.0 - 2.0 * tl.abs(x), 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def shortcut_grad(
     residual_ptr,
     row,
     channel,
@@ -98,13 +104,10 @@ def _sign_backward_kernel(
         offs = row * CHANNELS + channel
         x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
         grad = tl.load(grad_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        slope = tl.maximum(2.0 - 2.0 * tl.abs(x + shift), 0.0, propagate_nan=tl.PropagateNan.ALL)
-        dx = slope * grad
+        dx = sign_slope(x + shift) * grad
         acc += dx
         if residual_ptr is not None:
-            dx += _shortcut_grad(
-                residual_ptr, row, channel, mask, CHANNELS, HEIGHT, WIDTH, SHORTCUT
-            )
+            dx += shortcut_grad(residual_ptr, row, channel, mask, CHANNELS, HEIGHT, WIDTH, SHORTCUT)
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     out = sums_ptr + pid * CHANNELS + channel
     tl.store(out, tl.sum(acc, axis=0)[None, :], mask=channel < CHANNELS)

@@ -4,6 +4,8 @@ One operand is real, so these are real GEMMs: products in the gradient's dtype (
 float32), sums in float32. Nothing is added atomically, so results are the same every time.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,7 @@ from torch import Tensor
 from tritonbnn import checks
 from tritonbnn.bits import WORD_BITS
 from tritonbnn.kernels import config
+from tritonbnn.kernels.binarize import shortcut_grad, sign_gradients, sign_slope
 from tritonbnn.kernels.config import ceil_div
 from tritonbnn.kernels.geometry import Geometry, check_geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
@@ -19,7 +22,12 @@ from tritonbnn.kernels.library import convolution_backward
 from tritonbnn.kernels.pack import unpack_signs
 from tritonbnn.kernels.tiles import signs, tile_of, window
 from tritonbnn.kernels.weight import scaled, summed
-from tritonbnn.layout import channels_last, empty_channels_last, flat_pixels
+from tritonbnn.layout import (
+    channels_last,
+    empty_channels_last,
+    empty_pixels,
+    flat_pixels,
+)
 
 TARGET_PROGRAMS = 512
 """Programs that the weight gradient splits its pixels for: a few waves of any current GPU."""
@@ -33,8 +41,13 @@ def _conv_input_grad_kernel(
     grad_ptr,
     weight_ptr,
     dx_ptr,
+    stream_ptr,
+    shift_ptr,
+    residual_ptr,
+    sums_ptr,
     batch,
     shape: tl.constexpr,
+    SHORTCUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -44,6 +57,10 @@ def _conv_input_grad_kernel(
     grad (N H' W', O) float, weight (O, kh kw, C) and dx (N H W, C) of the same dtype. With stride 2
     a pixel meets only the taps of its parity, so axis 1 of the grid is the parity class and a
     program's pixels share their taps.
+
+    stream (N H W, C), if it is given, is what the signs are of: dx is then the gradient to it, that
+    to the shortcut's output, residual, added; sums (blocks of pixels, C) float32 are each block's
+    share of the gradient to the shift. Operands as the sign's own backward kernel has them.
     """
     CHANNELS: tl.constexpr = shape.channels
     OUT_CHANNELS: tl.constexpr = shape.out_channels
@@ -85,8 +102,28 @@ def _conv_input_grad_kernel(
         acc = tl.dot(g, w, acc, input_precision="ieee")
     target = (image * shape.height + y).to(tl.int64) * shape.width + x
     mask = exists[:, None] & (channel < CHANNELS)[None, :]
-    dx = acc.to(dx_ptr.dtype.element_ty)
-    tl.store(dx_ptr + target[:, None] * CHANNELS + channel[None, :], dx, mask=mask)
+    offs = target[:, None] * CHANNELS + channel[None, :]
+    if stream_ptr is not None:
+        signed = tl.load(stream_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        if shift_ptr is not None:
+            shift = tl.load(shift_ptr + channel, mask=channel < CHANNELS, other=0.0)
+            signed += shift.to(tl.float32)[None, :]
+        acc *= sign_slope(signed)  # outside of the image acc is 0
+        blocks = tl.num_programs(0) // tl.cdiv(CHANNELS, BLOCK_N)
+        share = sums_ptr + (tl.program_id(1) * blocks + pid_m) * CHANNELS + channel
+        tl.store(share, tl.sum(acc, axis=0), mask=channel < CHANNELS)
+        if residual_ptr is not None:
+            acc += shortcut_grad(
+                residual_ptr,
+                target[:, None],
+                channel[None, :],
+                mask,
+                CHANNELS,
+                shape.height,
+                shape.width,
+                SHORTCUT,
+            )
+    tl.store(dx_ptr + offs, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -181,6 +218,52 @@ def input_grad(grad: Tensor, real: Tensor, geometry: Geometry) -> Tensor:
     return dx
 
 
+def stream_grad(
+    grad: Tensor,
+    real: Tensor,
+    geometry: Geometry,
+    stream: Tensor,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    shortcut: str,
+) -> tuple[Tensor, Tensor]:
+    """The gradient to the stream whose signs a unit convolves, unchecked.
+
+    Where the product is ours, it is :func:`input_grad` and the sign's backward pass in one kernel,
+    and the gradient to the signs is never written.
+
+    Args:
+        grad: (N, O, H', W').
+        real: as :func:`input_grad` takes it, as are the first three.
+        geometry: likewise.
+        stream: (N, C, H, W) in channels_last memory.
+        shift: (C,), what is added before the sign, or None.
+        residual: the gradient to the shortcut's output, in channels_last memory, or None.
+        shortcut: "identity", "pool" or "repeat".
+
+    Returns:
+        dx; and shares of the shift's gradient, float32, to be added over all but the last axis.
+    """
+    key = geometry.key("conv_input_grad", config.dtype_name(grad.dtype))
+    choice = config.choose(key, grad.device)
+    if choice.formulation == "library" or not stream.numel():
+        signs_grad = input_grad(grad, real, geometry)
+        return sign_gradients(signs_grad, stream, residual, shift, shortcut)
+    dx = empty_pixels(stream, grad.dtype)
+    sums = _launch_input_grad(
+        channels_last(grad),
+        real,
+        dx,
+        geometry,
+        choice.tile,
+        stream_ptr=stream,
+        shift_ptr=shift,
+        residual_ptr=residual,
+        SHORTCUT=shortcut,
+    )
+    return dx, sums
+
+
 def _real_weight(weight: Tensor, alpha: Tensor | None, channels: int, dtype: torch.dtype) -> Tensor:
     """The weight as numbers, (O, C, kh, kw) in ``dtype`` and channels_last memory."""
     if alpha is None:
@@ -193,11 +276,24 @@ def _real_weight(weight: Tensor, alpha: Tensor | None, channels: int, dtype: tor
 
 
 def _launch_input_grad(
-    grad: Tensor, weight: Tensor, dx: Tensor, geometry: Geometry, tile: config.TileConfig
-) -> None:
+    grad: Tensor,
+    weight: Tensor,
+    dx: Tensor,
+    geometry: Geometry,
+    tile: config.TileConfig,
+    **sign: Any,
+) -> Tensor:
+    """Run the kernel; ``sign`` is what it takes beside to go on through the sign.
+
+    Returns:
+        Shares of the shift's gradient, (blocks, C); of no block where the kernel ends at the signs.
+    """
     stride = geometry.stride
     rows, columns = ceil_div(geometry.height, stride), ceil_div(geometry.width, stride)
     programs = ceil_div(geometry.batch * rows * columns, tile.block_m)
+    blocks = programs * stride * stride if sign else 0
+    sums = torch.empty((blocks, geometry.channels), dtype=torch.float32, device=dx.device)
+    none = dict.fromkeys(("stream_ptr", "shift_ptr", "residual_ptr")) | {"SHORTCUT": ""}
     launch(
         _conv_input_grad_kernel,
         (programs * ceil_div(geometry.channels, tile.block_n), stride * stride),
@@ -205,12 +301,15 @@ def _launch_input_grad(
         grad_ptr=grad,
         weight_ptr=weight,
         dx_ptr=dx,
+        **(sign or none),
+        sums_ptr=sums if sign else None,
         batch=geometry.batch,
         shape=geometry.shape,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
     )
+    return sums
 
 
 def conv_weight_grad(

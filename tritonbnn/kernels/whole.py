@@ -10,9 +10,8 @@ from torch import Tensor
 
 from tritonbnn import checks
 from tritonbnn.contract import Averages, Gradients, Kept, Options, Statistics
-from tritonbnn.kernels.binarize import sign_gradients
 from tritonbnn.kernels.conv import conv_real, convolved, product_choice
-from tritonbnn.kernels.conv_grad import input_grad, weight_grad
+from tritonbnn.kernels.conv_grad import stream_grad, weight_grad
 from tritonbnn.kernels.conv_unit import on_one_bit_core
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.launch import KERNEL_DTYPES, check_kernel_dtype
@@ -195,20 +194,17 @@ def backward(
     du_scale, a_scale, constant = coefficients.unbind(0)
     dy = norm_backward(du, a, du_scale, a_scale, constant)
     del a
-    dx = dweight = dshift_in = dsigns = None
+    dx = dweight = dshift_in = None
     if wants_input:
         real = _real_weight(weight, kept, dy.dtype)
-        dsigns = input_grad(dy, real, geometry)
+        skipped = du if residual is None else None
+        dx, shares = stream_grad(dy, real, geometry, x, shift_in, skipped, options.shortcut)
+        dshift_in = None if shift_in is None else shares.view(-1, shares.shape[-1]).sum(0)
         del real
     if wants_weight:  # after the expanded weight is gone, which may be as large
         signed = isinstance(weight, PackedWeight)  # of +1 and -1, none of which is above 1
         clip = weight if options.binary_weight and not signed else None
         dweight = weight_grad(dy, signs, geometry, clip=clip)
-    del dy
-    if dsigns is not None:
-        skipped = du if residual is None else None
-        dx, shares = sign_gradients(dsigns, x, skipped, shift_in, options.shortcut)
-        dshift_in = None if shift_in is None else shares.sum((0, 1))
     dgamma, dbeta, dshift_mid, dslope, dshift_out = grads.unbind(0)
     return Gradients(
         x=dx,
