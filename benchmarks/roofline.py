@@ -64,7 +64,7 @@ def unit_launches(layer: Geometry, dtype: str, step: int, plan: str) -> Iterator
     convolution of A = 2 bytes (step 1: B), plus bits:
 
         forward    convolution A; statistics A; epilogue A + 2 B                       3 A + 2 B
-        backward   activation A + 3 B; norm A + 2 B; weight B; input 2 B; sign 4 B     2 A + 12 B
+        backward   activation A + 3 B; norm A + 2 B; weight B; input and sign 4 B      2 A + 10 B
         recompute  the convolution again, in backward                                  A
         fused      as recompute, and forward has the convolution twice in place of
                    convolution and statistics, without A                             - 3 A
@@ -106,8 +106,8 @@ def unit_launches(layer: Geometry, dtype: str, step: int, plan: str) -> Iterator
     yield Launch(ELEMENTWISE, z + a + x + z)  # activation: reads gradient, a and stream, writes du
     yield Launch(ELEMENTWISE, z + a + z)  # norm: reads du and a, writes dy
     yield Launch(GRADIENTS, z + signs + taps * layer.channels * PARAMETER_BYTES, products, dtype)
-    yield Launch(GRADIENTS, z + weight + x, products, dtype)
-    yield Launch(ELEMENTWISE, x + x + z + x)  # sign: reads gradient, stream and du, writes dx
+    # input: reads dy, and past its product the stream and du; writes dx
+    yield Launch(GRADIENTS, z + weight + x + z + x, products, dtype)
 
 
 def network_launches(
