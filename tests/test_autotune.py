@@ -157,6 +157,26 @@ def test_the_fastest_right_candidate_wins(monkeypatch):
     assert (entry.choice, entry.time_us, entry.default_us) == (right, 2.0, 3.0)
 
 
+@pytest.mark.parametrize("op", ["conv_packed", "conv_real"])
+def test_what_is_wrong_on_the_whole_batch_alone_is_not_chosen(monkeypatch, capsys, op):
+    """As where the compiler knows that a size is a multiple of 16, and is wrong then."""
+    problem = Problem(op, replace(LAYER, batch=3), torch.float32)
+    default = config.default(problem.key)
+    other = config.Choice(default.formulation, replace(default.tile, num_warps=2))
+    run = Problem.run
+
+    def corrupted(self, inputs):
+        wrong = self.layer.batch > 2 and config.choose(self.key, KERNEL_DEVICE) == other
+        return tuple(result + wrong for result in run(self, inputs))
+
+    monkeypatch.setattr(Problem, "run", corrupted)
+    times = iter([2.0, 1.0])
+    monkeypatch.setattr(autotune, "time_callable", lambda *_, **__: Timing(*[next(times)] * 3))
+    assert autotune.tune(problem, [default, other], KERNEL_DEVICE).choice == default
+    said = {"conv_packed": "integers are not the default's", "conv_real": "reals are not near"}
+    assert said[op] in capsys.readouterr().out
+
+
 @pytest.mark.usefixtures("kernels_everywhere")
 def test_the_faster_plan_wins(monkeypatch):
     """By a clock that counts convolutions: recompute takes one more than keep.

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 from triton.errors import TritonError
 from triton.runtime import OutOfResources
@@ -40,7 +41,10 @@ from tritonbnn.kernels.timing import time_callable
 from tritonbnn.kernels.truth import error_of
 
 CHECK_BATCH = 2
-"""Images that a candidate is checked on before it is timed."""
+"""Images that a candidate is compared with the truth on, which float64 takes long to find."""
+
+NEAR = 1 / 64
+"""How far reals of the whole batch may be from the default's, relative in the norm."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,9 @@ def tune(
 ) -> Entry:
     """Check and time the choices, the default first among them, and return the fastest.
 
+    A choice is checked on a few images against the truth. On all that are timed, where the compiler
+    may know more of the sizes, it must have the default's integers, and reals near the default's.
+
     Args:
         problem: a launcher, or a whole unit.
         choices: what it may run as.
@@ -88,11 +95,14 @@ def tune(
     default = choices[0]
     small = problem.with_batch(min(CHECK_BATCH, problem.layer.batch))
     small_inputs, inputs = small.inputs(device), problem.inputs(device)
-    times = {}
+    times, usual = {}, None
     for choice in choices:
         with config.using({**(table or {}), problem.key.bucketed(): choice}):
             try:
                 wrong = error_of(small, small_inputs, small.run(small_inputs))
+                results = problem.run(inputs)
+                usual = results if usual is None else usual
+                wrong = wrong or _difference(results, usual)
                 if wrong:
                     tqdm.write(f"{problem.op} as {choice} is wrong: {wrong}")
                     continue
@@ -108,6 +118,20 @@ def tune(
         raise UntunableError(f"the default of {problem.key} is wrong or cannot run: {default}")
     best = min(times, key=lambda choice: (times[choice], choice))
     return Entry(problem.key.bucketed(), best, times[best], times[default])
+
+
+def _difference(results: tuple[Tensor, ...], usual: tuple[Tensor, ...]) -> str:
+    """Why results are not those of the default; "" if they are."""
+    for result, expected in zip(results, usual, strict=True):
+        if not result.is_floating_point():
+            count = int((result != expected).sum())
+            if count:
+                return f"{count} integers are not the default's"
+            continue
+        allowed = NEAR * expected.float().norm()
+        if not (result.float() - expected.float()).norm() <= allowed:  # a NaN is wrong too
+            return "its reals are not near the default's"
+    return ""
 
 
 def read_entries(path: Path, head: dict[str, Any]) -> dict[config.ProblemKey, dict[str, Any]]:

@@ -11,6 +11,10 @@ import torch
 L2_FLUSH_BYTES = 256 * 2**20
 """Larger than any L2 so far, so that no run finds its operands cached by the one before."""
 
+_SPIN_CYCLES = 2_000_000
+"""About a millisecond in which the device waits: Python has queued the whole run by then, and its
+own time is not measured."""
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -52,6 +56,7 @@ def _cuda_events(call: Callable[[], Any], device: torch.device, runs: int) -> li
     for _ in range(runs):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         flush.zero_()
+        torch.cuda._sleep(_SPIN_CYCLES)
         start.record()
         call()
         end.record()
