@@ -96,6 +96,7 @@ def _move(average_ptr, towards, step, channel, known):
     """average += step (towards - average)."""
     average = tl.load(average_ptr + channel, mask=known, other=0.0).to(tl.float32)
     moved = average + step * (towards.to(tl.float32) - average)
+    tl.debug_barrier()  # a small tensor is loaded by every warp, and stored by one
     tl.store(average_ptr + channel, moved.to(average_ptr.dtype.element_ty), mask=known)
 
 
@@ -190,7 +191,9 @@ def _batch_norm_kernel(
         _move(running_variance_ptr, unbiased, momentum, channel, known)
     if counter_ptr is not None:
         first = tl.program_id(0) == 0
-        tl.store(counter_ptr, tl.load(counter_ptr, mask=first, other=0) + 1, mask=first)
+        batches = tl.load(counter_ptr, mask=first, other=0)
+        tl.debug_barrier()
+        tl.store(counter_ptr, batches + 1, mask=first)
 
 
 @triton.jit
