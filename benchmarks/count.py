@@ -26,9 +26,14 @@ EXPERT = "expert+bf16+channels_last+compile"
 LAUNCH_SECONDS = 2e-6
 COPY_SHARE = 0.88
 PRODUCT_SHARE = 0.7
-OWN_TFLOPS = {"conv_dot": 308.0, "conv_weight_grad": 217.0, "conv_input_grad": 471.0}
+OWN_TFLOPS = {
+    "conv_dot": 308.0,
+    "conv_weight_grad": 217.0,
+    "conv_input_grad": 471.0,
+    "conv_mma": 6850.0,
+}
 """Of our own products on an H100, estimated from the instructions of their loops (sm_90, default
-tiles)."""
+tiles), and of the one-bit core from its issue slots."""
 
 AFTER_PRODUCT = ("stream", "residual", "dx")
 """Tensors of the input gradient's kernel that wait for its product: its registers leave room for

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks.steps import training_step
 from benchmarks.traffic import Operators
-from tritonbnn.kernels import config
+from tritonbnn.kernels import config, conv, conv_unit
 from tritonbnn.kernels.launch import Launch, launching_by
 from tritonbnn.kernels.targets import Target
 from tritonbnn.ops.backend import VARIABLE
@@ -57,7 +57,8 @@ class _Torch(Operators):
         self.counted = counted
 
     def record(self, name: str, family: str, nbytes: int) -> None:
-        self.counted.append(Counted(TORCH, name.partition("::")[2], nbytes, {family: nbytes}))
+        bare = name.partition("::")[2]
+        self.counted.append(Counted(TORCH, bare, nbytes, {family: nbytes}, self.operations))
 
 
 def step_launches(
@@ -119,8 +120,14 @@ def as_on_a_gpu(target: Target, call: Callable[..., None]) -> Iterator[None]:
     """
     # the kernels were imported to be compiled, so they are not interpreted whatever this says
     environment = {VARIABLE: "triton", "TRITON_INTERPRET": "1"}
+
+    def trusted(device: torch.device, formulation: str = "mma") -> bool:
+        return formulation in target.products
+
     with (
         mock.patch.dict(os.environ, environment),
+        mock.patch.object(conv, "has_one_bit_core", trusted),
+        mock.patch.object(conv_unit, "has_one_bit_core", trusted),
         through_dispatcher(always=False),
         config.using(target),
         launching_by(call),

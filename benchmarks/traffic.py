@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.families import OPTIMIZER, operator_family
 from benchmarks.steps import training_step
@@ -28,7 +29,13 @@ _ALLOCATIONS = ("empty", "new_empty", "detach")
 
 
 class Operators(TorchDispatchMode):
-    """Hands every operator that moves memory to :meth:`record`. Views and allocations do not."""
+    """Hands every operator that moves memory to :meth:`record`. Views and allocations do not.
+
+    Attributes:
+        operations: multiplications and additions of the operator at hand, where it is a product.
+    """
+
+    operations = 0
 
     def record(self, name: str, family: str, nbytes: int) -> None:
         """Take note of an operator.
@@ -46,6 +53,8 @@ class Operators(TorchDispatchMode):
         bare = name.rpartition("::")[2].lstrip("_")
         if func.is_view or bare.startswith(_ALLOCATIONS):
             return results
+        flops = flop_registry.get(func._overloadpacket)
+        self.operations = flops(*args, **(kwargs or {}), out_val=results) if flops else 0
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else () for a in args]
         family = operator_family(name, shapes)
         if name == _ADAM:

@@ -30,8 +30,9 @@ class Small(nn.Module):
         return self.units(x).sum((2, 3))
 
 
-def small_step():
-    return launches.step_launches(Small, 16, 8, bf16=False, target=SM_90)
+def small_step(target="sm_100"):
+    """Of a GPU without a one-bit core, by default."""
+    return launches.step_launches(Small, 16, 8, bf16=False, target=TARGETS[target])
 
 
 def test_every_launcher_of_a_step_is_counted_once():
@@ -68,6 +69,18 @@ def test_a_unit_launches_twelve_kernels_and_nothing_of_torchs_but_a_sum():
     assert len(names) < 2 * 13 + 1 + 16
 
 
+def test_a_gpu_with_a_one_bit_core_multiplies_there_and_leaves_a_gradient_to_the_library():
+    counted = small_step("sm_90")
+    names = [each.name for each in counted]
+    for name in ("conv_mma", "fragments", "base", "patch", "convolution_backward"):
+        assert names.count(name) == 2, name
+    assert "conv_dot" not in names
+    assert "conv_weight_grad" not in names
+    forward = [each.operations for each in counted if each.name == "conv_mma"]
+    backward = [each.operations for each in counted if each.name == "convolution_backward"]
+    assert sorted(forward) == sorted(backward) == [2 * 18 * 1024, 2 * 81 * 1024]
+
+
 def test_an_operator_of_torch_is_a_launch_and_a_view_is_none():
     counted = []
     a = torch.zeros(4, 6)
@@ -75,7 +88,9 @@ def test_an_operator_of_torch_is_a_launch_and_a_view_is_none():
         a.t().view(6, 4)
         torch.empty(100)
         a + a[0]
-    assert [(each.name, each.bytes) for each in counted] == [("add", 4 * (24 + 6 + 24))]
+        a @ a.t()
+    found = [(each.name, each.bytes, each.operations) for each in counted]
+    assert found == [("add", 4 * (24 + 6 + 24), 0), ("mm", 4 * (24 + 24 + 16), 2 * 4 * 6 * 4)]
 
 
 class Plain(nn.Module):

@@ -218,7 +218,9 @@ def formulations(op: str, target: Target) -> tuple[str, ...]:
     if op == "conv_packed":
         return target.products
     known = known_formulations(op)
-    return ("library",) if "library" in known and not target.matrices else known
+    if "library" in known and not target.matrices:
+        return ("library",)
+    return tuple(sorted(known, key="library".__ne__)) if op in target.library else known
 
 
 def default(key: ProblemKey, formulation: str | None = None, target: Target = ANY) -> Choice:

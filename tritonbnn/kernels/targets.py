@@ -30,6 +30,7 @@ class Target:
         matrices: whether Triton multiplies float16 on its tensor cores. Else the library does.
         narrow: whether others' tiles of a product take more registers than there are.
         most_stages: of a product's loop that the compiler has registers for.
+        library: operations that the library is counted to do faster (``benchmarks.count``).
     """
 
     name: str
@@ -43,6 +44,7 @@ class Target:
     matrices: bool = True
     narrow: bool = False
     most_stages: int = 3
+    library: tuple[str, ...] = ()
 
 
 def _cuda(capability: int, models: str, kilobytes: int, *products: str, **facts: Any) -> Target:
@@ -64,7 +66,10 @@ TARGETS = {
         _cuda(80, "A100", 163, "mma", "int8", "popcount"),
         _cuda(86, "A10, RTX 3090", 99, "mma", "int8", "popcount"),
         _cuda(89, "L4, RTX 4090", 99, "mma", "int8", "popcount"),
-        _cuda(90, "H100, H200", 227, "mma", "int8", "popcount", "wgmma"),
+        _cuda(
+            *(90, "H100, H200", 227, "mma", "int8", "popcount", "wgmma"),
+            library=("conv_weight_grad",),
+        ),
         _cuda(100, "B200", 227, "int8", "popcount"),
         _cuda(120, "RTX 5090", 99, "int8", "popcount", most_stages=2),
         _hip("gfx90a", "MI200", 64),
