@@ -35,13 +35,18 @@ def outcome(unit, x, grad):
     }
 
 
-def one_of_two(rank, folder):
-    """What a process does: its share of each problem."""
+def join(rank, folder):
+    """Meet the other process; which images are this one's."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    own = slice(0, SHARES[0]) if rank == 0 else slice(SHARES[0], None)
+    return slice(0, SHARES[0]) if rank == 0 else slice(SHARES[0], None)
+
+
+def one_of_two(rank, folder):
+    """What a process does: its share of each problem."""
+    own = join(rank, folder)
     results = {}
     for plan in PLANS:
         for binary in (True, False):
@@ -52,9 +57,15 @@ def one_of_two(rank, folder):
     unit = nn.SyncBatchNorm.convert_sync_batchnorm(unit)
     own = slice(None) if rank == 0 else slice(0, 0)
     results["one without images"] = outcome(unit, x[own], grad[own])
-    # not imported so far, so kernels are interpreted in this process whatever device it has
+    torch.save(results, f"{folder}/{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def one_of_two_by_kernels(rank, folder):
+    """The same by the kernels, interpreted in this process: Triton is not imported so far."""
     os.environ |= {"TRITON_INTERPRET": "1", "TRITONBNN_LAUNCHERS": "triton"}
-    own = slice(0, SHARES[0]) if rank == 0 else slice(SHARES[0], None)
+    own = join(rank, folder)
+    results = {}
     for binary in (True, False):
         unit, x, grad = problem("keep", binary)
         unit = nn.SyncBatchNorm.convert_sync_batchnorm(unit).float()
@@ -63,19 +74,28 @@ def one_of_two(rank, folder):
     distributed.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sync")
-    multiprocessing.spawn(one_of_two, (str(folder),), nprocs=2)
+def results_of(process, folder):
+    multiprocessing.spawn(process, (str(folder),), nprocs=2)
     return [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    return results_of(one_of_two, tmp_path_factory.mktemp("sync"))
+
+
+@pytest.fixture(scope="module")
+def results_of_kernels(tmp_path_factory):
+    return results_of(one_of_two_by_kernels, tmp_path_factory.mktemp("kernels"))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("binary", [True, False], ids=["step2", "step1"])
-def test_the_kernels_of_two_processes_equal_one(results, binary):
+def test_the_kernels_of_two_processes_equal_one(results_of_kernels, binary):
     unit, x, grad = problem("keep", binary)
     unit, x, grad = unit.float().double(), x.float().double(), grad.float().double()
     whole = outcome(unit, x, grad)
-    first, second = (r["kernels", binary] for r in results)
+    first, second = (r["kernels", binary] for r in results_of_kernels)
     for name in ("z", "dx"):
         found = torch.cat((first[name], second[name])).double()
         assert (found - whole[name]).norm() <= 1e-5 * whole[name].norm(), name
