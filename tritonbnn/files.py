@@ -5,7 +5,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +30,20 @@ def write_atomically(path: Path, content: bytes, *, keep: Path | None = None) ->
         content: what it shall hold.
         keep: where the old file goes. For a moment there may be ``keep`` and no ``path``.
 
+    Two who write the same path at once do so one after the other.
+
     Raises:
         UserError: the disk is full, or the file cannot be written; ``path`` is as it was.
     """
-    temporary = path.with_name(path.name + _TEMPORARY)
     try:
         _check_plain(path)
-        _write_synced(temporary, content)
-        if keep is not None and path.exists():
-            path.replace(keep)
-        temporary.replace(path)
+        with _beside(path) as temporary:
+            temporary.write(content)
+            if keep is not None and path.exists():
+                path.replace(keep)
+            temporary.place()
         _sync_folder(path.parent)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise cannot_write(path, error) from error
 
 
@@ -54,22 +54,21 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
         UserError: the disk is full, or a file cannot be written; then none is changed, unless it
             is a rename that fails.
     """
-    temporaries = {path: path.with_name(path.name + _TEMPORARY) for path in contents}
-    writing = None
+    writing = Path()
     try:
-        for writing, content in contents.items():
-            _check_plain(writing)
-            _write_synced(temporaries[writing], content)
-        for writing, temporary in temporaries.items():
-            temporary.replace(writing)
+        with ExitStack() as held:
+            temporaries = []
+            for writing in sorted(contents):  # two who write the same files do not hold each other
+                _check_plain(writing)
+                temporaries.append(held.enter_context(_beside(writing)))
+                temporaries[-1].write(contents[writing])
+            for temporary in temporaries:
+                writing = temporary.path
+                temporary.place()
         for folder in {path.parent for path in contents}:
             _sync_folder(folder)
     except OSError as error:
-        raise cannot_write(writing or Path(), error) from error
-    finally:
-        for temporary in temporaries.values():
-            with suppress(OSError):  # in its place already, or never written
-                temporary.unlink()
+        raise cannot_write(writing, error) from error
 
 
 def update(path: Path, content: bytes) -> None:
@@ -92,13 +91,12 @@ def writable(path: Path | None) -> Path | None:
     if path is None:
         return None
     make_folder(path.parent)
-    _check_plain(path)
-    probe = path.with_name(path.name + ".probe")
     try:
-        write_atomically(probe, b"")
-    finally:
-        with suppress(OSError):  # not written at all
-            probe.unlink()
+        _check_plain(path)
+        with _beside(path) as temporary:
+            temporary.write(b"")
+    except OSError as error:
+        raise cannot_write(path, error) from error
     return path
 
 
@@ -135,15 +133,78 @@ def _check_plain(path: Path) -> None:
         raise UserError(f"cannot write {path}: it is a {kind}; name a file")
 
 
-def _write_synced(path: Path, content: bytes) -> None:
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
+class _Temporary:
+    """The file beside ``path`` that shall take its place, held for one writer.
+
+    Attributes:
+        path: the place.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._name = path.with_name(path.name + _TEMPORARY)
+        self._descriptor = _open_locked(self._name)
+        while not _is_at(self._descriptor, self._name):  # who had it has put it in its place
+            os.close(self._descriptor)
+            self._descriptor = _open_locked(self._name)
+        self._placed = False
+
+    def write(self, content: bytes) -> None:
+        """Put all of it on the disk."""
+        os.truncate(self._descriptor, 0)  # a death in the middle of a write leaves a part
         rest = memoryview(content)
         while rest:
-            rest = rest[os.write(descriptor, rest) :]
-        os.fsync(descriptor)
+            rest = rest[os.write(self._descriptor, rest) :]
+        os.fsync(self._descriptor)
+
+    def place(self) -> None:
+        """Put it in its place, which ends the writing."""
+        if fcntl is None:
+            self._close()  # Windows moves no open file
+        self._name.replace(self.path)
+        self._placed = True
+
+    def end(self) -> None:
+        """Let others write. What was not put in its place is removed."""
+        if not self._placed:
+            with suppress(OSError):  # somebody else has removed it
+                self._name.unlink()
+        self._close()
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            if fcntl is not None:
+                with suppress(OSError):  # a file system without locks
+                    # a child that was forked meanwhile has the file open, and would hold it on
+                    fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[_Temporary]:
+    """The temporary file of a path. Whoever else writes the same path waits for its end."""
+    temporary = _Temporary(path)
+    try:
+        yield temporary
     finally:
-        os.close(descriptor)
+        temporary.end()
+
+
+def _open_locked(name: Path) -> int:
+    """Open a file, and wait until no other thread or process has it locked."""
+    descriptor = os.open(name, os.O_WRONLY | os.O_CREAT, 0o666)
+    if fcntl is not None:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+    return descriptor
+
+
+def _is_at(descriptor: int, name: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), name.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _sync_folder(folder: Path) -> None:
