@@ -20,7 +20,9 @@ from tritonbnn.deploy import file, plain
 from tritonbnn.deploy.engine import Engine
 from tritonbnn.deploy.fold import FoldError, fold
 from tritonbnn.deploy.native import NativeNetwork
+from tritonbnn.deploy.packed import PackedError
 from tritonbnn.models import build_model
+from tritonbnn.models.registry import MODELS
 from tritonbnn.models.resnet import DownsamplingUnit
 from tritonbnn.nn import BinaryUnit
 
@@ -301,9 +303,46 @@ def test_what_cannot_be_packed_is_named(spoil, message):
         fold(model)
 
 
+def test_a_network_is_packed_or_its_refusal_names_those_that_are():
+    refusals = {}
+    for name in MODELS:
+        model = build_model(name, width=0.25, num_classes=2, small_images=True).eval()
+        try:
+            fold(model)
+        except FoldError as error:
+            refusals[name] = str(error)
+    assert refusals
+    for refusal in refusals.values():
+        assert {name for name in MODELS if name in refusal} == MODELS.keys() - refusals.keys()
+
+
 def test_another_module_is_named():
-    with pytest.raises(FoldError, match="cannot pack a Linear"):
+    with pytest.raises(FoldError, match="cannot pack a Linear: give the network of build_model"):
         fold(nn.Linear(3, 3).eval())
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        ({"mean": (0.5,) * 3, "std": [0.5] * 3}, "the transform's mean must be a list of 3 num"),
+        ({"mean": [0.5] * 3, "std": [0.5] * 2 + [0]}, "the transform's std must be 1e-06 or more"),
+        ({"mean": [0.5] * 3, "std": [1e-40] * 3}, "the transform's std must be 1e-06 or more"),
+        ({"size": {1, 2}}, "the transform must be a dict that JSON can hold"),
+        ({"size": 1, 2: 3}, "the transform must be a dict that JSON can hold"),
+        ("imagenet", "the transform must be a dict that JSON can hold"),
+    ],
+)
+def test_a_transform_that_no_file_can_hold_is_refused(transform, message):
+    model = build_model("birealnet_18", width=0.125, num_classes=2, small_images=True).eval()
+    with pytest.raises(PackedError, match=message):
+        fold(model, transform=transform)
+
+
+def test_the_least_std_gives_finite_numbers(make):
+    model = random_network("birealnet_18", width=0.125, small_images=True)
+    transform = {"mean": [-999_999.0] * 3, "std": [1e-6] * 3}
+    engine = make(fold(model, transform=transform))
+    assert np.isfinite(engine(np.full((1, 3, 16, 16), 255, np.uint8))).all()
 
 
 @pytest.mark.parametrize(
@@ -324,6 +363,21 @@ def test_bad_images_are_refused(images, error, message):
     engine = Engine(fold(random_network("reactnet_a", width=0.25, small_images=True)))
     with pytest.raises(error, match=message):
         engine(images)
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda images: images.bfloat16(),
+        lambda images: images.double(),
+        lambda images: images.numpy().astype(">f4"),
+        lambda images: images.numpy().astype(np.float16)[::-1][::-1],
+    ],
+)
+def test_all_floats_are_taken(convert):
+    engine = Engine(fold(random_network("reactnet_a", width=0.25, small_images=True)))
+    images = torch.randint(-4, 5, (2, 3, 32, 32)).float()
+    assert np.array_equal(engine(convert(images)), engine(images))
 
 
 def test_no_images_give_no_logits():

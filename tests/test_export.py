@@ -90,11 +90,21 @@ def test_step_1_is_refused_with_the_reason(place: Path):
         ((PREDICT, "none.tbnn", "images"), "none.tbnn does not exist"),
         ((EXPORT, "net.tbnn", "--out", "b.tbnn"), "net.tbnn is a packed file already"),
         ((EXPORT, "run"), "required: --out"),
+        ((EXPORT, "net.tbnn", "--out", "b.c", "--step", "2"), "net.tbnn is packed: leave them out"),
+        ((EXPORT, "run", "--out", "images"), "--out images is a folder: name a file in it"),
+        ((EXPORT, "run", "--out", "images/"), "--out images is a folder: name a file in it"),
+        ((EXPORT, "run", "--out", "pipe"), "cannot write pipe: it is a device or a pipe"),
+        ((EXPORT, "pipe", "--out", "b.tbnn"), "pipe is a device or a pipe: name a checkpoint file"),
+        ((EVALUATE, "net.tbnn", "--samples", "2"), "of a run, and net.tbnn is packed"),
     ],
 )
 def test_mistakes_are_one_line(place: Path, argv, message):
+    if not (place / "pipe").exists():
+        os.mkfifo(place / "pipe")
+    before = set(place.iterdir())
     module, *rest = argv
     assert_one_line(run(module, *rest, cwd=place), message)
+    assert set(place.iterdir()) <= {*before, place / "output.txt"}
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from tritonbnn.cli import Parser, UserError, at_least, printable
 from tritonbnn.compute import PRECISIONS, Compute, choose_device
 from tritonbnn.data.batches import check_fits_memory, check_shared_memory, val_batches
 from tritonbnn.data.classes import CLASS_ORDERS
+from tritonbnn.deploy import file
 from tritonbnn.distributed import World
 from tritonbnn.methods import evaluate
 from tritonbnn.networks import add_engine, add_told, open_network
@@ -61,6 +62,8 @@ def _open_sampled(
         raise UserError(
             "--samples draws the weights of a run: leave --engine, --step and --recipe out"
         )
+    if given.checkpoint.is_file() and file.is_packed(given.checkpoint):
+        raise UserError(f"--samples draws the weights of a run, and {given.checkpoint} is packed")
     return open_sampled(given.checkpoint, compute, given.samples)
 
 

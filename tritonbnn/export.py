@@ -17,7 +17,7 @@ from tritonbnn.deploy import FORMATS, file, files, writer
 from tritonbnn.deploy.fold import FoldError, fold
 from tritonbnn.deploy.packed import Packed, PackedError
 from tritonbnn.files import writable
-from tritonbnn.networks import add_told
+from tritonbnn.networks import add_told, check_not_told
 from tritonbnn.train.checkpoint import Checkpoint
 from tritonbnn.train.weights import Told, network_with_weights, read_any
 
@@ -50,21 +50,27 @@ def _format(given: argparse.Namespace) -> str:
 
 def _place(out: Path, suffix: str) -> Path:
     """The file to write. What is there and is no such file is somebody's: it stays."""
-    if out.name and not out.suffix:
+    if not (out.suffix or out.is_dir() or _is_special(out)):
         out = out.with_suffix(suffix)
     if out.is_dir():
         raise UserError(f"--out {out} is a folder: name a file in it")
-    if out.exists() and out.suffix.lower() not in FORMATS.values():
+    if out.is_file() and out.suffix.lower() not in FORMATS.values():
         raise UserError(f"--out {out} exists and ends in none of {', '.join(FORMATS.values())}")
     writable(out)
     return out
 
 
+def _is_special(path: Path) -> bool:
+    """Whether it is a device or a pipe, beside which nobody wants a file."""
+    return path.exists() and not path.is_file()
+
+
 def _packed(given: argparse.Namespace, format: str) -> Packed:
     """What is named on the command line, packed."""
+    told = Told(given.step, given.recipe)
     if not (given.checkpoint.is_file() and file.is_packed(given.checkpoint)):
-        checkpoint = read_any(given.checkpoint, Told(given.step, given.recipe))
-        return pack(checkpoint, half_ends=given.half_ends)
+        return pack(read_any(given.checkpoint, told), half_ends=given.half_ends)
+    check_not_told(given.checkpoint, told)
     if format == "packed":
         raise UserError(f"{given.checkpoint} is a packed file already: name a run or a checkpoint")
     if given.half_ends:

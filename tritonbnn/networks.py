@@ -88,16 +88,21 @@ def add_told(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _open_packed(
-    place: Path, compute: Compute, engine: str, told: Told
-) -> tuple[nn.Module, Checkpoint]:
-    if engine == "torch":
-        raise UserError(f"{place} is a packed file, which torch does not run: leave --engine out")
+def check_not_told(place: Path, told: Told) -> None:
+    """Raise UserError if something is told of a packed file, which knows it."""
     if told != NOTHING:
         raise UserError(
             f"--step and --recipe are for weights from elsewhere, and {place} is packed:"
             " leave them out"
         )
+
+
+def _open_packed(
+    place: Path, compute: Compute, engine: str, told: Told
+) -> tuple[nn.Module, Checkpoint]:
+    if engine == "torch":
+        raise UserError(f"{place} is a packed file, which torch does not run: leave --engine out")
+    check_not_told(place, told)
     _check_suits(place, compute)
     packed = file.read(place)
     data = {"classes": packed.classes and list(packed.classes), **(packed.transform or {})}

@@ -85,7 +85,10 @@ class Engine:
         """
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(images, torch.Tensor):
-            logits = self._logits(images.detach().cpu().numpy())
+            array = images.detach().cpu()
+            if array.is_floating_point():
+                array = array.float()  # numpy has no bfloat16
+            logits = self._logits(array.numpy())
             return torch.from_numpy(logits).to(images.device)
         return self._logits(np.asarray(images))
 
@@ -137,7 +140,7 @@ class Engine:
                     " give floats, or export it with a transform"
                 )
             return np.ascontiguousarray(images), self._table
-        if images.dtype not in _FLOATS:
+        if images.dtype.type not in _FLOATS:  # of any byte order
             raise TypeError(f"images must be uint8 or floats, not {images.dtype}")
         with np.errstate(over="ignore"):
             return np.ascontiguousarray(images, np.float32), None

@@ -16,6 +16,7 @@ from tritonbnn.nn.ends import OrderedBatchNorm2d, OrderedConv2d, OrderedLinear
 _CONVOLUTIONS = (nn.Conv2d, OrderedConv2d)
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, OrderedBatchNorm2d)
 _LINEARS = (nn.Linear, OrderedLinear)
+_KNOWN = "only the layers of reactnet_a, reactnet_18 and birealnet_18 can be packed"
 
 
 class FoldError(ValueError):
@@ -43,7 +44,7 @@ def fold(
     """
     if not isinstance(model, BinaryNetwork) or type(model).forward is not BinaryNetwork.forward:
         raise FoldError(
-            f"cannot pack a {type(model).__name__}: only networks of build_model are known"
+            f"cannot pack a {type(model).__name__}: give the network of build_model that is in it"
         )
     for name, module in model.named_modules():
         _check_plain(name, module)
@@ -99,7 +100,7 @@ def _units(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, BinaryUni
         elif type(child) in (nn.Sequential, Chain):
             yield from _units(child, f"{place}.")
         else:
-            raise FoldError(f"blocks.{place} is a {type(child).__name__}, which cannot be packed")
+            raise FoldError(f"blocks.{place} is a {type(child).__name__}: {_KNOWN}")
 
 
 def _stem(stem: nn.Module) -> tuple[Array, Array, int, bool]:
@@ -108,7 +109,7 @@ def _stem(stem: nn.Module) -> tuple[Array, Array, int, bool]:
     kinds = [type(m).__name__ for m in modules]
     known = len(modules) in (2, 3) and isinstance(modules[0], nn.Conv2d)
     if not known or type(modules[0]) not in _CONVOLUTIONS or type(modules[1]) not in _NORMS:
-        raise FoldError(f"the stem is {', '.join(kinds)}: only Conv2d, BatchNorm2d and MaxPool2d")
+        raise FoldError(f"the stem is {', '.join(kinds)}: {_KNOWN}")
     convolution: Any = modules[0]
     kernel = convolution.kernel_size[0]
     if (

@@ -8,6 +8,7 @@ one constant per channel. A unit computes, for an integer sum s of products of s
 where s is the convolution of sign(x + shift_in), zeros around it, with the weight's signs.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -23,6 +24,8 @@ MOST_CLASSES = 1 << 22
 MOST_UNITS = 1 << 12
 MOST_SIDE = 1 << 14
 """As in ``csrc/layout.c``, which refuses what is beyond them."""
+LEAST_STD = 1e-6
+"""Smaller ones would make infinite numbers of pixels."""
 
 
 class PackedError(ValueError):
@@ -175,6 +178,8 @@ def _check_facts(packed: Packed) -> None:
     transform = packed.transform
     if transform is None:
         return
+    if not isinstance(transform, dict) or not _is_json(transform):
+        raise PackedError("the transform must be a dict that JSON can hold")
     for key in ("mean", "std"):
         values = transform.get(key)
         if values is None and "mean" not in transform and "std" not in transform:
@@ -183,9 +188,20 @@ def _check_facts(packed: Packed) -> None:
             not isinstance(values, list)
             or len(values) != packed.in_channels
             or not all(isinstance(v, int | float) and abs(v) < 1e6 for v in values)
-            or (key == "std" and not all(v > 0 for v in values))
         ):
-            raise PackedError(f"the transform's {key} must be {packed.in_channels} numbers")
+            raise PackedError(
+                f"the transform's {key} must be a list of {packed.in_channels} numbers"
+            )
+        if key == "std" and min(values) < LEAST_STD:
+            raise PackedError(f"the transform's std must be {LEAST_STD} or more")
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, sort_keys=True)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
 
 
 def _within(name: str, value: Any, least: int, most: int) -> None:

@@ -56,6 +56,8 @@ def find_checkpoint(place: Path, kind: str = BEST) -> Path:
     if not place.exists():
         raise UserError(f"{place} does not exist: name a checkpoint file or a run's folder")
     if not place.is_dir():
+        if not place.is_file():  # who opens a pipe may wait for ever
+            raise UserError(f"{place} is a device or a pipe: name a checkpoint file")
         return place
     candidates = [place / folder / kind for folder in (*reversed(stage_names(place)), "")]
     found = next((path for path in candidates if path.is_file()), None)
