@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from tritonbnn import deploy
 from tritonbnn.compiled import build, loader
 from tritonbnn.deploy import engine as engine_module
-from tritonbnn.deploy import file, plain
+from tritonbnn.deploy import file, native, plain
 from tritonbnn.deploy.engine import Engine
 from tritonbnn.deploy.fold import FoldError, fold
 from tritonbnn.deploy.native import NativeNetwork
@@ -393,6 +393,18 @@ def test_memory_is_what_the_network_holds():
     memory = engine.memory()
     assert memory["weights"] < 12e6
     assert 0 < memory["scratch"] < 6e6
+
+
+def test_scratch_of_a_huge_image_is_not_kept(monkeypatch):
+    engine = Engine(fold(random_network("reactnet_a", width=0.25, small_images=True)), 1)
+    small, large = (np.zeros((1, 3, side, side), np.float32) for side in (32, 128))
+    engine(small)
+    kept = engine.memory()["scratch"]
+    monkeypatch.setattr(native, "MOST_KEPT", 2 * kept)
+    engine(large)
+    assert engine.memory()["scratch"] == 0
+    engine(small)
+    assert engine.memory()["scratch"] == kept
 
 
 WITHOUT_TORCH = """

@@ -16,6 +16,8 @@ from tritonbnn.deploy.packed import Array, Packed
 SOURCES = Path(__file__).with_name("csrc")
 _BAD_NETWORK, _BAD_SIZE, _SMALL_WORKSPACE, _NOT_FINITE = 1, 2, 3, 4
 _LINE = 64  # bytes of a cache line
+MOST_KEPT = 1 << 30
+"""Bytes of scratch that a call may leave for the next: a huge image's would stay for good."""
 
 
 class _Floats(ctypes.Structure):
@@ -153,8 +155,9 @@ class NativeNetwork:
         call.workspace = workspace.ctypes.data + start
         call.workspace_bytes = workspace.nbytes - start
         code = self._run(self._network, call)
-        with self._lock:
-            self._spare.append(workspace)
+        if workspace.nbytes <= MOST_KEPT:
+            with self._lock:
+                self._spare.append(workspace)
         if code:
             self._raise(code)
         return logits
