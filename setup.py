@@ -42,7 +42,7 @@ def compile_all(root):
                 for isa in (*probe, *build.ISAS):
                     build.compile_into(folder / isa, isa, compiler, sources)
             return True
-        except build.BuildError as error:
+        except (build.BuildError, OSError) as error:
             print(f"no C functions in the wheel: {error}")
             for folder in folders.values():
                 shutil.rmtree(folder, ignore_errors=True)

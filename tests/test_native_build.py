@@ -226,6 +226,21 @@ def test_a_read_only_cache_is_read(sources, compiler, tmp_path):
         folder.chmod(0o700)  # for pytest to remove
 
 
+@needs_compiler
+def test_a_cache_on_a_full_disk_gives_way(sources, tmp_path, monkeypatch):
+    """The compiler is who meets it: here, wherever it links into the cache."""
+    good = build.compilers()[0][0]
+    full = "ld: final link failed: No space left on device"
+    meets = f'case "$*" in *-shared*{tmp_path}/cache*) echo "{full}" >&2; exit 1;; esac'
+    monkeypatch.setenv("CC", str(script(tmp_path / "cc", meets, f'exec {good} "$@"')))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    assert compiled(sources).parents[1] == tmp_path / f"tritonbnn-{os.getuid()}"
+    everywhere = meets.replace(f"{tmp_path}/cache*", "")
+    script(tmp_path / "cc", everywhere, f'exec {good} "$@"')
+    with pytest.raises(build.BuildError, match=r"No space left on device.*set TRITONBNN_CACHE"):
+        compiled(sources, build.PROBE)
+
+
 @pytest.mark.parametrize("danger", ["open to all", "a link"])
 @needs_compiler
 def test_a_temporary_folder_of_others_is_refused(sources, tmp_path, monkeypatch, danger):

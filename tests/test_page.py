@@ -156,12 +156,21 @@ def test_what_has_no_page_is_told(transform, channels, words):
         page.page(packed, "net")
 
 
-def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("says", "words"),
+    [
+        ("no such target", r"know wasm32 \(error: no such target\)$"),
+        ("No space left on device", r"^no space left to write \S+: free some"),
+    ],
+)
+def test_a_compiler_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, says: str, words: str
+):
     for name in ("clang", "wasm-ld"):
-        (tmp_path / name).write_text("#!/bin/sh\necho 'error: no such target' >&2\nexit 1\n")
+        (tmp_path / name).write_text(f"#!/bin/sh\necho 'error: {says}' >&2\nexit 1\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    with pytest.raises(UserError, match=r"know wasm32 \(error: no such target\)$"):
+    with pytest.raises(UserError, match=words):
         page.page(small(), "net")
 
 

@@ -224,6 +224,7 @@ def _run(command: list[str]) -> str:
 
     Raises:
         BuildError: with the line that tells what is wrong.
+        OSError: a disk that it writes to is full; another folder may do.
     """
     environ = {**os.environ, "LC_ALL": "C"}
     try:
@@ -242,6 +243,9 @@ def _run(command: list[str]) -> str:
         raise BuildError(f"{command[0]} does not run: {error.strerror}") from None
     if done.returncode == 0:
         return done.stdout
+    full = os.strerror(errno.ENOSPC)
+    if full in done.stderr:
+        raise OSError(errno.ENOSPC, full, command[0])
     lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
     telling = next((line for line in lines if "error" in line), lines[0])
     raise BuildError(f"{command[0]} fails: {telling.strip()}")

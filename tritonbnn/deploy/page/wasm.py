@@ -1,5 +1,7 @@
 """The C program of a network, compiled to WebAssembly by LLVM."""
 
+import errno
+import os
 import shutil
 import subprocess
 import tempfile
@@ -70,6 +72,8 @@ def _run(command: list[str], folder: str) -> None:
     except OSError as error:
         raise UserError(f"{command[0]} does not run: {error.strerror}") from error
     if done.returncode:
+        if os.strerror(errno.ENOSPC) in done.stderr:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), folder)
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         telling = next((line for line in lines if "error" in line), lines[0])
         raise UserError(f"{_INSTALL} that know wasm32 ({telling.strip()})")
