@@ -130,7 +130,7 @@ def test_another_s_page_stays(place: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_call", [1, 5, 6])
+@pytest.mark.parametrize("at_call", [1, 3, 4, 5])
 def test_a_full_disk_leaves_no_page(place: Path, tmp_path: Path, at_call: int):
     argv = (place / "run", "--out", "net.html")
     result = run(EXPORT, *argv, cwd=tmp_path, mishap="full disk", at_call=at_call)
