@@ -1,5 +1,7 @@
 """The packed engine's results as tables and a picture, from the file of benchmarks.deploy."""
 
+import os
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -21,14 +23,22 @@ MEMORY = {
 }
 
 
-def measured(found: list[Device]) -> str:
-    """What stands between the page's markers."""
+def measured(found: list[Device], base: Path) -> str:
+    """What stands between the page's markers.
+
+    Args:
+        found: the devices.
+        base: the page's folder, for links to pictures.
+    """
     lines = [BEGIN, ""]
     for device in found:
         if result := device.get(FILE):
             with device.reading(FILE):
                 tables = [race_table(result), layers_table(result), memory_table(result)]
-            lines += [f"**{device.title}**", "", *(line for t in tables for line in t)]
+            path = (device.folder / "deploy.svg").resolve()
+            where = Path(os.path.relpath(path, base.resolve())).as_posix()
+            drawn = [f"![milliseconds an image, one thread]({where})", ""] if path.exists() else []
+            lines += [f"**{device.title}**", "", *drawn, *(line for t in tables for line in t)]
             lines += source(result)
     return "\n".join([*lines, END])
 

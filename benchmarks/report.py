@@ -167,7 +167,10 @@ def main(argv: list[str]) -> int:
         args.readme: inserted(args.readme, results_text(found)),
         args.page: results_page(found, args.page.parent),
         args.deploy_page: inserted(
-            args.deploy_page, deploy_table.measured(found), deploy_table.BEGIN, deploy_table.END
+            args.deploy_page,
+            deploy_table.measured(found, args.deploy_page.parent),
+            deploy_table.BEGIN,
+            deploy_table.END,
         ),
     }
     stale = [path for path, text in pages.items() if _text(path) != text]

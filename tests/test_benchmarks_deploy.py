@@ -80,7 +80,9 @@ def test_tables_have_the_file_s_figures(tmp_path):
     folder = tmp_path / "cpu-a"
     folder.mkdir()
     (folder / "deploy.json").write_text(json.dumps(result))
-    lines = deploy_table.measured([Device(folder)]).splitlines()
+    (folder / "deploy.svg").touch()
+    lines = deploy_table.measured([Device(folder)], tmp_path).splitlines()
+    assert "![milliseconds an image, one thread](cpu-a/deploy.svg)" in lines
     assert "| packed | 10 ± 50% |" in lines
     assert "| other | 100 ± 0%, 10.0 x |" in lines
     assert "| 3x3 8@4 | 500 | 50% | - | 250 | 10 |" in lines
@@ -88,7 +90,7 @@ def test_tables_have_the_file_s_figures(tmp_path):
     assert "| weights, as they are run | - | 9.5 |" in lines
     (folder / "deploy.json").write_text(json.dumps({**result, "race": 3}))
     with pytest.raises(cli.UserError, match=r"deploy\.json is not as expected"):
-        deploy_table.measured([Device(folder)])
+        deploy_table.measured([Device(folder)], tmp_path)
 
 
 def test_unknown_rivals_and_missing_packages_are_named(monkeypatch):
