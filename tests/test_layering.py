@@ -45,7 +45,10 @@ ALLOWED = {
     "networks": {"deploy", "train", *JOB, *BASE},
     "export": {"networks", "deploy", "train", "data", *JOB, *BASE},
     "posterior": {"train", "optim", *JOB, *BASE},
-    "evaluate": {"posterior", "networks", "train", "methods", "models", "nn", "data", *JOB, *BASE},
+    "evaluate": {
+        *("posterior", "networks", "deploy", "train", "methods", "models", "nn", "data"),
+        *(*JOB, *BASE),
+    },
     "compare": {"report", "train", "data", "caches", *JOB, *BASE},
     "predict": {"networks", "train", "methods", "models", "nn", "data", *JOB, *BASE},
     "timm": {"models", "cli"},

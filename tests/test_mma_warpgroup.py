@@ -133,6 +133,7 @@ def test_without_the_core_int8_runs_and_says_nothing(capfd):
 
 def test_only_sm_90_has_it(monkeypatch):
     monkeypatch.setattr(mma_operands, "interpreted", lambda kernel: False)
+    monkeypatch.setattr(mma_operands.verdicts, "trusted", lambda device, name: True)
     known = mma_operands.has_one_bit_core.__wrapped__
     for capability, native in {(8, 0): False, (9, 0): True, (10, 0): False}.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
