@@ -110,6 +110,7 @@ def test_what_may_differ(place: Path):
     assert len(lines) == 2
 
 
+@pytest.mark.slow
 def test_a_process_that_waits_for_the_data_of_another_obeys(place: Path):
     own = {**ENVIRON, **variables(0)}
     argv = [sys.executable, "-m", "tritonbnn.train", "tiny.toml", "--data-dir", "images"]

@@ -79,6 +79,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_all_pictures_of_a_record_the_same_every_time(tmp_path):
     write_record(tmp_path / "run")
     analyze(tmp_path / "run", *RECORDS_ONLY)
@@ -112,6 +113,7 @@ def test_a_network_is_measured(trained):
     assert "What is missing" not in page.text
 
 
+@pytest.mark.slow
 def test_what_cannot_be_measured_is_said(trained, tmp_path):
     shutil.copytree(trained / "run", tmp_path / "run")
     (tmp_path / "run" / "step1" / "best.safetensors").write_bytes(b"junk")
@@ -146,6 +148,7 @@ def test_runs_of_different_networks_are_told_apart(tmp_path):
     assert "c is another" not in page.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("epochs", [(1, 0), (0, 1)])
 def test_short_runs(tmp_path, epochs):
     write_record(tmp_path / "run", epochs=epochs)

@@ -177,6 +177,7 @@ def test_what_is_wrong_on_the_whole_batch_alone_is_not_chosen(monkeypatch, capsy
     assert said[op] in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kernels_everywhere")
 def test_the_faster_plan_wins(monkeypatch):
     """By a clock that counts convolutions: recompute takes one more than keep.
@@ -267,6 +268,7 @@ def test_a_table_is_written_read_and_gone_on_with(tmp_path):
         assert 0 < entry["time_us"] <= entry["default_us"]
 
 
+@pytest.mark.slow
 def test_what_cannot_run_is_said_and_the_rest_is_tuned(tmp_path, monkeypatch, capsys):
     pack = Problem("pack_signs", LAYER, torch.float32)
     broken = {config.default(FORWARD.key)}
@@ -330,6 +332,7 @@ def test_a_plan_is_no_kernel_to_rank(capsys):
     assert capsys.readouterr().out == ""
 
 
+@pytest.mark.slow
 def test_candidates_are_ranked_without_a_gpu():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tritonbnn.kernels.autotune", "--compile-only"]

@@ -151,6 +151,7 @@ def bar_on(terminal: bool) -> str:
     return content
 
 
+@pytest.mark.slow
 def test_the_bar_is_for_the_eye():
     shown = bar_on(terminal=True)
     assert "step 1 epoch 2/3" in shown

@@ -34,6 +34,7 @@ def faults_of_a_turn(how, **variables):
     return int(done.stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc's malloc")
 def test_freed_memory_is_kept_for_the_next_tensors():
     assert faults_of_a_turn("as it is") > 0.9 * PAGES

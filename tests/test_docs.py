@@ -79,6 +79,7 @@ def test_the_comparisons_of_the_docs_are_planned(tmp_path: Path):
         assert len(plan.runs) == given.seeds * len(plan.rows)
 
 
+@pytest.mark.slow
 def test_a_notebooks_code_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     [code] = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs" / "stopping.md").read_text(), re.DOTALL

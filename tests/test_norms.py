@@ -317,6 +317,7 @@ def test_a_norm_that_is_no_module_is_refused(norm):
         BinaryUnit(CHANNELS, CHANNELS, 3, norm=norm)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [True, False])
 def test_a_compiled_unit_sees_buffers_and_norms_that_are_swapped(training):
     unit, twin = (unit_of(nn.BatchNorm2d, 1).float().train(training) for _ in range(2))

@@ -64,6 +64,7 @@ def assert_refused(result: Result, *words: str) -> None:
 # Names
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf_8_go_through_every_command(tmp_path: Path):
     classes = [LATIN, "b"]
     images = write_tree(tmp_path / LATIN, classes=classes)

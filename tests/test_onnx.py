@@ -176,6 +176,7 @@ def test_a_graph_is_no_run(place):
         assert_one_line(run(command, *argv, cwd=place), words)
 
 
+@pytest.mark.slow
 def test_without_the_package_there_is_one_line(place):
     """The packed format needs it no more than before."""
     code = f"""

@@ -27,6 +27,8 @@ from tritonbnn.deploy import page, program
 from tritonbnn.deploy.fold import fold
 from tritonbnn.deploy.packed import Packed, PackedError
 
+pytestmark = pytest.mark.slow  # compilers that are not ours, and a browser
+
 DIGITS = ROOT / "tritonbnn" / "data" / "digits.npz"
 READY = "document.querySelector('#said')?.textContent.startsWith('Ready')"
 SAID = "document.querySelector('#said').textContent"
@@ -98,7 +100,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_a_run_becomes_a_page(place: Path, tmp_path: Path):
     result = run(EXPORT, place / "run", "--out", "net.html", cwd=tmp_path)
     assert result.code == 0, result.output
@@ -110,7 +111,6 @@ def test_a_run_becomes_a_page(place: Path, tmp_path: Path):
     assert (tmp_path / "net.html").read_text() == text
 
 
-@pytest.mark.slow
 def test_without_a_compiler_there_is_one_line(place: Path):
     for path in ("", str(place)):
         if path:  # clang is there, and its linker is not
@@ -123,13 +123,11 @@ def test_without_a_compiler_there_is_one_line(place: Path):
         assert not (place / "x.html").exists()
 
 
-@pytest.mark.slow
 def test_another_s_page_stays(place: Path):
     assert_one_line(run(EXPORT, "run", "--out", "mine.html", cwd=place), "mine.html exists and was")
     assert "mine" in (place / "mine.html").read_text()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("at_call", [1, 3, 4, 5])
 def test_a_full_disk_leaves_no_page(place: Path, tmp_path: Path, at_call: int):
     argv = (place / "run", "--out", "net.html")
@@ -174,7 +172,6 @@ def test_a_compiler_that_fails_is_one_line(
         page.page(small(), "net")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options", "shape"), [*NETWORKS, *ODD])
 def test_it_computes_what_the_engine_does(tmp_path: Path, browser: Browser, name, options, shape):
     """Sums that are exact have torch's logits, and others those of the C program, bit for bit."""
@@ -201,7 +198,6 @@ def test_it_computes_what_the_engine_does(tmp_path: Path, browser: Browser, name
             assert np.abs(found - wanted.numpy()).max() < 1e-6
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 @pytest.mark.parametrize("augment", ["imagenet", "none"])
 @pytest.mark.parametrize(
@@ -220,7 +216,6 @@ def test_pictures_are_resized_as_pillow_does(shown, browser, sides, augment, mod
     np.testing.assert_array_equal(np.array(found, np.uint8), view(image).numpy().ravel())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("sides", [(1000, 20), (333, 1000)])
 def test_thin_and_tall_pictures_may_differ_by_a_grey_level(shown, browser, sides):
     """Pillow reads thin ones from a box in float32, and newer ones go down tall ones first."""
@@ -235,7 +230,6 @@ def test_thin_and_tall_pictures_may_differ_by_a_grey_level(shown, browser, sides
     assert np.abs(np.array(found, int) - wanted).max() <= 1
 
 
-@pytest.mark.slow
 def test_ten_digits_have_predict_s_classes(tmp_path: Path, browser: Browser):
     """And its probabilities, of a run that was trained for a while, within 450 KB."""
     flags = ("--epochs", 3, "--device", "cpu")
@@ -265,7 +259,6 @@ def test_ten_digits_have_predict_s_classes(tmp_path: Path, browser: Browser):
     assert len(seen) > 1
 
 
-@pytest.mark.slow
 def test_hostile_names_are_shown(tmp_path: Path, browser: Browser):
     names = [*MARKUP, *HOSTILE]
     packed = small([*names, *map(str, range(70 - len(names)))])
@@ -282,7 +275,6 @@ def test_hostile_names_are_shown(tmp_path: Path, browser: Browser):
     assert browser.run("document.title").startswith(path.stem)
 
 
-@pytest.mark.slow
 def test_nothing_is_asked_for(shown: Path, browser: Browser):
     browser.events.clear()
     browser.open(shown, READY)
@@ -304,7 +296,6 @@ def tree(browser: Browser) -> list[tuple[str, str]]:
     return [(n["role"]["value"], n.get("name", {}).get("value", "")) for n in known]
 
 
-@pytest.mark.slow
 def test_keyboard_and_screen_reader_reach_everything(shown: Path, browser: Browser):
     browser.open(shown, READY)
     browser.send("Page.bringToFront")
@@ -338,7 +329,6 @@ def test_keyboard_and_screen_reader_reach_everything(shown: Path, browser: Brows
     assert browser.run("document.querySelector('#video').srcObject") is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("event", "holds"), [("drop", "dataTransfer"), ("paste", "clipboardData")])
 def test_pictures_come_in_by_other_ways(shown: Path, browser: Browser, event, holds):
     browser.open(shown, READY)
@@ -352,7 +342,6 @@ def test_pictures_come_in_by_other_ways(shown: Path, browser: Browser, event, ho
         browser.wait(f"{SAID}.includes('took')")
 
 
-@pytest.mark.slow
 def test_what_is_transparent_is_white(shown: Path, browser: Browser):
     browser.open(shown, READY)
     image = Image.new("RGBA", (32, 32), (200, 0, 0, 0))
@@ -366,7 +355,6 @@ def test_what_is_transparent_is_white(shown: Path, browser: Browser):
     assert corners == [[10, 20, 30, 255], [255, 255, 255, 255]]
 
 
-@pytest.mark.slow
 def test_what_is_no_picture_is_told(shown: Path, browser: Browser):
     browser.open(shown, READY)
     browser.run("take(new File(['no picture'], '<b>.png', {type: 'image/png'}))")

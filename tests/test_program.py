@@ -22,6 +22,8 @@ from tritonbnn.deploy import program
 from tritonbnn.deploy.fold import fold
 from tritonbnn.deploy.packed import Packed
 
+pytestmark = pytest.mark.slow  # compilers that are not ours
+
 EXPORT = "tritonbnn.export"
 STRICT = ("-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic")
 FEW = {"width": 0.1, "small_images": True}
@@ -147,7 +149,6 @@ def test_what_does_not_fit_has_a_code(few: tuple[Packed, Compiled]):
     assert run_(None, 1, 16, 16, None, None, ctypes.c_size_t(1 << 30)) == 1
 
 
-@pytest.mark.slow
 def test_memory_is_the_caller_s(few: tuple[Packed, Compiled], tmp_path: Path):
     program.write(few[0], tmp_path / "net.c")
     call(tool("gcc"), *STRICT, "-O1", "-fno-pic", "-c", "net.c", cwd=tmp_path)
@@ -166,7 +167,6 @@ def test_names_are_data(tmp_path: Path):
     assert not hasattr(net.library, "net_run_bytes")  # it has no mean and std
 
 
-@pytest.mark.slow
 def test_two_networks_are_one_program(tmp_path: Path):
     """Of C++, which reads the headers."""
     for name in ("one", "int"):
@@ -182,7 +182,6 @@ def test_two_networks_are_one_program(tmp_path: Path):
     call(tmp_path / "main")
 
 
-@pytest.mark.slow
 def test_a_wrong_logit_is_seen(few: tuple[Packed, Compiled], tmp_path: Path):
     program.write(few[0], tmp_path / "net.c")
     text = (tmp_path / "net_test.c").read_text()
@@ -194,7 +193,6 @@ def test_a_wrong_logit_is_seen(few: tuple[Packed, Compiled], tmp_path: Path):
     assert "WRONG" in done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "options", "shape"), EVERY, ids=NAMES)
 def test_exact_sums_give_torch_s_logits(tmp_path: Path, name, options, shape):
     model = dyadic_network(name, **options)
@@ -207,7 +205,6 @@ def test_exact_sums_give_torch_s_logits(tmp_path: Path, name, options, shape):
     assert np.abs(logits - truth.numpy()).max() < 1e-6
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("flags", ["-march=native", "-march=x86-64", "-mavx2 -mfma"])
 @pytest.mark.parametrize("compiler", ["gcc", "clang"])
 @pytest.mark.parametrize("index", [0, 2, 5], ids=[NAMES[i] for i in (0, 2, 5)])
@@ -219,7 +216,6 @@ def test_it_compiles_without_a_warning(tmp_path: Path, index, compiler, flags):
     assert_same(call(checker(packed, tmp_path, tool(compiler), *flags.split())))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("index", [0, 2, 4, 5], ids=[NAMES[i] for i in (0, 2, 4, 5)])
 def test_it_stays_in_its_memory(tmp_path: Path, index: int):
     """Of which the test program gives it not a byte too many."""
@@ -229,7 +225,6 @@ def test_it_stays_in_its_memory(tmp_path: Path, index: int):
     assert_same(call(compile_test(tmp_path, tool("gcc"), "-O1", *flags)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("index", [1, 2, 4, 5], ids=[NAMES[i] for i in (1, 2, 4, 5)])
 @pytest.mark.parametrize("machine", ["aarch64", "riscv64"])
 def test_other_machines_give_the_same(tmp_path: Path, machine, index):
@@ -243,7 +238,6 @@ def test_other_machines_give_the_same(tmp_path: Path, machine, index):
         assert re.search(r"\tcnt\tv\d+\.16b", listing)  # NEON counts the bits
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "instruction"),
     [
@@ -259,7 +253,6 @@ def test_clang_counts_bits_by_vectors(tmp_path: Path, flags: str, instruction: s
     assert instruction in (tmp_path / "net.s").read_text()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["grey", "one class", "half ends"])
 def test_ends_of_all_kinds(tmp_path: Path, kind: str):
     channels = 1 if kind == "grey" else 3
@@ -320,7 +313,6 @@ def test_names_that_cannot_be_are_one_line(place: Path, out: str, words: str):
     assert {path: path.read_bytes() for path in place.iterdir() if path.is_file()} == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("at_call", range(1, 9))
 def test_a_full_disk_leaves_nothing_half(place: Path, tmp_path: Path, at_call: int):
     argv = (place / "n.tbnn", "--out", "net.c")

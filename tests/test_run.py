@@ -269,6 +269,7 @@ def test_distillation_learns_from_a_teacher_in_a_file(place: Path):
     assert lines[-1]["val_top1"] == 50, lines
 
 
+@pytest.mark.slow
 def test_a_broken_tensorboard_costs_a_line_and_no_run(tmp_path):
     """As where its package and protobuf's do not fit each other."""
     write_tiny(tmp_path)

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 HIDE = "import sys; sys.modules['timm'] = None; "
 RUN = (
     HIDE + "import runpy; sys.argv = ['timm', *{}]; runpy.run_module('tritonbnn.timm', {{}}, {!r})"
@@ -13,6 +15,7 @@ def ended(code):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_a_missing_timm_or_script_is_one_line(tmp_path):
     script = tmp_path / "train.py"
     script.write_text("print('ran')\n")
