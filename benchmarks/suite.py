@@ -37,7 +37,6 @@ from benchmarks.output import read_result
 from benchmarks.parts import MINUTES, Part, parts
 from tritonbnn import cli
 from tritonbnn.files import make_folder, writable, write_json
-from tritonbnn.kernels.commands import minutes
 from tritonbnn.kernels.provenance import commit, folder_name, header
 
 STATE = "suite.json"
@@ -260,8 +259,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--fresh", action="store_true", help="run finished parts again too")
     parser.add_argument("--dry-run", "--list", action="store_true", help="say what, and stop")
     limits = f"limit of a part; {MINUTES}, or {CPU_MINUTES} on a CPU"
-    parser.add_argument("--part-minutes", type=minutes, help=limits)
-    parser.add_argument("--minutes", type=minutes, help="limit of the whole")
+    parser.add_argument("--part-minutes", type=cli.minutes, help=limits)
+    parser.add_argument("--minutes", type=cli.minutes, help="limit of the whole")
     parser.add_argument("--pack", type=Path, help="put the folder of results into this file")
     parser.add_argument("--out", type=Path, help="folder of the results")
     parser.add_argument("--fashion", type=Path, help="folder of Fashion-MNIST's files")

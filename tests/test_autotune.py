@@ -314,7 +314,7 @@ def test_other_versions_tune_again_and_a_broken_table_stops(tmp_path):
         (["--layer", "99"], "--layer must be from 0 to 17"),
         (["--compile-only", "--target", "sm_10"], "--target: invalid choice: 'sm_10'"),
         (["--dtype", "int8"], "invalid choice"),
-        (["--minutes", "-1"], "must be a number of minutes above 0, not '-1'"),
+        (["--minutes", "-1"], "must be a number of minutes above 0, as in 5m, not '-1'"),
         (["--batch", "0"], "must be a whole number of at least 1, not '0'"),
         (["--size", "33"], "multiple|divisible"),
         (["--gpu", "Some other GPU"], "no CUDA device|this GPU is"),

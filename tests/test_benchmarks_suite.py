@@ -168,8 +168,8 @@ def test_the_costliest_questions_come_first(tmp_path):
     [
         (["--only", "nonsense"], "unknown part 'nonsense': choose from verdicts"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
-        (["--minutes", "0"], "must be a number of minutes above 0, not '0'"),
-        (["--part-minutes", "nan"], "must be a number of minutes above 0, not 'nan'"),
+        (["--minutes", "0"], "must be a number of minutes above 0, as in 5m, not '0'"),
+        (["--part-minutes", "nan"], "must be a number of minutes above 0, as in 5m, not 'nan'"),
         (["--out", "/dev/null/results", "--only", "layers-forward"], "cannot create|is a file"),
     ],
 )

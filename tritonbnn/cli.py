@@ -63,6 +63,19 @@ def at_least(least: int, most: float = math.inf) -> Callable[[str], int]:
     return number
 
 
+def minutes(text: str) -> float:
+    """The type of a flag that is a time in minutes: ``5`` or ``5m``."""
+    try:
+        found = float(text.removesuffix("m"))
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"must be a number of minutes above 0, as in 5m, not {text!r}"
+        )
+    return found
+
+
 def path(text: str) -> Path:
     """The type of a flag that is a path. A shell leaves the ``~`` in ``--out=~/runs`` as it is."""
     with suppress(RuntimeError):  # ~NAME, where there is no such user: a name like any other

@@ -28,7 +28,6 @@ from tritonbnn.kernels.candidates import candidates, spread
 from tritonbnn.kernels.commands import (
     LIMIT_HELP,
     add_problem_arguments,
-    minutes,
     named_problems,
     positive,
 )
@@ -298,7 +297,9 @@ def _parser() -> cli.Parser:
     parser.add_argument("--limit", type=positive, help=f"{LIMIT_HELP}, for each problem")
     parser.add_argument("--output", type=Path, help="the table, instead of the user's own")
     parser.add_argument("--ship", action="store_true", help="write the package's own table")
-    parser.add_argument("--minutes", type=minutes, default=math.inf, help="begin no problem after")
+    parser.add_argument(
+        "--minutes", type=cli.minutes, default=math.inf, help="begin no problem after"
+    )
     parser.add_argument("--compile-only", action="store_true", help="rank without a GPU")
     parser.add_argument("--target", default="sm_90", choices=TARGETS, help="of --compile-only")
     parser.add_argument("--top", type=positive, default=5, help="of --compile-only: rows a problem")

@@ -1,7 +1,6 @@
 """What the commands on these kernels share: where to run, and which problems to work on."""
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,17 +17,6 @@ from tritonbnn.kernels.provenance import own_device
 LIMIT_HELP = "try at most so many candidates: the default, and others spread over all"
 
 positive = cli.at_least(1)
-
-
-def minutes(text: str) -> float:
-    """The type of a flag that is a time in minutes."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = math.nan
-    if not 0 < found < math.inf:
-        raise argparse.ArgumentTypeError(f"must be a number of minutes above 0, not {text!r}")
-    return found
 
 
 def kernel_device() -> torch.device:

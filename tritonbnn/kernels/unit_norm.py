@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor, distributed
 
 from tritonbnn.contract import Averages, Options, Statistics
-from tritonbnn.kernels.config import TileConfig
+from tritonbnn.kernels.config import TileConfig, ceil_div
 from tritonbnn.kernels.launch import launch
 
 _TILE = TileConfig(64, 8, 1, 4, 1)
@@ -426,5 +426,5 @@ def norm_grads(
 
 
 def _launch(kernel: Any, channels: int, **arguments: Any) -> None:
-    blocks = -(-channels // _TILE.block_n)
+    blocks = ceil_div(channels, _TILE.block_n)
     launch(kernel, blocks, _TILE, CHANNELS=channels, BLOCK_N=_TILE.block_n, **arguments)

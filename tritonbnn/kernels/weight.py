@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonbnn.bits import WORD_BITS, words
-from tritonbnn.kernels.config import TileConfig, power_of_two
+from tritonbnn.kernels.config import TileConfig, ceil_div, power_of_two
 from tritonbnn.kernels.launch import launch
 from tritonbnn.layout import empty_channels_last, from_flat
 
@@ -266,7 +266,7 @@ def expand_rows(
     if values.numel():
         launch(
             _expand_kernel,
-            -(-rows // block_m),
+            ceil_div(rows, block_m),
             _TILE,
             packed_ptr=packed.contiguous(),
             alpha_ptr=None if alpha is None else alpha.contiguous(),
@@ -302,7 +302,7 @@ def summed(partial: Tensor, clip: Tensor | None, shape: tuple[int, int, int, int
         names = ("out", "channel", "tap")
         launch(
             _weight_sum_kernel,
-            -(-grad.numel() // _SUM_TILE.block_m),
+            ceil_div(grad.numel(), _SUM_TILE.block_m),
             _SUM_TILE,
             partial_ptr=partial,
             weight_ptr=clip,

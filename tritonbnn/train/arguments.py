@@ -4,8 +4,7 @@ argparse collects text. What it means, and whether it is legal, the same code de
 recipes (:mod:`tritonbnn.train.recipe`), so that a value is never checked in two ways.
 """
 
-import math
-from argparse import SUPPRESS, ArgumentTypeError, BooleanOptionalAction
+from argparse import SUPPRESS, BooleanOptionalAction
 from collections.abc import Mapping
 from dataclasses import Field, dataclass
 from pathlib import Path
@@ -141,7 +140,7 @@ def _parser(config: Config | None) -> Parser:
     )
     parser.add_argument(
         "--tune",
-        type=_minutes,
+        type=cli.minutes,
         metavar="MINUTES",
         help="first time the kernels for this network on this GPU, for so long (5m or 5)",
     )
@@ -182,16 +181,6 @@ def _parser(config: Config | None) -> Parser:
         if key not in _OWN_FLAG:
             _add_flag(run, key, spec, "" if config is None else _shown(getattr(config, key)))
     return parser
-
-
-def _minutes(text: str) -> float:
-    try:
-        found = float(text.removesuffix("m"))
-    except ValueError:
-        found = math.nan
-    if not 0 < found < math.inf:
-        raise ArgumentTypeError(f"must be a number of minutes above 0, as in 5m, not {text!r}")
-    return found
 
 
 def _add_flag(parser: Any, key: str, spec: Field, shown: str) -> None:
