@@ -66,8 +66,8 @@ def unit_launches(layer: Geometry, dtype: str, step: int, plan: str) -> Iterator
         forward    convolution A; statistics A; epilogue A + 2 B                       3 A + 2 B
         backward   activation A + 3 B; norm A + 2 B; weight B; input and sign 4 B      2 A + 10 B
         recompute  the convolution again, in backward                                  A
-        fused      as recompute, and forward has the convolution twice in place of
-                   convolution and statistics, without A                             - 3 A
+        fused      the convolution within four passes, without any A: statistics 0;
+                   epilogue 2 B; sums 2 B; activation and norm 4 B; as above 5 B      13 B
 
     With real weights "fused" is "recompute".
 
@@ -93,18 +93,21 @@ def unit_launches(layer: Geometry, dtype: str, step: int, plan: str) -> Iterator
     convolution = Launch(FORWARD, signs + weight + a, products, operands)
 
     if plan == "fused" and step == 2:
-        ones = layer.pixels * WORD_BYTES  # of every window, for the one-bit tensor core
-        yield Launch(FORWARD, 2 * signs + weight + 2 * ones, products, operands)  # statistics
-        epilogue = x + z + next_signs
-        yield Launch(FORWARD, 2 * signs + weight + 2 * ones + epilogue, products, operands)
+        for images in (
+            0,  # statistics
+            x + z + next_signs,  # epilogue
+            z + x,  # the activation's sums: reads gradient and stream
+            z + x + z + z,  # activation and norm: writes du and dy
+        ):
+            yield Launch(FORWARD, signs + weight + images, products, operands)
     else:
         yield convolution
         yield Launch(ELEMENTWISE, a)  # statistics
         yield Launch(ELEMENTWISE, a + x + z + next_signs)  # epilogue, and the next unit's signs
-    if plan != "keep":
-        yield convolution
-    yield Launch(ELEMENTWISE, z + a + x + z)  # activation: reads gradient, a and stream, writes du
-    yield Launch(ELEMENTWISE, z + a + z)  # norm: reads du and a, writes dy
+        if plan != "keep":
+            yield convolution
+        yield Launch(ELEMENTWISE, z + a + x + z)  # activation: reads gradient, a, stream, writes du
+        yield Launch(ELEMENTWISE, z + a + z)  # norm: reads du and a, writes dy
     yield Launch(GRADIENTS, z + signs + taps * layer.channels * PARAMETER_BYTES, products, dtype)
     # input: reads dy, and past its product the stream and du; writes dx
     yield Launch(GRADIENTS, z + weight + x + z + x, products, dtype)

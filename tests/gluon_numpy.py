@@ -16,7 +16,15 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.interpreter import InterpretedFunction
 
 from tests.warpgroup_numpy import SharedMemory, run_assembly
-from tritonbnn.kernels import conv, conv_unit, mma, mma_peak, mma_unit, mma_warpgroup
+from tritonbnn.kernels import (
+    conv,
+    mma,
+    mma_operands,
+    mma_peak,
+    mma_unit,
+    mma_unit_grad,
+    mma_warpgroup,
+)
 
 LANES = 32
 
@@ -74,6 +82,9 @@ class Array:
     def __getitem__(self, index):
         return Array(self.data[index])
 
+    def __index__(self):
+        return int(self.data)
+
 
 def _binary(function):
     def method(self, other):
@@ -120,7 +131,7 @@ class Pointer:
 
 def _where(condition, x, y):
     values = (each.data if isinstance(each, Array) else each for each in (x, y))
-    return Array(np.where(condition.data, *values), x.layout)
+    return Array(np.where(condition.data, *values), condition.layout)
 
 
 def load(pointer, mask=None, other=0):
@@ -190,7 +201,7 @@ def inline_asm_elementwise(num_warps, shared, asm, constraints, args, dtype, is_
     return Array(values.reshape(layout.shape), layout)
 
 
-def _language(program, num_warps):
+def _language(program, programs, num_warps):
     """Gluon's language as far as the kernels use it, for one program."""
     shared = SharedMemory()
     return SimpleNamespace(
@@ -204,6 +215,7 @@ def _language(program, num_warps):
         float32=np.float32,
         static_range=range,
         program_id=lambda axis: Array(np.int32(program)),
+        num_programs=lambda axis: Array(np.int32(programs)),
         arange=lambda start, end, layout: Array(np.arange(start, end, dtype=np.int32), layout),
         full=lambda shape, value, dtype, layout: Array(np.full(shape, value, dtype), layout),
         expand_dims=lambda x, axis: Array(np.expand_dims(x.data, axis)),
@@ -243,7 +255,7 @@ def run(kernel, programs, num_warps, arguments):
         for name, value in arguments.items()
     }
     for program in range(programs):
-        _plain(kernel, _language(program, num_warps), {})(**arguments)
+        _plain(kernel, _language(program, programs, num_warps), {})(**arguments)
 
 
 def emulate(monkeypatch):
@@ -252,7 +264,7 @@ def emulate(monkeypatch):
     def launch(kernel, programs, tile, **arguments):
         run(kernel, programs, tile.num_warps, arguments)
 
-    for module in (mma, mma_peak, mma_unit, mma_warpgroup):
+    for module in (mma, mma_peak, mma_unit, mma_unit_grad, mma_warpgroup):
         monkeypatch.setattr(module, "launch", launch)
-    for module in (conv, conv_unit):
+    for module in (conv, mma_operands):
         monkeypatch.setattr(module, "has_one_bit_core", lambda *_: True)

@@ -22,22 +22,18 @@ from tritonbnn.kernels.targets import TARGETS
 FIRST = ("sm_80", "sm_90")
 """Where every formulation is compiled, the one-bit tensor core's too."""
 
-OPERAND_KERNELS = {
-    *("_expand_kernel", "_weight_sum_kernel"),
-    *("_fragments_kernel", "_base_kernel", "_patch_kernel"),
-}
+OPERAND_KERNELS = {"_filter_kernel", "_weight_sum_kernel", "_unpack_kernel", "_ones_kernel"}
 """What only prepares the operands of a product."""
 
 SOURCES = Path(shipped.__file__).parent
 
 ELSEWHERE = {
     *("_bop_kernel", "_bop_packed_kernel"),  # an optimiser's, of a weight and no layer
-    *("_moments_mma_kernel", "_unit_mma_kernel"),  # of the plan "fused", which is no default
     *("_peak_kernel", "_warpgroup_peak_kernel"),  # measure what a GPU reaches
 }
 """Kernels that no layer's default launches."""
 
-WARPGROUP_KERNELS = {"_conv_warpgroup_kernel", "_matrices_kernel"}
+WARPGROUP_KERNELS = {"_conv_warpgroup_kernel", "_matrices_kernel", "_ones_kernel"}
 """What sm_90 alone has."""
 
 

@@ -182,7 +182,7 @@ def test_what_is_wrong_on_the_whole_batch_alone_is_not_chosen(monkeypatch, capsy
 def test_the_faster_plan_wins(monkeypatch):
     """By a clock that counts convolutions: recompute takes one more than keep.
 
-    Without a one-bit core fused is recompute, and the first of equals is chosen.
+    Without a one-bit core fused is keep, and the first of equals is chosen.
     """
     count = [0]
     convolve = whole.convolved
@@ -199,8 +199,8 @@ def test_the_faster_plan_wins(monkeypatch):
     monkeypatch.setattr(whole, "convolved", counted)
     monkeypatch.setattr(autotune, "time_callable", clock)
     plans = candidates(UNIT.key, H100)
-    assert [plan.formulation for plan in plans] == ["keep", "recompute", "fused"]
-    for sign, best, convolutions in ((1, "keep", 1), (-1, "fused", 2)):
+    assert [plan.formulation for plan in plans] == ["fused", "keep", "recompute"]
+    for sign, best, convolutions in ((1, "fused", 1), (-1, "recompute", 2)):
         entry = autotune.tune(UNIT, plans, KERNEL_DEVICE)
         assert (entry.choice.formulation, entry.time_us * sign) == (best, convolutions)
         assert entry.default_us == sign

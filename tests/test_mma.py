@@ -16,6 +16,7 @@ from tritonbnn import cli, eager, kernels
 from tritonbnn.kernels import bench_matmul, config, conv, mma_operands, mma_peak
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.config import Choice, TileConfig
+from tritonbnn.kernels.cut import block_tiles
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.problems import Problem
 from tritonbnn.kernels.problems.network import model_layers
@@ -204,7 +205,7 @@ def test_every_candidate_is_a_whole_number_of_tiles(target):
     tiles = [c.tile for c in candidates(key, TARGETS[target]) if c.formulation == "mma"]
     assert len(tiles) > 8
     for tile in (*tiles, *TILES, config.default_tile(key, "mma")):
-        cut = mma_operands.block_tiles(tile)
+        cut = block_tiles(tile)
         assert cut.warps_o * cut.warps_p == tile.num_warps
         assert 16 * cut.warps_o * cut.tiles_o == tile.block_n
         assert 8 * cut.warps_p * cut.tiles_p == tile.block_m

@@ -14,9 +14,13 @@ from tests.helpers import (
 from tests.test_conv import PROBLEMS, by_unfolding, operands
 from tritonbnn import eager, kernels, ops
 from tritonbnn.checks import shortcut_input_shape
-from tritonbnn.kernels import config
+from tritonbnn.kernels import config, mma_unit_grad
 from tritonbnn.kernels.config import Choice, TileConfig
+from tritonbnn.kernels.cut import block_tiles
 from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.mma_unit import half_tile, product_of
+from tritonbnn.kernels.weight import fragments_of
+from tritonbnn.layout import channels_last
 
 ON_THE_CORE = Choice("mma", TileConfig(32, 16, 1, 4, 1))
 
@@ -80,6 +84,38 @@ def test_the_epilogue_is_that_of_the_unit(one_bit_core, shortcut, activated, dty
     assert (z.shape, z.dtype) == (shape, dtype)
     assert_no_worse_than_eager(z, usual, exact)
     assert torch.equal(signs.cpu(), eager.pack_signs(z.cpu(), following))
+
+
+@pytest.mark.parametrize("activated", [True, False], ids=["prelu", "bare"])
+@pytest.mark.parametrize("shortcut", ["identity", "pool", "repeat"])
+def test_the_backward_passes_are_those_of_the_unit(one_bit_core, shortcut, activated):
+    k, stride = (3, 2) if shortcut == "pool" else (1, 1)
+    channels, outputs = (17, 34) if shortcut == "repeat" else (33, 33)
+    geometry = Geometry(3, 6 * stride, 5 * stride, channels, outputs, k, stride, k // 2)
+    problem = (3, channels, geometry.height, geometry.width, outputs, k, stride)
+    x, weight = (each.to(KERNEL_DEVICE) for each in operands(problem)[2:])
+    shape = shortcut_input_shape(geometry.output_shape, shortcut)
+    stream = activation(*shape, layout="channels_last").to(KERNEL_DEVICE)
+    grad = channels_last(gradient(*geometry.output_shape).to(KERNEL_DEVICE))
+    *norm, mid, slope, du_scale, a_scale, constant = (
+        v.to(KERNEL_DEVICE) for v in vectors(8, outputs)
+    )
+    after = (mid, slope) if activated else (None, None)
+    tile = half_tile(geometry)
+    product = product_of(x, fragments_of(weight, channels, block_tiles(tile)), geometry, tile)
+    passed = (product, grad, stream, tuple(norm), after)
+    sums = mma_unit_grad.activation_sums_mma(*passed, geometry, shortcut)
+    du, dy = mma_unit_grad.unit_grad_mma(*passed, (du_scale, a_scale, constant), shortcut)
+
+    window = {"channels": channels, "stride": stride, "padding": k // 2, "dtype": torch.int32}
+    a = eager.conv_packed(x.cpu(), weight.cpu(), None, **window)
+    given = [None if v is None else v.cpu() for v in (grad, a, stream, *norm, *after)]
+    usual_du, usual_sums = eager.unit_activation_backward(*given, shortcut=shortcut)
+    torch.testing.assert_close(du.cpu(), usual_du)
+    torch.testing.assert_close(sums.sum(0).cpu(), usual_sums, rtol=1e-5, atol=1e-3)
+    coefficients = [each.cpu() for each in (du_scale, a_scale, constant)]
+    usual_dy = eager.unit_norm_backward(usual_du, a, *coefficients)
+    torch.testing.assert_close(dy.cpu(), usual_dy, rtol=1e-5, atol=1e-4)
 
 
 def test_a_whole_unit_runs_on_it(one_bit_core, monkeypatch):

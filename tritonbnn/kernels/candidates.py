@@ -6,7 +6,7 @@ from itertools import groupby, product
 
 from tritonbnn.kernels import config
 from tritonbnn.kernels.config import Choice, ProblemKey, TileConfig, power_of_two
-from tritonbnn.kernels.mma_operands import block_tiles
+from tritonbnn.kernels.cut import block_tiles
 from tritonbnn.kernels.targets import Target
 
 MAX_ACCUMULATORS = 128

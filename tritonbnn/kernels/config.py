@@ -218,6 +218,8 @@ def formulations(op: str, target: Target) -> tuple[str, ...]:
     if op == "conv_packed":
         return target.products
     known = known_formulations(op)
+    if op == "unit_plan" and target.products[0] == "mma":  # convolving again costs no memory
+        return tuple(sorted(known, key="fused".__ne__))
     if "library" in known and not target.matrices:
         return ("library",)
     return tuple(sorted(known, key="library".__ne__)) if op in target.library else known

@@ -272,7 +272,7 @@ def _real_weight(weight: Tensor, alpha: Tensor | None, channels: int, dtype: tor
         return channels_last(weight.to(dtype))
     checks.check_packed("weight", weight, channels)
     checks.check_per_channel(weight.shape[0], alpha=alpha)
-    return scaled(weight, alpha, channels, dtype)
+    return scaled(weight, alpha, channels, dtype)[0]
 
 
 def _launch_input_grad(

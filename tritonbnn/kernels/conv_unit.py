@@ -4,15 +4,19 @@ Where the tuning table does not choose the one-bit tensor core, the convolution'
 and read again.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from tritonbnn import checks
-from tritonbnn.kernels import config
+from tritonbnn.kernels.config import TileConfig
 from tritonbnn.kernels.conv import conv_packed
+from tritonbnn.kernels.cut import block_tiles
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype
-from tritonbnn.kernels.mma_operands import has_one_bit_core
+from tritonbnn.kernels.mma_operands import on_one_bit_core
 from tritonbnn.kernels.unit import channel_moments, moments_of, unit_forward
+from tritonbnn.kernels.weight import fragments_of
 from tritonbnn.layout import channels_last
 
 
@@ -21,10 +25,10 @@ def conv_moments(
 ) -> tuple[Tensor, Tensor]:
     """Moments of a convolution: the twin of :func:`tritonbnn.eager.conv_moments`."""
     geometry = _checked(x, weight, channels, stride, padding)
-    if on_one_bit_core(geometry, x):
-        from tritonbnn.kernels.mma_unit import moments_mma, product_of  # it needs Gluon
+    if on_one_bit_core(geometry, x.device):
+        from tritonbnn.kernels.mma_unit import half_tile, moments_mma  # it needs Gluon
 
-        product = product_of(x.contiguous(), weight.contiguous(), geometry)
+        product = _product(x, weight, geometry, half_tile(geometry))
         return moments_of(moments_mma(product, geometry), geometry.pixels)
     return channel_moments(_convolution(x, weight, geometry))
 
@@ -50,10 +54,10 @@ def conv_unit_forward(
     """A unit from its signs on: the twin of :func:`tritonbnn.eager.conv_unit_forward`."""
     geometry = _checked(x, weight, channels, stride, padding)
     vectors = (mean, scale, offset, shift_mid, slope, shift_out, next_shift)
-    if not on_one_bit_core(geometry, x):
+    if not on_one_bit_core(geometry, x.device):
         a = _convolution(x, weight, geometry)
         return unit_forward(a, stream, *vectors, shortcut=shortcut, pack=pack)
-    from tritonbnn.kernels.mma_unit import product_of, unit_mma  # it needs Gluon
+    from tritonbnn.kernels.mma_unit import unit_mma, unit_tile  # it needs Gluon
 
     check_kernel_dtype("stream", stream.dtype)
     expected = checks.shortcut_input_shape(geometry.output_shape, shortcut)
@@ -63,7 +67,7 @@ def conv_unit_forward(
     checks.check_per_channel(geometry.out_channels, **named)
     checks.check_same_device(x=x, stream=stream, **named)
     return unit_mma(
-        product_of(x.contiguous(), weight.contiguous(), geometry),
+        _product(x, weight, geometry, unit_tile(geometry)),
         channels_last(stream),
         named,
         geometry,
@@ -79,10 +83,11 @@ def _checked(x: Tensor, weight: Tensor, channels: int, stride: int, padding: int
     return checked_geometry(x, channels, weight.shape[0], weight.shape[1], stride, padding)
 
 
-def on_one_bit_core(geometry: Geometry, x: Tensor) -> bool:
-    """Whether a unit of packed ``x`` runs on it, by the tuning table and the device."""
-    choice = config.choose(geometry.key("conv_packed", "int32"), x.device)
-    return geometry.pixels > 0 and choice.formulation == "mma" and has_one_bit_core(x.device)
+def _product(x: Tensor, weight: Tensor, geometry: Geometry, tile: TileConfig) -> Any:
+    from tritonbnn.kernels.mma_unit import product_of  # it needs Gluon
+
+    fragments = fragments_of(weight.contiguous(), geometry.channels, block_tiles(tile))
+    return product_of(x.contiguous(), fragments, geometry, tile)
 
 
 def _convolution(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

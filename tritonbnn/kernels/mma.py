@@ -14,15 +14,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from tritonbnn.kernels.config import TileConfig, ceil_div
+from tritonbnn.kernels.cut import block_tiles
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import launch
-from tritonbnn.kernels.mma_operands import (
-    block_tiles,
-    weight_fragments,
-    window_bases,
-    window_ones,
-)
-from tritonbnn.kernels.mma_tile import signed_sums, store_scaled
+from tritonbnn.kernels.mma_tile import block_of_program, signed_sums, store_scaled
+from tritonbnn.kernels.weight import Fragments, fragments_of
 
 
 @gluon.jit
@@ -30,7 +26,6 @@ def _conv_mma_kernel(
     x_ptr,
     weight_ptr,
     base_ptr,
-    patch_ptr,
     alpha_ptr,
     y_ptr,
     pixels,
@@ -39,10 +34,11 @@ def _conv_mma_kernel(
 ):
     """y[p, o] = alpha[o] (base[border[p], o] - 2 ones[p] + 4 popcount(x & w)).
 
-    x (N H W, words) int32; weight, base and patch as :mod:`tritonbnn.kernels.mma_operands` makes
-    them; alpha (O,) float32 or None; y (N H' W', O) of any number dtype.
+    x (N H W, words) int32; weight and base as :mod:`tritonbnn.kernels.weight` makes them; alpha
+    (O,) float32 or None; y (N H' W', O) of any number dtype.
     """
-    y, pixel, out = signed_sums(x_ptr, weight_ptr, base_ptr, patch_ptr, pixels, shape, cut)
+    block_p, block_o, _ = block_of_program(shape, cut)
+    y, pixel, out = signed_sums(x_ptr, weight_ptr, base_ptr, pixels, block_p, block_o, shape, cut)
     store_scaled(y, y_ptr, alpha_ptr, pixel, out, pixels, shape.out_channels)
 
 
@@ -64,30 +60,34 @@ def conv_mma(
         geometry: of the convolution.
         tile: ``block_m`` pixels by ``block_n`` channels, at least 16; the rest means nothing.
     """
-    programs, product = product_arguments(x, weight, geometry, tile)
+    cut = block_tiles(tile)
+    fragments = fragments_of(weight, geometry.channels, cut)
+    product = product_arguments(x, fragments, geometry, tile)
+    programs = ceil_div(geometry.pixels, tile.block_m) * channel_blocks(geometry, tile)
     launch(_conv_mma_kernel, programs, tile, **product, alpha_ptr=alpha, y_ptr=y)
 
 
+def channel_blocks(geometry: Geometry, tile: TileConfig) -> int:
+    """Blocks of output channels."""
+    return ceil_div(geometry.out_channels, tile.block_n)
+
+
 def product_arguments(
-    x: Tensor, weight: Tensor, geometry: Geometry, tile: TileConfig
-) -> tuple[int, dict[str, Any]]:
-    """How many programs a kernel on the one-bit tensor core runs, and what it multiplies.
+    x: Tensor, fragments: Fragments, geometry: Geometry, tile: TileConfig
+) -> dict[str, Any]:
+    """What a kernel on the one-bit tensor core multiplies.
 
     Args:
         x: as in :func:`conv_mma`, as are the others.
-        weight: likewise.
+        fragments: the weight's, of the tile's cut.
         geometry: likewise.
         tile: likewise.
     """
-    cut = block_tiles(tile)
-    blocks_o = ceil_div(geometry.out_channels, tile.block_n)
-    tiles = blocks_o * tile.block_n // 16
-    return ceil_div(geometry.pixels, tile.block_m) * blocks_o, {
+    return {
         "x_ptr": x,
-        "weight_ptr": weight_fragments(weight, geometry, cut.tiles_o, tiles),
-        "base_ptr": window_bases(weight, geometry),
-        "patch_ptr": window_ones(x, geometry),
+        "weight_ptr": fragments.words,
+        "base_ptr": fragments.base,
         "pixels": geometry.pixels,
         "shape": geometry.shape,
-        "cut": cut,
+        "cut": block_tiles(tile),
     }

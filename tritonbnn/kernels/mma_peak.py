@@ -8,8 +8,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 
 from tritonbnn.kernels.config import TileConfig
+from tritonbnn.kernels.cut import Cut
 from tritonbnn.kernels.launch import launch
-from tritonbnn.kernels.mma_operands import Cut
 from tritonbnn.kernels.mma_tile import (
     add_common_ones,
     as_matrix,
@@ -45,7 +45,7 @@ def _peak_kernel(words_ptr, sums_ptr, steps, cut: gl.constexpr):
 
     words (32, 4) int32, the operands by lane and register; sums (programs, pixels, channels) int32.
     """
-    LAYOUT: gl.constexpr = fragment_layout(cut)
+    LAYOUT: gl.constexpr = fragment_layout(cut, cut.tiles_o)
     X: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))
     W: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))
     OUTPUT: gl.constexpr = output_layout(cut)

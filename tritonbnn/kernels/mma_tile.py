@@ -6,8 +6,9 @@ are 1 in both operands. With 1 for +1 and 0 for -1, over the taps t inside the i
     y[p, o] = base[border(p), o] - 2 ones[p] + 4 popcount(x & w)
     base[b, o] = sum over t of C - 2 popcount(w[o, t]),   ones[p] = sum over t of popcount(x[p + t])
 
-A word outside the image is 0, so it adds to neither sum. ``base``, ``ones`` and the weight in the
-order in which lanes read it come from :mod:`tritonbnn.kernels.mma_operands`.
+A word outside the image is 0, so it adds to neither sum. ``base`` and the weight in the order in
+which lanes read it come from :mod:`tritonbnn.kernels.weight`. ``ones`` is one product more, with a
+weight of ones: 1/4 of the core's operations more at 64 channels a warp, and no pass over x.
 
 Output channels are the instruction's rows and pixels its columns, so that every lane's words of a
 pixel are one 16-byte load for two instructions. K is cut into chunks of 16 words, of which lane
@@ -38,14 +39,14 @@ def bits(size, axis, scale=1, rank=2):
 
 
 @gluon.constexpr_function
-def fragment_layout(cut):
+def fragment_layout(cut, tiles_o):
     """Accumulators by (channel warp, channel tile, pixel warp, pixel tile, lane, register)."""
     return gl.DistributedLinearLayout(
-        bits(4, 5, rank=6) + bits(cut.tiles_p, 3, rank=6) + bits(cut.tiles_o, 1, rank=6),
+        bits(4, 5, rank=6) + bits(cut.tiles_p, 3, rank=6) + bits(tiles_o, 1, rank=6),
         bits(32, 4, rank=6),
         bits(cut.warps_p, 2, rank=6) + bits(cut.warps_o, 0, rank=6),
         [],
-        [cut.warps_o, cut.tiles_o, cut.warps_p, cut.tiles_p, 32, 4],
+        [cut.warps_o, tiles_o, cut.warps_p, cut.tiles_p, 32, 4],
     )
 
 
@@ -59,6 +60,19 @@ def output_layout(cut):
         bits(cut.warps_p, 0, pixels) + bits(cut.warps_o, 1, 8 * channels),
         [],
         [cut.warps_p * pixels, cut.warps_o * 8 * channels],
+    )
+
+
+@gluon.constexpr_function
+def group_layout(cut):
+    """The same as pixels x groups of channels that lie in one thread x channels of a group."""
+    pixels = 8 * cut.tiles_p
+    return gl.DistributedLinearLayout(
+        bits(2 * cut.tiles_o, 2, rank=3) + bits(2, 0, rank=3) + bits(cut.tiles_p, 0, 8, rank=3),
+        bits(4, 0, 2, rank=3) + bits(8, 1, rank=3),
+        bits(cut.warps_p, 0, pixels, rank=3) + bits(cut.warps_o, 1, 8, rank=3),
+        [],
+        [cut.warps_p * pixels, cut.warps_o * 8, 2 * cut.tiles_o],
     )
 
 
@@ -91,16 +105,16 @@ def _taps_inside(row, column, shape: gl.constexpr):
 
 @gluon.jit
 def _window_words(x_ptr, start, inside, position, shape: gl.constexpr):
-    """The words of x at ``position`` among a window's; 0 outside the image.
-
-    Beyond K it is some word of the last tap: the weight is 0 there.
-    """
+    """The words of x at ``position`` among a window's; 0 outside the image and beyond K."""
     WORDS: gl.constexpr = (shape.channels + 31) // 32
     SIZE: gl.constexpr = shape.kernel_size
-    tap = gl.minimum(position // WORDS, SIZE * SIZE - 1)
+    if SIZE == 1:
+        if WORDS % 16 == 0:
+            return gl.load(x_ptr + (start + position))
+        return gl.load(x_ptr + (start + position), mask=position < WORDS, other=0)
+    tap = position // WORDS
     word = tap // SIZE * (shape.width * WORDS) + tap % SIZE * WORDS + position % WORDS
-    if shape.padding == 0:
-        return gl.load(x_ptr + (start + word))
+    # Of the taps beyond the window, no bit is set either.
     return gl.load(x_ptr + (start + word), mask=(inside >> tap) % 2 != 0, other=0)
 
 
@@ -137,25 +151,33 @@ def as_matrix(acc, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def sums_of_signs(
-    common,
-    base_ptr,
-    patch_ptr,
-    pixel,
-    out,
-    pixels,
-    OUT_CHANNELS: gl.constexpr,
-    PADDING: gl.constexpr,
-):
-    """The sums of products of signs, from the counts of common ones, (pixel, out) int32."""
-    known = out < OUT_CHANNELS
-    patch = gl.load(patch_ptr + pixel, mask=pixel < pixels, other=0)[:, None]
-    if PADDING == 0:
-        base = gl.load(base_ptr + out, mask=known, other=0)[None, :]
-    else:
-        border = (patch & 15) * OUT_CHANNELS
-        base = gl.load(base_ptr + (border + out[None, :]), mask=known[None, :], other=0)
-    return base.to(gl.int32) - (patch >> 4) * 2 + common * 4
+def as_groups(ones, cut: gl.constexpr):
+    """Of ones in a window by warp, lane and register, twice as many, (pixels, groups).
+
+    Rows g and g + 8 of the product are alike, so that their sum is what is asked for, and every
+    lane has it of the pixels whose sums it has.
+    """
+    WARPS_O: gl.constexpr = cut.warps_o
+    WARPS_P: gl.constexpr = cut.warps_p
+    TILES_P: gl.constexpr = cut.tiles_p
+    twice = gl.sum(ones.reshape([WARPS_O, WARPS_P, TILES_P, 8, 4, 2, 2]), axis=5)
+    moved = twice.permute(1, 2, 4, 5, 0, 3)
+    GROUPS: gl.constexpr = gl.SliceLayout(2, group_layout(cut))
+    return gl.convert_layout(moved.reshape([WARPS_P * TILES_P * 8, WARPS_O * 8]), GROUPS)
+
+
+@gluon.jit
+def _bases(base_ptr, pixel, out, shape: gl.constexpr):
+    """What windows without any ones yield, (pixel, out) int32, or (1, out) without padding."""
+    known = (out < shape.out_channels)[None, :]
+    offset = out[None, :]
+    if shape.padding > 0:
+        row = pixel // shape.out_width % shape.out_height * shape.stride
+        column = pixel % shape.out_width * shape.stride
+        border = (row == 0).to(gl.int32) + (row + 2 > shape.height).to(gl.int32) * 2
+        border += (column == 0).to(gl.int32) * 4 + (column + 2 > shape.width).to(gl.int32) * 8
+        offset = border[:, None] * shape.out_channels + offset
+    return gl.load(base_ptr + offset, mask=known, other=0).to(gl.int32)
 
 
 @gluon.jit
@@ -172,38 +194,42 @@ def store_scaled(y, y_ptr, alpha_ptr, pixel, out, pixels, OUT_CHANNELS: gl.const
 
 @gluon.jit
 def block_of_program(shape: gl.constexpr, cut: gl.constexpr):
-    """Which block of pixels and which of channels. Channels run fastest: neighbours share x."""
+    """Which block of pixels, which of channels, and how many programs share the blocks of pixels.
+
+    Channels run fastest: neighbours share x.
+    """
     BLOCK_O: gl.constexpr = cut.warps_o * cut.tiles_o * 16
     blocks_o: gl.constexpr = (shape.out_channels + BLOCK_O - 1) // BLOCK_O
-    return gl.program_id(0) // blocks_o, gl.program_id(0) % blocks_o
+    program = gl.program_id(0)
+    return program // blocks_o, program % blocks_o, gl.num_programs(0) // blocks_o
 
 
 @gluon.jit
 def signed_sums(
-    x_ptr, weight_ptr, base_ptr, patch_ptr, pixels, shape: gl.constexpr, cut: gl.constexpr
+    x_ptr, weight_ptr, base_ptr, pixels, block_p, block_o, shape: gl.constexpr, cut: gl.constexpr
 ):
-    """A program's block of the convolution: sums, pixels, channels.
+    """A block of the convolution: sums, pixels, channels.
 
     The sums are (pixels, channels) int32 in :func:`output_layout`, the others the indices of its
     axes. Beyond the last pixel and the last channel a sum is anything.
 
-    x (N H W, words) int32; weight, base and patch as :mod:`tritonbnn.kernels.mma_operands` makes
-    them; ``shape`` a :class:`tritonbnn.kernels.geometry.Shape`, ``cut`` a
+    x (N H W, words) int32; weight and base as :mod:`tritonbnn.kernels.weight` makes them; ``shape``
+    a :class:`tritonbnn.kernels.geometry.Shape`, ``cut`` a
     :class:`tritonbnn.kernels.mma_operands.Cut`.
     """
     WORDS: gl.constexpr = (shape.channels + 31) // 32
     CHUNKS: gl.constexpr = (shape.kernel_size * shape.kernel_size * WORDS + 15) // 16
-    LAYOUT: gl.constexpr = fragment_layout(cut)
+    LAYOUT: gl.constexpr = fragment_layout(cut, cut.tiles_o)
     X: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT))
     W: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, LAYOUT))
+    ONES: gl.constexpr = fragment_layout(cut, 1)
     OUTPUT: gl.constexpr = output_layout(cut)
     BLOCK_P: gl.constexpr = cut.warps_p * cut.tiles_p * 8
     BLOCK_O: gl.constexpr = cut.warps_o * cut.tiles_o * 16
-    pid_p, pid_o = block_of_program(shape, cut)
 
     tile = steps_along(cut.warps_p, 0, X) * cut.tiles_p + steps_along(cut.tiles_p, 1, X)
     lane = steps_along(32, 2, X)
-    pixel = gl.minimum(pid_p * BLOCK_P + tile * 8 + lane // 4, pixels - 1)
+    pixel = gl.minimum(block_p * BLOCK_P + tile * 8 + lane // 4, pixels - 1)
     row = pixel // shape.out_width % shape.out_height * shape.stride - shape.padding
     column = pixel % shape.out_width * shape.stride - shape.padding
     image = pixel // (shape.out_width * shape.out_height)
@@ -211,21 +237,28 @@ def signed_sums(
     inside = _taps_inside(row, column, shape)
     position = lane % 4 * 4 + steps_along(4, 3, X)
 
-    tile = pid_o * cut.warps_o + steps_along(cut.warps_o, 0, W)
+    tile = block_o * cut.warps_o + steps_along(cut.warps_o, 0, W)
     tile = tile * cut.tiles_o + steps_along(cut.tiles_o, 1, W)
     fragment = tile * (CHUNKS * 256) + steps_along(32, 2, W) * 4 + steps_along(4, 3, W)
 
     acc = gl.full(LAYOUT.shape, 0, gl.int32, LAYOUT)
+    # One tile more of the weight, of ones alone, counts the ones of every window.
+    ones = gl.full(ONES.shape, 0, gl.int32, ONES)
+    every = gl.full(
+        [cut.warps_o, 1, 32, 4], -1, gl.int32, gl.SliceLayout(2, gl.SliceLayout(3, ONES))
+    )
     for chunk in range(CHUNKS):
         x = _window_words(x_ptr, start, inside, chunk * 16 + position, shape)
         w0 = gl.load(weight_ptr + (chunk * 256 + fragment))
         w1 = gl.load(weight_ptr + (chunk * 256 + 128 + fragment))
         acc = add_common_ones(w0, w1, x, acc)
+        alike = gl.convert_layout(x, gl.SliceLayout(0, gl.SliceLayout(1, ONES)))
+        ones = add_common_ones(every, every, alike, ones)
 
-    pixel = pid_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, OUTPUT))
-    out = pid_o * BLOCK_O + gl.arange(0, BLOCK_O, gl.SliceLayout(0, OUTPUT))
-    common = as_matrix(acc, OUTPUT)
-    channels: gl.constexpr = shape.out_channels
-    padding: gl.constexpr = shape.padding
-    y = sums_of_signs(common, base_ptr, patch_ptr, pixel, out, pixels, channels, padding)
-    return y, pixel, out
+    pixel = block_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, OUTPUT))
+    out = block_o * BLOCK_O + gl.arange(0, BLOCK_O, gl.SliceLayout(0, OUTPUT))
+    common = as_matrix(acc, OUTPUT).reshape([BLOCK_P, cut.warps_o * 8, 2 * cut.tiles_o])
+    common = gl.convert_layout(common, group_layout(cut))
+    y = common * 4 - as_groups(ones, cut)[:, :, None]
+    y = gl.convert_layout(y.reshape([BLOCK_P, BLOCK_O]), OUTPUT)
+    return y + _bases(base_ptr, pixel, out, shape), pixel, out

@@ -1,11 +1,11 @@
 """A unit's forward pass on the one-bit tensor core, the convolution's output never written.
 
 Convolved once for its statistics and once more for the epilogue: bytes per output element with a
-bf16 stream, 4.1 in place of the 10.1 where an int16 output is written and read twice, for twice the
+bf16 stream, 4 in place of the 10 where an int16 output is written and read twice, for twice the
 core's operations. A prediction: nothing has been measured yet.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,14 @@ from triton.experimental.gluon import language as gl
 
 from tritonbnn.bits import words
 from tritonbnn.kernels.config import TileConfig, ceil_div, default_tile, whole_words
+from tritonbnn.kernels.elementwise import MAX_PARTIALS
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import launch
-from tritonbnn.kernels.mma import product_arguments
+from tritonbnn.kernels.mma import channel_blocks, product_arguments
+from tritonbnn.kernels.mma_sums import no_sums, store_sums, thread_sums
 from tritonbnn.kernels.mma_tile import block_of_program, signed_sums
 from tritonbnn.kernels.unit import per_channel, shortcut_value
+from tritonbnn.kernels.weight import Fragments
 from tritonbnn.layout import empty_channels_last, flat_pixels
 
 
@@ -28,24 +31,29 @@ def _moments_mma_kernel(
     x_ptr,
     weight_ptr,
     base_ptr,
-    patch_ptr,
     sums_ptr,
     pixels,
     shape: gl.constexpr,
     cut: gl.constexpr,
 ):
-    """Each block's share of the sums over pixels of y and y^2, y as the convolution has it.
+    """Each program's share of the sums over pixels of y and y^2, y as the convolution has it.
 
-    Operands as :func:`tritonbnn.kernels.mma_tile.signed_sums` takes them; sums (blocks of pixels,
-    2, O) int64.
+    Operands as :func:`tritonbnn.kernels.mma_tile.signed_sums` takes them; sums (programs, 2, O)
+    int64. A program takes every ``programs``-th block of pixels.
     """
-    y, pixel, out = signed_sums(x_ptr, weight_ptr, base_ptr, patch_ptr, pixels, shape, cut)
-    y = gl.where((pixel < pixels)[:, None], y, 0)
-    wide = y.to(gl.int64)  # 9216^2 times a block's pixels passes 2^31
-    pid_p, _ = block_of_program(shape, cut)
-    sums = sums_ptr + (pid_p.to(gl.int64) * (2 * shape.out_channels) + out)
-    gl.store(sums, gl.sum(y, axis=0).to(gl.int64), mask=out < shape.out_channels)
-    gl.store(sums + shape.out_channels, gl.sum(wide * wide, axis=0), mask=out < shape.out_channels)
+    K: gl.constexpr = shape.channels * shape.kernel_size * shape.kernel_size
+    SQUARES: gl.constexpr = gl.int32 if K * K * cut.tiles_p * 2 < 2**31 else gl.int64
+    BLOCK_P: gl.constexpr = cut.warps_p * cut.tiles_p * 8
+    first, block_o, programs = block_of_program(shape, cut)
+    total = no_sums(gl.int64, cut)
+    squares = no_sums(gl.int64, cut)
+    for block_p in range(first, (pixels + BLOCK_P - 1) // BLOCK_P, programs):
+        y, pixel, _ = signed_sums(x_ptr, weight_ptr, base_ptr, pixels, block_p, block_o, shape, cut)
+        y = gl.where((pixel < pixels)[:, None], y, 0)
+        total += thread_sums(y, cut).to(gl.int64)
+        squares += thread_sums(y.to(SQUARES) * y.to(SQUARES), cut).to(gl.int64)
+    store_sums(total, sums_ptr, 2 * first, block_o, shape, cut)
+    store_sums(squares, sums_ptr, 2 * first + 1, block_o, shape, cut)
 
 
 @gluon.jit
@@ -53,7 +61,6 @@ def _unit_mma_kernel(
     x_ptr,
     weight_ptr,
     base_ptr,
-    patch_ptr,
     stream_ptr,
     mean_ptr,
     scale_ptr,
@@ -74,7 +81,8 @@ def _unit_mma_kernel(
     Operands of y as :func:`tritonbnn.kernels.mma_tile.signed_sums` takes them, the others as the
     epilogue of :mod:`tritonbnn.kernels.unit` does.
     """
-    y, pixel, out = signed_sums(x_ptr, weight_ptr, base_ptr, patch_ptr, pixels, shape, cut)
+    block_p, block_o, _ = block_of_program(shape, cut)
+    y, pixel, out = signed_sums(x_ptr, weight_ptr, base_ptr, pixels, block_p, block_o, shape, cut)
     row = pixel.to(gl.int64)[:, None]
     out = out[None, :]
     known = out < shape.out_channels
@@ -102,9 +110,8 @@ def _unit_mma_kernel(
         )
         packed = gl.sum(bits.reshape([BLOCK_P, BLOCK_O // 32, 32]), axis=2)
         packed = gl.convert_layout(packed, PACKED)
-        pid_p, pid_o = block_of_program(shape, cut)
-        pixel = pid_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, PACKED))
-        word = pid_o * (BLOCK_O // 32) + gl.arange(0, BLOCK_O // 32, gl.SliceLayout(0, PACKED))
+        pixel = block_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, PACKED))
+        word = block_o * (BLOCK_O // 32) + gl.arange(0, BLOCK_O // 32, gl.SliceLayout(0, PACKED))
         words: gl.constexpr = (shape.out_channels + 31) // 32
         inside = (pixel < pixels)[:, None] & (word < words)[None, :]
         offset = pixel.to(gl.int64)[:, None] * words + word[None, :]
@@ -116,35 +123,60 @@ class Product:
     """A convolution that several kernels compute anew, each with what follows it.
 
     Attributes:
-        programs: that each of them runs.
-        tile: of all.
+        pixel_blocks: blocks of pixels.
+        channel_blocks: blocks of channels.
+        tile: of all kernels.
         arguments: the operands, prepared once.
     """
 
-    programs: int
+    pixel_blocks: int
+    channel_blocks: int
     tile: TileConfig
     arguments: dict[str, Any]
 
+    @property
+    def summing(self) -> int:
+        """Programs that share the blocks of pixels in a kernel that sums."""
+        return min(ceil_div(MAX_PARTIALS, self.channel_blocks), self.pixel_blocks)
 
-def product_of(x: Tensor, weight: Tensor, geometry: Geometry) -> Product:
+
+def unit_tile(geometry: Geometry) -> TileConfig:
+    """Of a convolution with what follows it.
+
+    Not the tuning table's, for a larger tile leaves too few registers for what follows.
+    """
+    return whole_words(default_tile(geometry.key("conv_packed", "int32"), "mma"))
+
+
+def half_tile(geometry: Geometry) -> TileConfig:
+    """As :func:`unit_tile`, for what takes more registers: sums, and the backward pass.
+
+    Channels are cut alike.
+    """
+    tile = unit_tile(geometry)
+    return replace(tile, block_m=tile.block_m // 2)
+
+
+def product_of(x: Tensor, weight: Fragments, geometry: Geometry, tile: TileConfig) -> Product:
     """The convolution of packed operands.
 
     Args:
         x: packed (N, H, W, words), contiguous.
-        weight: packed (O, kh, kw, words), contiguous.
+        weight: of the tile's cut.
         geometry: of the convolution.
+        tile: :func:`unit_tile` or :func:`half_tile`.
     """
-    # Not the table's tile: a larger one leaves too few registers for what follows the product.
-    tile = whole_words(default_tile(geometry.key("conv_packed", "int32"), "mma"))
-    programs, arguments = product_arguments(x, weight, geometry, tile)
-    return Product(programs, tile, arguments)
+    blocks = ceil_div(geometry.pixels, tile.block_m), channel_blocks(geometry, tile)
+    return Product(*blocks, tile, product_arguments(x, weight, geometry, tile))
 
 
 def moments_mma(product: Product, geometry: Geometry) -> Tensor:
-    """Each block's share of the sums of the convolution and of its square, (blocks, 2, O) int64."""
-    shape = (ceil_div(geometry.pixels, product.tile.block_m), 2, geometry.out_channels)
+    """Each program's share of the sums of the convolution and its square, (parts, 2, O) int64."""
+    programs = product.summing
+    shape = (programs, 2, geometry.out_channels)
     sums = torch.empty(shape, dtype=torch.int64, device=product.arguments["x_ptr"].device)
-    launch(_moments_mma_kernel, product.programs, product.tile, **product.arguments, sums_ptr=sums)
+    programs *= product.channel_blocks
+    launch(_moments_mma_kernel, programs, product.tile, **product.arguments, sums_ptr=sums)
     return sums
 
 
@@ -173,7 +205,7 @@ def unit_mma(
     signs = torch.empty(shape, dtype=torch.int32, device=stream.device)
     launch(
         _unit_mma_kernel,
-        product.programs,
+        product.pixel_blocks * product.channel_blocks,
         product.tile,
         **product.arguments,
         stream_ptr=flat_pixels(stream),

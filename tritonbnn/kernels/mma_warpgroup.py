@@ -21,12 +21,11 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from tritonbnn.kernels.config import TileConfig, ceil_div
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import launch
-from tritonbnn.kernels.mma_operands import weight_matrices, window_bases, window_ones
+from tritonbnn.kernels.mma_operands import row_ones, weight_matrices
 from tritonbnn.kernels.mma_tile import (
     bits,
     steps_along,
     store_scaled,
-    sums_of_signs,
     thread_barrier,
 )
 
@@ -135,8 +134,8 @@ def as_pixels(acc, WARPS: gl.constexpr, BLOCK_N: gl.constexpr):
 def _conv_warpgroup_kernel(
     x_ptr,
     weight_ptr,
-    base_ptr,
-    patch_ptr,
+    weight_ones_ptr,
+    x_ones_ptr,
     alpha_ptr,
     y_ptr,
     pixels,
@@ -147,10 +146,10 @@ def _conv_warpgroup_kernel(
     STEPS: gl.constexpr,
     STAGES: gl.constexpr,
 ):
-    """y[p, o] = alpha[o] (base[o] - 2 ones[p] + 4 popcount(x & w)).
+    """y[p, o] = alpha[o] (C - 2 ones(w[o]) - 2 ones(x[p]) + 4 popcount(x & w)).
 
-    x (N H W, words) int32; weight, base and patch as :mod:`tritonbnn.kernels.mma_operands` makes
-    them; alpha (O,) float32 or None; y (N H W, O) of any number dtype.
+    x (N H W, words) int32; weight and the ones of both as :mod:`tritonbnn.kernels.mma_operands`
+    makes them; alpha (O,) float32 or None; y (N H W, O) of any number dtype.
     """
     WORDS: gl.constexpr = (CHANNELS + 31) // 32
     CHUNKS: gl.constexpr = (WORDS + 8 * STEPS - 1) // (8 * STEPS)
@@ -199,7 +198,9 @@ def _conv_warpgroup_kernel(
     pixel = pid_p * (16 * WARPS) + gl.arange(0, 16 * WARPS, gl.SliceLayout(1, OUTPUT))
     out = pid_o * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, OUTPUT))
     common = as_pixels(acc, WARPS, BLOCK_N)
-    y = sums_of_signs(common, base_ptr, patch_ptr, pixel, out, pixels, OUT_CHANNELS, 0)
+    x_ones = gl.load(x_ones_ptr + pixel, mask=pixel < pixels, other=0)[:, None]
+    weight_ones = gl.load(weight_ones_ptr + out, mask=out < OUT_CHANNELS, other=0)[None, :]
+    y = CHANNELS - (weight_ones + x_ones) * 2 + common * 4
     store_scaled(y, y_ptr, alpha_ptr, pixel, out, pixels, OUT_CHANNELS)
 
 
@@ -228,8 +229,8 @@ def conv_warpgroup(
         tile,
         x_ptr=x,
         weight_ptr=weight_matrices(weight, tile.block_n, tile.block_k // 256),
-        base_ptr=window_bases(weight, geometry),
-        patch_ptr=window_ones(x, geometry),
+        weight_ones_ptr=row_ones(weight),
+        x_ones_ptr=row_ones(x),
         alpha_ptr=alpha,
         y_ptr=y,
         pixels=geometry.pixels,

@@ -8,11 +8,14 @@ from torch import Tensor
 from tritonbnn import checks
 from tritonbnn.bits import WORD_BITS, words
 from tritonbnn.kernels import config
-from tritonbnn.kernels.config import ceil_div
+from tritonbnn.kernels.config import TileConfig, ceil_div, power_of_two
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
 from tritonbnn.kernels.tiles import popcount
-from tritonbnn.kernels.weight import expand_rows, prepare
+from tritonbnn.kernels.weight import prepare
 from tritonbnn.layout import channels_last, flat_pixels, from_flat
+
+_TILE = TileConfig(64, WORD_BITS, 1, 4, 1)
+"""Words and lanes that are unpacked at once."""
 
 
 @triton.jit
@@ -41,6 +44,34 @@ def _pack_kernel(
         x += tl.load(shift_ptr + channel, mask=mask, other=0.0).to(tl.float32)
     packed = tl.sum((x >= 0).to(tl.int32) << lane, axis=1)
     tl.store(packed_ptr + word, packed, mask=row < rows)
+
+
+@triton.jit
+def _unpack_kernel(
+    packed_ptr,
+    x_ptr,
+    rows,
+    CHANNELS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """x[r, c] = +1 where bit c of packed[r] is set, and -1 elsewhere.
+
+    packed (rows, words) int32, x (rows, CHANNELS) of any number dtype. A program takes BLOCK_M
+    rows, BLOCK words of them at a time.
+    """
+    WORDS: tl.constexpr = (CHANNELS + 31) // 32
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    lane = tl.arange(0, 32)[None, None, :]
+    one = tl.full((), 1, x_ptr.dtype.element_ty)
+    for start in range(0, WORDS, BLOCK):
+        word = start + tl.arange(0, BLOCK)[None, :]
+        inside = (row < rows)[:, None] & (word < WORDS)
+        packed = tl.load(packed_ptr + row[:, None] * WORDS + word, mask=inside, other=0)
+        channel = word[:, :, None] * 32 + lane
+        x = tl.where((packed[:, :, None] >> lane) & 1 != 0, one, -one)
+        mask = (row < rows)[:, None, None] & (channel < CHANNELS)
+        tl.store(x_ptr + row[:, None, None] * CHANNELS + channel, x, mask=mask)
 
 
 @triton.jit
@@ -109,7 +140,20 @@ def unpack_signs(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
         check_kernel_dtype("dtype", dtype)
     rows = packed.numel() // packed.shape[-1]
     flat = torch.empty((rows, channels), dtype=dtype, device=packed.device)
-    expand_rows(packed, flat)
+    block = min(_TILE.block_m, power_of_two(packed.shape[-1]))
+    block_m = _TILE.block_m // block
+    if flat.numel():
+        launch(
+            _unpack_kernel,
+            ceil_div(rows, block_m),
+            _TILE,
+            packed_ptr=packed.contiguous(),
+            x_ptr=flat,
+            rows=rows,
+            CHANNELS=channels,
+            BLOCK_M=block_m,
+            BLOCK=block,
+        )
     if packed.dim() == 2:
         return flat
     n, h, w, _ = packed.shape
@@ -119,7 +163,7 @@ def unpack_signs(packed: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
 def pack_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Pack a weight and scale it: the twin of :func:`tritonbnn.eager.pack_weight`."""
     check_kernel_dtype("weight", weight.dtype)
-    packed, alpha, _ = prepare(weight, numbers=False)
+    packed, alpha, _ = prepare(weight)
     return packed, alpha
 
 
@@ -129,7 +173,7 @@ def packed_difference(a: Tensor, b: Tensor) -> Tensor:
     counts = torch.empty(rows, dtype=torch.int32, device=a.device)
     key = config.ProblemKey("packed_difference", "int32", rows, 1, 1, words_of_row * WORD_BITS)
     tile = config.choose(key, a.device).tile
-    block_n = min(32, config.power_of_two(words_of_row))
+    block_n = min(32, power_of_two(words_of_row))
     block_m = max(1, tile.block_m * tile.block_n // (WORD_BITS * block_n))
     if rows:
         launch(

@@ -17,7 +17,9 @@ from tritonbnn import checks
 from tritonbnn.bits import words
 from tritonbnn.kernels import config
 from tritonbnn.kernels.elementwise import launch_elementwise, launch_partial_sums
+from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import check_kernel_dtype
+from tritonbnn.kernels.mma_operands import on_one_bit_core
 from tritonbnn.kernels.tiles import tile_of
 from tritonbnn.layout import channels_last, empty_pixels, flat_pixels
 
@@ -170,12 +172,17 @@ def unit_plan(
     binary_weight: bool,
     device: torch.device,
 ) -> str:
-    """What the tuning table says, or "keep": the twin of :func:`tritonbnn.eager.unit_plan`.
+    """What the tuning table says, or the default: the twin of :func:`tritonbnn.eager.unit_plan`.
 
-    Unpacking bits makes the convolution dearer than the 4 bytes an element that keeping costs.
+    That is "fused" where the one-bit core does the convolution, and "keep" elsewhere: unpacking
+    bits makes it dearer than the 4 bytes an element that keeping costs.
     """
     shape = (batch, height, width, channels, out_channels, kernel_size, stride)
-    return config.choose(_plan_key(dtype, binary_weight, *shape), device).formulation
+    plan = config.choose(_plan_key(dtype, binary_weight, *shape), device).formulation
+    if plan != "fused":
+        return plan
+    geometry = Geometry(*shape, kernel_size // 2)
+    return plan if binary_weight and on_one_bit_core(geometry, device) else "keep"
 
 
 @lru_cache(maxsize=4096)

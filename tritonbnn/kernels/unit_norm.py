@@ -16,7 +16,7 @@ from tritonbnn.contract import Averages, Options, Statistics
 from tritonbnn.kernels.config import TileConfig, ceil_div
 from tritonbnn.kernels.launch import launch
 
-_TILE = TileConfig(64, 8, 1, 4, 1)
+_TILE = TileConfig(256, 8, 1, 4, 1)
 """Parts and channels of a block: 32 bytes of float32 lie side by side."""
 
 

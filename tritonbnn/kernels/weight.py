@@ -1,7 +1,7 @@
-"""All that a step needs of a binary convolution's weight: its signs in three forms, and its clip.
+"""All that a step needs of a binary convolution's weight: its signs in four forms, and its clip.
 
 A weight is small beside the images, so what counts here is the number of launches: one before the
-products, one for the gradient to the input, and one after the gradient to the weight.
+products, one before the gradients, and one after the gradient to the weight.
 """
 
 from typing import NamedTuple
@@ -12,14 +12,24 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonbnn.bits import WORD_BITS, words
+from tritonbnn.checks import sum_dtype
 from tritonbnn.kernels.config import TileConfig, ceil_div, power_of_two
+from tritonbnn.kernels.cut import CHUNK_WORDS, Cut
 from tritonbnn.kernels.launch import launch
+from tritonbnn.kernels.tiles import popcount
 from tritonbnn.layout import empty_channels_last, from_flat
 
 _TILE = TileConfig(64, WORD_BITS, 1, 4, 1)
 """Words and lanes of a block."""
 
+_MOST_FILTERS = 16
+"""Of a program: tiles of 16 filters are whole."""
+
 _SUM_TILE = TileConfig(1024, 1, 1, 4, 1)
+
+
+BORDERS = 16
+"""Ways in which a 3x3 window can cross the image's border: a bit each for its four sides."""
 
 
 class Numbers(NamedTuple):
@@ -34,91 +44,134 @@ class Numbers(NamedTuple):
     tap_sums: Tensor
 
 
+class Fragments(NamedTuple):
+    """A packed weight as the one-bit tensor core multiplies it.
+
+    Attributes:
+        words: int32 (tiles of 16 channels, chunks of 16 words, 2, 32 lanes, 4), in the order in
+            which lanes read it, 0 beyond O and K.
+        base: what a window without any ones yields, (borders, O), int16 where that holds it: half
+            the registers, which accumulators need.
+        tiles_o: tiles that a warp has.
+    """
+
+    words: Tensor
+    base: Tensor
+    tiles_o: int
+
+
 @triton.jit
-def _weight_kernel(
+def _fragment_place(out, word, CHUNKS: tl.constexpr, TILES_O: tl.constexpr):
+    """Where the core's lanes read a word of a filter.
+
+    Register r of lane 4 g + t for instruction s of a chunk: word 4 t + 2 s + r / 2 of the chunk,
+    and of the 16 TILES_O channels of a warp number 2 TILES_O g + 2 tile + r % 2.
+    """
+    in_warp = out % (16 * TILES_O)
+    group, in_group = in_warp // (2 * TILES_O), in_warp % (2 * TILES_O)
+    tile = out // (16 * TILES_O) * TILES_O + in_group // 2
+    lane = 4 * group + word % 16 // 4
+    step = (tile * CHUNKS + word // 16) * 2 + word // 2 % 2
+    return step * 128 + lane * 4 + word % 2 * 2 + in_group % 2
+
+
+@triton.jit
+def _crosses(border, tap, KERNEL_SIZE: tl.constexpr):
+    """Whether a tap lies outside of the image at a border."""
+    row, column = tap // KERNEL_SIZE, tap % KERNEL_SIZE
+    last: tl.constexpr = KERNEL_SIZE - 1
+    above = (row == 0) & (border % 2 != 0)
+    below = (row == last) & (border // 2 % 2 != 0)
+    left = (column == 0) & (border // 4 % 2 != 0)
+    right = (column == last) & (border // 8 != 0)
+    return above | below | left | right
+
+
+@triton.jit
+def _filter_kernel(
     weight_ptr,
     packed_ptr,
     alpha_ptr,
     values_ptr,
     tap_sums_ptr,
+    fragments_ptr,
+    base_ptr,
     stride_out,
     stride_channel,
     stride_tap,
+    OUT_CHANNELS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr,
+    BORDERS: tl.constexpr,
+    TILES_O: tl.constexpr,
+    SCALED: tl.constexpr,
+    FILTERS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A filter's packed signs, the mean of its magnitudes, and its signs as numbers.
+    """All forms of a few filters: those that are None are not wanted.
 
-    weight (O, C, TAPS) float of any strides; packed (O, TAPS, words) int32; alpha (O,) float32;
-    values (O, TAPS, C) int8 and tap_sums (O, TAPS) int32, or None together.
+    weight (O, C, taps) float of any strides gives packed (O, taps, words) int32 and its mean
+    magnitude alpha (O,) float32; where it is None, those two are read. values (O, taps, C) of any
+    number dtype, +1 and -1 or SCALED by alpha; tap_sums (O, taps) int32, the sums of the signs.
+    fragments and base: the fields of :class:`Fragments`. There are filters up to its last tile.
     """
     WORDS: tl.constexpr = (CHANNELS + 31) // 32
-    out = tl.program_id(0)
-    lane = tl.arange(0, 32)[None, :]
-    filter_ptr = weight_ptr + out.to(tl.int64) * stride_out
-    magnitude = tl.zeros((BLOCK, 32), tl.float32)
+    TAPS: tl.constexpr = KERNEL_SIZE * KERNEL_SIZE
+    CHUNKS: tl.constexpr = (TAPS * WORDS + 15) // 16
+    out = tl.program_id(0) * FILTERS + tl.arange(0, FILTERS)
+    exists = out < OUT_CHANNELS
+    lane = tl.arange(0, 32)[None, None, :]
+    border = tl.arange(0, BORDERS)[None, :]
+    base = tl.zeros((FILTERS, BORDERS), tl.int32)
+    magnitude = tl.zeros((FILTERS, BLOCK, 32), tl.float32)
+    if SCALED:
+        scale = tl.load(alpha_ptr + out, mask=exists, other=0.0).to(values_ptr.dtype.element_ty)
     for tap in range(TAPS):
         row = (out * TAPS + tap).to(tl.int64)
-        ones = tl.zeros((BLOCK,), tl.int32)
+        count = tl.zeros((FILTERS, BLOCK), tl.int32)
         for start in range(0, WORDS, BLOCK):
-            word = start + tl.arange(0, BLOCK)
-            channel = word[:, None] * 32 + lane
-            known = channel < CHANNELS
-            offset = channel.to(tl.int64) * stride_channel + tap * stride_tap
-            w = tl.load(filter_ptr + offset, mask=known, other=0.0).to(tl.float32)
-            magnitude += tl.abs(w)
-            positive = (w >= 0) & known
-            bits = tl.sum(positive.to(tl.int32) << lane, axis=1)
-            tl.store(packed_ptr + row * WORDS + word, bits, mask=word < WORDS)
+            word = start + tl.arange(0, BLOCK)[None, :]
+            channel = word[:, :, None] * 32 + lane
+            known = exists[:, None, None] & (channel < CHANNELS)
+            inside = exists[:, None] & (word < WORDS)
+            if weight_ptr is not None:
+                offset = out.to(tl.int64)[:, None, None] * stride_out + tap * stride_tap
+                offset += channel.to(tl.int64) * stride_channel
+                w = tl.load(weight_ptr + offset, mask=known, other=0.0).to(tl.float32)
+                magnitude += tl.abs(w)
+                positive = ((w >= 0) & known).to(tl.int32)
+                packed = tl.sum(positive << lane, axis=2)
+                tl.store(packed_ptr + row[:, None] * WORDS + word, packed, mask=inside)
+            else:
+                packed = tl.load(packed_ptr + row[:, None] * WORDS + word, mask=inside, other=0)
+                positive = (packed[:, :, None] >> lane) & 1
+            count += popcount(packed)
             if values_ptr is not None:
-                values = tl.where(positive, 1, -1).to(tl.int8)
-                tl.store(values_ptr + row * CHANNELS + channel, values, mask=known)
-                ones += tl.sum(positive.to(tl.int32), axis=1)
-        if values_ptr is not None:
-            tl.store(tap_sums_ptr + row, 2 * tl.sum(ones, axis=0) - CHANNELS)
-    total = tl.sum(tl.sum(magnitude, axis=1), axis=0)
-    tl.store(alpha_ptr + out, total / (CHANNELS * TAPS))
-
-
-@triton.jit
-def _expand_kernel(
-    packed_ptr,
-    alpha_ptr,
-    values_ptr,
-    tap_sums_ptr,
-    rows,
-    CHANNELS: tl.constexpr,
-    TAPS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """values[r, c] = alpha[r // TAPS] sign[r, c], and their sums over c.
-
-    packed (rows, words) int32, alpha (rows / TAPS,) float or None for 1; values (rows, C) of any
-    number dtype, to which alpha is rounded; tap_sums (rows,) int32 or None.
-    """
-    WORDS: tl.constexpr = (CHANNELS + 31) // 32
-    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    lane = tl.arange(0, 32)[None, None, :]
-    scale = tl.full((BLOCK_M,), 1, values_ptr.dtype.element_ty)
-    if alpha_ptr is not None:
-        scale = tl.load(alpha_ptr + row // TAPS, mask=row < rows, other=0.0)
-        scale = scale.to(values_ptr.dtype.element_ty)
-    ones = tl.zeros((BLOCK_M, BLOCK), tl.int32)
-    for start in range(0, WORDS, BLOCK):
-        word = start + tl.arange(0, BLOCK)[None, :]
-        inside = (row < rows)[:, None] & (word < WORDS)
-        packed = tl.load(packed_ptr + row[:, None] * WORDS + word, mask=inside, other=0)
-        bits = (packed[:, :, None] >> lane) & 1
-        channel = word[:, :, None] * 32 + lane
-        values = tl.where(bits != 0, scale[:, None, None], -scale[:, None, None])
-        mask = (row < rows)[:, None, None] & (channel < CHANNELS)
-        tl.store(values_ptr + row[:, None, None] * CHANNELS + channel, values, mask=mask)
-        ones += tl.sum(bits, axis=2)  # lanes beyond C are 0
-    if tap_sums_ptr is not None:
-        total = 2 * tl.sum(ones, axis=1) - CHANNELS
-        tl.store(tap_sums_ptr + row, total, mask=row < rows)
+                if SCALED:
+                    one = scale[:, None, None]
+                else:
+                    one = tl.full((1, 1, 1), 1, values_ptr.dtype.element_ty)
+                values = tl.where(positive != 0, one, -one)
+                place = row[:, None, None] * CHANNELS + channel
+                tl.store(values_ptr + place, values, mask=known)
+            if fragments_ptr is not None:
+                place = _fragment_place(out[:, None], tap * WORDS + word, CHUNKS, TILES_O)
+                tl.store(fragments_ptr + place, packed, mask=word < WORDS)
+        tap_sum = 2 * tl.sum(count, axis=1) - CHANNELS
+        if tap_sums_ptr is not None:
+            tl.store(tap_sums_ptr + row, tap_sum, mask=exists)
+        if base_ptr is not None:
+            base -= tl.where(_crosses(border, tap, KERNEL_SIZE), 0, tap_sum[:, None])
+    if weight_ptr is not None:
+        total = tl.sum(tl.sum(magnitude, axis=2), axis=1)
+        tl.store(alpha_ptr + out, total / (CHANNELS * TAPS), mask=exists)
+    if base_ptr is not None:
+        place = border * OUT_CHANNELS + out[:, None]
+        tl.store(base_ptr + place, base.to(base_ptr.dtype.element_ty), mask=exists[:, None])
+        beyond = TAPS * WORDS + tl.arange(0, 16)[None, :]
+        place = _fragment_place(out[:, None], beyond, CHUNKS, TILES_O)
+        nothing = tl.zeros((FILTERS, 16), tl.int32)
+        tl.store(fragments_ptr + place, nothing, mask=beyond < CHUNKS * 16)
 
 
 @triton.jit
@@ -181,103 +234,134 @@ def in_a_row(weight: Tensor) -> Tensor:
     return weight.contiguous()
 
 
-def prepare(weight: Tensor, *, numbers: bool) -> tuple[Tensor, Tensor, Numbers | None]:
-    """Pack a weight and scale it, and expand its signs in the same launch.
+def prepare(
+    weight: Tensor, *, numbers: bool = False, cut: Cut | None = None
+) -> tuple[Tensor, Tensor, Numbers | Fragments | None]:
+    """Pack a weight and scale it, and make the form that is multiplied in the same launch.
 
     Args:
         weight: (O, C, k, k) or (O, C).
-        numbers: whether they are wanted.
+        numbers: whether its signs are wanted as numbers.
+        cut: of the blocks that the one-bit core multiplies, if it does.
 
     Returns:
-        Packed signs (O, k, k, words) or (O, words), alpha (O,) float32, and the numbers.
+        Packed signs (O, k, k, words) or (O, words), alpha (O,) float32, and the form.
     """
     weight = in_a_row(weight)
     out_channels, channels = weight.shape[:2]
-    taps = weight[0, 0].numel() if weight.dim() == 4 else 1
     device = weight.device
     shape = (out_channels, *weight.shape[2:], words(channels))
     packed = torch.empty(shape, dtype=torch.int32, device=device)
     alpha = torch.empty(out_channels, dtype=torch.float32, device=device)
-    expanded = None
     if numbers:
-        expanded = _empty_numbers(out_channels * taps, channels, device)
-    if packed.numel():
-        out, channel, tap = strides(weight)
-        launch(
-            _weight_kernel,
-            out_channels,
-            _TILE,
-            weight_ptr=weight,
-            packed_ptr=packed,
-            alpha_ptr=alpha,
-            values_ptr=None if expanded is None else expanded.values,
-            tap_sums_ptr=None if expanded is None else expanded.tap_sums,
-            stride_out=out,
-            stride_channel=channel,
-            stride_tap=tap,
-            CHANNELS=channels,
-            TAPS=taps,
-            BLOCK=min(_TILE.block_m, power_of_two(words(channels))),
-        )
-    return packed, alpha, expanded
-
-
-def _empty_numbers(rows: int, channels: int, device: torch.device) -> Numbers:
-    values = torch.empty((rows, channels), dtype=torch.int8, device=device)
-    return Numbers(values, torch.empty(rows, dtype=torch.int32, device=device))
+        expanded = _empty_numbers(packed, channels)
+        _launch_filters(packed, channels, alpha, weight=weight, numbers=expanded)
+        return packed, alpha, expanded
+    fragments = None if cut is None else _empty_fragments(packed, channels, cut)
+    _launch_filters(packed, channels, alpha, weight=weight, fragments=fragments)
+    return packed, alpha, fragments
 
 
 def expand(packed: Tensor, channels: int) -> Numbers:
     """A packed weight (O, k, k, words) as numbers."""
-    rows = packed.numel() // packed.shape[-1]
-    numbers = _empty_numbers(rows, channels, packed.device)
-    expand_rows(packed, numbers.values, tap_sums=numbers.tap_sums)
+    numbers = _empty_numbers(packed, channels)
+    _launch_filters(packed, channels, None, numbers=numbers)
     return numbers
 
 
-def scaled(packed: Tensor, alpha: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
-    """alpha times a packed weight's signs, (O, C, k, k) in ``dtype`` and channels_last memory."""
+def fragments_of(packed: Tensor, channels: int, cut: Cut) -> Fragments:
+    """A packed weight (O, k, k, words) as the one-bit tensor core multiplies it."""
+    fragments = _empty_fragments(packed, channels, cut)
+    _launch_filters(packed, channels, None, fragments=fragments)
+    return fragments
+
+
+def scaled(
+    packed: Tensor, alpha: Tensor, channels: int, dtype: torch.dtype, cut: Cut | None = None
+) -> tuple[Tensor, Fragments | None]:
+    """alpha times a packed weight's signs, and with a ``cut`` its fragments in the same launch.
+
+    Args:
+        packed: (O, k, k, words).
+        alpha: (O,), rounded to ``dtype``.
+        channels: C.
+        dtype: of the numbers.
+        cut: of the blocks that the one-bit core multiplies, or None.
+
+    Returns:
+        (O, C, k, k) in channels_last memory, and the fragments.
+    """
     out_channels, kernel_size = packed.shape[:2]
     shape = (out_channels, channels, kernel_size, kernel_size)
     values = empty_channels_last(shape, dtype, packed.device)
-    expand_rows(packed, values, alpha=alpha)
-    return values
+    fragments = None if cut is None else _empty_fragments(packed, channels, cut)
+    alpha = alpha.contiguous()
+    _launch_filters(packed, channels, alpha, values=values, fragments=fragments)
+    return values, fragments
 
 
-def expand_rows(
+def _empty_numbers(packed: Tensor, channels: int) -> Numbers:
+    rows = packed.numel() // packed.shape[-1]
+    values = torch.empty((rows, channels), dtype=torch.int8, device=packed.device)
+    return Numbers(values, torch.empty(rows, dtype=torch.int32, device=packed.device))
+
+
+def _empty_fragments(packed: Tensor, channels: int, cut: Cut) -> Fragments:
+    taps = _taps(packed)
+    out_channels, tap_words = len(packed), taps * packed.shape[-1]
+    block = 16 * cut.tiles_o * cut.warps_o
+    tiles = ceil_div(out_channels, block) * block // 16
+    shape = (tiles, ceil_div(tap_words, CHUNK_WORDS), 2, 32, 4)
+    fragments = torch.empty(shape, dtype=torch.int32, device=packed.device)
+    borders, dtype = BORDERS if taps > 1 else 1, sum_dtype(channels * taps)
+    base = torch.empty((borders, out_channels), dtype=dtype, device=packed.device)
+    return Fragments(fragments, base, cut.tiles_o)
+
+
+def _taps(packed: Tensor) -> int:
+    """Of (O, k, k, words), or of (O, words), which is one."""
+    return packed.shape[1] ** 2 if packed.dim() == 4 else 1
+
+
+def _launch_filters(
     packed: Tensor,
-    values: Tensor,
+    channels: int,
+    alpha: Tensor | None,
     *,
-    alpha: Tensor | None = None,
-    tap_sums: Tensor | None = None,
+    weight: Tensor | None = None,
+    numbers: Numbers | None = None,
+    values: Tensor | None = None,
+    fragments: Fragments | None = None,
 ) -> None:
-    """Write packed signs as numbers, times ``alpha`` if it is given.
-
-    Args:
-        packed: int32, words innermost.
-        values: the result, (rows, C), or (O, C, kh, kw) in channels_last memory; any number dtype.
-        alpha: (O,), of as many rows each.
-        tap_sums: int32 (rows,), for the sums over C; or None.
-    """
-    channels = values.shape[1]
-    rows = values.numel() // channels
-    block = min(_TILE.block_m, power_of_two(words(channels)))
-    block_m = _TILE.block_m // block
-    if values.numel():
-        launch(
-            _expand_kernel,
-            ceil_div(rows, block_m),
-            _TILE,
-            packed_ptr=packed.contiguous(),
-            alpha_ptr=None if alpha is None else alpha.contiguous(),
-            values_ptr=values,
-            tap_sums_ptr=tap_sums,
-            rows=rows,
-            CHANNELS=channels,
-            TAPS=1 if alpha is None else rows // len(alpha),
-            BLOCK_M=block_m,
-            BLOCK=block,
-        )
+    """Write what is given, of ``weight``, or else of ``packed`` and ``alpha``."""
+    if not packed.numel():
+        return
+    out, channel, tap = (0, 0, 0) if weight is None else strides(weight)
+    block = min(_TILE.block_m, power_of_two(packed.shape[-1]))
+    at_once = min(_MOST_FILTERS, _TILE.block_m // block)
+    launch(
+        _filter_kernel,
+        ceil_div(len(packed) if fragments is None else 16 * len(fragments.words), at_once),
+        _TILE,
+        weight_ptr=weight,
+        packed_ptr=packed,
+        alpha_ptr=alpha,
+        values_ptr=values if numbers is None else numbers.values,
+        tap_sums_ptr=None if numbers is None else numbers.tap_sums,
+        fragments_ptr=None if fragments is None else fragments.words,
+        base_ptr=None if fragments is None else fragments.base,
+        stride_out=out,
+        stride_channel=channel,
+        stride_tap=tap,
+        OUT_CHANNELS=len(packed),
+        CHANNELS=channels,
+        KERNEL_SIZE=packed.shape[1] if packed.dim() == 4 else 1,
+        BORDERS=1 if fragments is None else len(fragments.base),
+        TILES_O=1 if fragments is None else fragments.tiles_o,
+        SCALED=values is not None,
+        FILTERS=at_once,
+        BLOCK=block,
+    )
 
 
 def summed(partial: Tensor, clip: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor:

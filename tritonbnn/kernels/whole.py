@@ -5,6 +5,8 @@ sixty launches of torch's. Here operands are prepared once a step, and partial s
 to kernel as they are.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,14 +14,15 @@ from tritonbnn import checks
 from tritonbnn.contract import Averages, Gradients, Kept, Options, Statistics
 from tritonbnn.kernels.conv import conv_real, convolved, product_choice
 from tritonbnn.kernels.conv_grad import stream_grad, weight_grad
-from tritonbnn.kernels.conv_unit import on_one_bit_core
+from tritonbnn.kernels.cut import block_tiles
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.launch import KERNEL_DTYPES, check_kernel_dtype
+from tritonbnn.kernels.mma_operands import on_one_bit_core
 from tritonbnn.kernels.pack import pack_signs
-from tritonbnn.kernels.unit import contiguous, epilogue, moment_sums
+from tritonbnn.kernels.unit import Vectors, contiguous, epilogue, moment_sums
 from tritonbnn.kernels.unit_grad import activation_backward, norm_backward
 from tritonbnn.kernels.unit_norm import batch_norm, given_norm, norm_grads
-from tritonbnn.kernels.weight import Numbers, expand, prepare, scaled
+from tritonbnn.kernels.weight import Numbers, expand, fragments_of, prepare, scaled
 from tritonbnn.layout import channels_last, flat_pixels
 from tritonbnn.packed import PackedWeight
 
@@ -79,16 +82,26 @@ def forward(
     stream = x if residual is None else channels_last(residual)
     shortcut, pack = options.shortcut, options.pack
     packed = alpha = numbers = kept_a = None
-    if options.binary_weight and options.plan == "fused" and on_one_bit_core(geometry, x):
-        from tritonbnn.kernels.mma_unit import moments_mma, product_of, unit_mma  # it needs Gluon
+    if _in_one(options, geometry, x.device):
+        from tritonbnn.kernels.mma_unit import (  # it needs Gluon
+            half_tile,
+            moments_mma,
+            product_of,
+            unit_mma,
+            unit_tile,
+        )
 
-        packed, alpha, _ = _prepared(weight, numbers=False)
-        product = product_of(signs, packed, geometry)
-        sums = None if statistics is not None else moments_mma(product, geometry)
+        tile = unit_tile(geometry)
+        packed, alpha, fragments = _prepared(weight, cut=block_tiles(tile))
+        sums = None
+        if statistics is None:
+            product = product_of(signs, fragments, geometry, half_tile(geometry))
+            sums = moments_mma(product, geometry)
         vectors, found = _norm(sums, None, geometry, alpha, gamma, beta, statistics, options)
         centre, scale, offset = _affine(vectors)
         named = {"mean": centre, "scale": scale, "offset": offset, "shift_mid": shift_mid}
         named |= {"slope": slope, "shift_out": shift_out, "next_shift": next_shift}
+        product = product_of(signs, fragments, geometry, tile)
         z, next_signs = unit_mma(product, stream, named, geometry, shortcut=shortcut, pack=pack)
     else:
         if options.binary_weight:
@@ -108,12 +121,20 @@ def forward(
     return (z, next_signs, mean, variance), kept
 
 
-def _prepared(weight: Tensor, *, numbers: bool) -> tuple[Tensor, Tensor, Numbers | None]:
-    """A binary weight's packed signs, its scale, and if wanted its signs as numbers."""
-    if isinstance(weight, PackedWeight):
-        packed = weight.packed.contiguous()
-        return packed, weight.alpha, expand(packed, weight.shape[1]) if numbers else None
-    return prepare(weight, numbers=numbers)
+def _in_one(options: Options, geometry: Geometry, device: torch.device) -> bool:
+    """Whether the convolution is done within the passes around it, on the one-bit core."""
+    return options.binary_weight and options.plan == "fused" and on_one_bit_core(geometry, device)
+
+
+def _prepared(weight: Tensor, **form: Any) -> tuple[Tensor, Tensor, Any]:
+    """A binary weight's packed signs, its scale, and a form as :func:`prepare` takes it."""
+    if not isinstance(weight, PackedWeight):
+        return prepare(weight, **form)
+    packed, channels = weight.packed.contiguous(), weight.shape[1]
+    if form.get("numbers"):
+        return packed, weight.alpha, expand(packed, channels)
+    cut = form.get("cut")
+    return packed, weight.alpha, None if cut is None else fragments_of(packed, channels, cut)
 
 
 def _geometry(signs: Tensor, weight: Tensor, options: Options) -> Geometry:
@@ -181,26 +202,21 @@ def backward(
     """All gradients of a unit; those to x and shift_in, and to the weight, if they are wanted."""
     x, grad, signs = channels_last(x), channels_last(grad), kept.signs.contiguous()
     geometry = _geometry(signs, weight, options)
-    if kept.a is None:
-        a = _convolution(signs, weight, kept.packed, None, geometry, x.dtype)
-    else:
-        a = channels_last(kept.a)  # hooks of autograd may return it in another memory
     stream = x if residual is None else channels_last(residual)
     shift_in, *activation = contiguous(shift_in, shift_mid, slope)
-    vectors = kept.vectors.contiguous()
-    norm = _affine(vectors)
-    du, sums = activation_backward(grad, a, stream, norm, tuple(activation), options.shortcut)
-    grads, coefficients = norm_grads(sums, vectors, kept.alpha, gamma.contiguous(), options.group)
-    du_scale, a_scale, constant = coefficients.unbind(0)
-    dy = norm_backward(du, a, du_scale, a_scale, constant)
-    del a
+    past = (grad, stream, tuple(activation), gamma.contiguous(), kept, options)
+    real = None
+    if _in_one(options, geometry, x.device):
+        du, dy, grads, real = _through_product(signs, weight, *past, geometry)
+    else:
+        du, dy, grads = _through_norm(_kept(kept, signs, weight, geometry, x.dtype), *past)
     dx = dweight = dshift_in = None
     if wants_input:
-        real = _real_weight(weight, kept, dy.dtype)
+        real = _real_weight(weight, kept, dy.dtype) if real is None else real
         skipped = du if residual is None else None
         dx, shares = stream_grad(dy, real, geometry, x, shift_in, skipped, options.shortcut)
         dshift_in = None if shift_in is None else shares.view(-1, shares.shape[-1]).sum(0)
-        del real
+    del real
     if wants_weight:  # after the expanded weight is gone, which may be as large
         signed = isinstance(weight, PackedWeight)  # of +1 and -1, none of which is above 1
         clip = weight if options.binary_weight and not signed else None
@@ -219,8 +235,64 @@ def backward(
     )
 
 
+def _kept(
+    kept: Kept, signs: Tensor, weight: Tensor, geometry: Geometry, dtype: torch.dtype
+) -> Tensor:
+    """The convolution before its scale, computed again where it was not kept."""
+    if kept.a is None:
+        return _convolution(signs, weight, kept.packed, None, geometry, dtype)
+    return channels_last(kept.a)  # hooks of autograd may return it in another memory
+
+
+def _through_norm(
+    a: Tensor,
+    grad: Tensor,
+    stream: Tensor,
+    activation: Vectors,
+    gamma: Tensor,
+    kept: Kept,
+    options: Options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients to u, y and the unit's vectors, from the convolution."""
+    vectors = kept.vectors.contiguous()
+    norm = _affine(vectors)
+    du, sums = activation_backward(grad, a, stream, norm, activation, options.shortcut)
+    grads, coefficients = norm_grads(sums, vectors, kept.alpha, gamma, options.group)
+    return du, norm_backward(du, a, *coefficients.unbind(0)), grads
+
+
+def _through_product(
+    signs: Tensor,
+    weight: Tensor,
+    grad: Tensor,
+    stream: Tensor,
+    activation: Vectors,
+    gamma: Tensor,
+    kept: Kept,
+    options: Options,
+    geometry: Geometry,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As :func:`_through_norm`, and the weight as numbers, with the convolution done twice."""
+    from tritonbnn.kernels.mma_unit import half_tile, product_of  # it needs Gluon
+    from tritonbnn.kernels.mma_unit_grad import activation_sums_mma, unit_grad_mma
+
+    assert kept.packed is not None
+    assert kept.alpha is not None
+    vectors, shortcut = kept.vectors.contiguous(), options.shortcut
+    tile = half_tile(geometry)
+    forms = (geometry.channels, grad.dtype, block_tiles(tile))
+    real, fragments = scaled(kept.packed, kept.alpha, *forms)
+    assert fragments is not None
+    product = product_of(signs, fragments, geometry, tile)
+    operands = (product, grad, stream, _affine(vectors), activation)
+    sums = activation_sums_mma(*operands, geometry, shortcut)
+    grads, coefficients = norm_grads(sums, vectors, kept.alpha, gamma, options.group)
+    du, dy = unit_grad_mma(*operands, coefficients.unbind(0), shortcut)
+    return du, dy, grads, real
+
+
 def _real_weight(weight: Tensor, kept: Kept, dtype: torch.dtype) -> Tensor:
     """As numbers, (O, C, kh, kw) in ``dtype`` and channels_last memory."""
     if kept.packed is None or kept.alpha is None:
         return channels_last(weight.to(dtype))
-    return scaled(kept.packed, kept.alpha, weight.shape[1], dtype)
+    return scaled(kept.packed, kept.alpha, weight.shape[1], dtype)[0]

@@ -117,9 +117,9 @@ def binary_unit(
 
     Equal to the composition of the small operators and torch's batch_norm. Saved for backward are
     ``x``, which the shortcut needs anyway, its packed signs, and under the plan "keep" also the
-    convolution's output as int16; under "recompute" that is convolved again. Under "fused" the
-    forward pass does not write it either: it convolves once for the statistics and once more for
-    the output. With a real weight that is "recompute".
+    convolution's output as int16; under "recompute" that is convolved again. Under "fused" it is
+    never written where there is a one-bit tensor core: four passes, two forward and two backward,
+    each do the convolution themselves. With a real weight, or elsewhere, that is "recompute".
 
     Args:
         x: (N, C, H, W), the input stream; float32, bfloat16, float16, or float64 on the CPU.
@@ -142,8 +142,9 @@ def binary_unit(
             batch's own.
         eps: added to the variance.
         plan: "keep", "recompute", "fused", or "auto": what the tuning table says for these
-            shapes, else "keep". "recompute" saves least. The table knows single shapes, so "auto"
-            is "keep" where torch.compile makes one program for many.
+            shapes, else "fused" on a one-bit core and "keep" elsewhere. "recompute" and "fused"
+            save least. The table knows single shapes, so "auto" is "keep" where torch.compile
+            makes one program for many.
         group: processes that share the batch's statistics, as SyncBatchNorm does; or None.
         averages: BatchNorm's running ones, which the batch moves in place; None for none.
 

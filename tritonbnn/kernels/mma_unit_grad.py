@@ -1,0 +1,273 @@
+"""A unit's backward pass on the one-bit tensor core, up to its convolution, which is done again.
+
+Twice, because BatchNorm's gradient needs sums over all pixels first. Bytes per output element with
+a bf16 stream: the sums read the gradient and the stream, 4; the second pass reads both once more
+and writes du and dy, 8. Where the convolution's output is kept as int16 it is 8 and 6, and 2 more
+to keep it. A prediction: nothing has been measured yet.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.launch import launch
+from tritonbnn.kernels.mma_sums import no_sums, store_sums, thread_sums
+from tritonbnn.kernels.mma_tile import block_of_program, output_layout, signed_sums
+from tritonbnn.kernels.mma_unit import Product
+from tritonbnn.kernels.unit import Vectors, per_channel, shortcut_value
+from tritonbnn.layout import empty_pixels, flat_pixels
+
+
+@gluon.jit
+def _through_activation(
+    y,
+    pixel,
+    out,
+    grad_ptr,
+    stream_ptr,
+    mean_ptr,
+    scale_ptr,
+    offset_ptr,
+    shift_mid_ptr,
+    slope_ptr,
+    pixels,
+    shape: gl.constexpr,
+    cut: gl.constexpr,
+    SHORTCUT: gl.constexpr,
+):
+    """grad, y - mean, du = t > 0 ? grad : slope grad, and min(t, 0) grad; where nothing is, 0.
+
+    Tensors as in the forward pass, t what the PReLU is of.
+    """
+    row, out = pixel.to(gl.int64)[:, None], out[None, :]
+    known = out < shape.out_channels
+    mask = (row < pixels) & known
+    grad = gl.load(grad_ptr + (row * shape.out_channels + out), mask=mask, other=0.0)
+    grad = grad.to(gl.float32)
+    centred = y.to(gl.float32) - per_channel(mean_ptr, out, known)
+    LAYOUT: gl.constexpr = output_layout(cut)
+    du, low = grad, gl.full(LAYOUT.shape, 0.0, gl.float32, LAYOUT)
+    if slope_ptr is not None:
+        t = centred * per_channel(scale_ptr, out, known) + per_channel(offset_ptr, out, known)
+        t += shortcut_value(
+            stream_ptr,
+            row,
+            out,
+            mask,
+            shape.out_channels,
+            shape.out_height,
+            shape.out_width,
+            SHORTCUT,
+        )
+        t += per_channel(shift_mid_ptr, out, known)
+        du = gl.where(t > 0, grad, grad * per_channel(slope_ptr, out, known))
+        low = gl.where(t > 0, 0.0, t) * grad
+    return grad, centred, du, low
+
+
+@gluon.jit
+def _activation_sums_mma_kernel(
+    x_ptr,
+    weight_ptr,
+    base_ptr,
+    grad_ptr,
+    stream_ptr,
+    mean_ptr,
+    scale_ptr,
+    offset_ptr,
+    shift_mid_ptr,
+    slope_ptr,
+    sums_ptr,
+    pixels,
+    shape: gl.constexpr,
+    cut: gl.constexpr,
+    SHORTCUT: gl.constexpr,
+):
+    """Each program's share of the sums of du, du (y - mean), min(t, 0) grad, and grad.
+
+    Operands of y as :func:`tritonbnn.kernels.mma_tile.signed_sums` takes them; sums (programs, 4,
+    O) float32. A program takes every ``programs``-th block of pixels.
+    """
+    BLOCK_P: gl.constexpr = cut.warps_p * cut.tiles_p * 8
+    first, block_o, programs = block_of_program(shape, cut)
+    sum_du = no_sums(gl.float32, cut)
+    sum_du_y = no_sums(gl.float32, cut)
+    sum_slope = no_sums(gl.float32, cut)
+    sum_grad = no_sums(gl.float32, cut)
+    for block_p in range(first, (pixels + BLOCK_P - 1) // BLOCK_P, programs):
+        y, pixel, out = signed_sums(
+            x_ptr, weight_ptr, base_ptr, pixels, block_p, block_o, shape, cut
+        )
+        grad, centred, du, low = _through_activation(
+            y,
+            pixel,
+            out,
+            grad_ptr,
+            stream_ptr,
+            mean_ptr,
+            scale_ptr,
+            offset_ptr,
+            shift_mid_ptr,
+            slope_ptr,
+            pixels,
+            shape,
+            cut,
+            SHORTCUT,
+        )
+        sum_du += thread_sums(du, cut)
+        sum_du_y += thread_sums(du * centred, cut)
+        sum_slope += thread_sums(low, cut)
+        sum_grad += thread_sums(grad, cut)
+    store_sums(sum_du, sums_ptr, 4 * first, block_o, shape, cut)
+    store_sums(sum_du_y, sums_ptr, 4 * first + 1, block_o, shape, cut)
+    store_sums(sum_slope, sums_ptr, 4 * first + 2, block_o, shape, cut)
+    store_sums(sum_grad, sums_ptr, 4 * first + 3, block_o, shape, cut)
+
+
+@gluon.jit
+def _unit_grad_mma_kernel(
+    x_ptr,
+    weight_ptr,
+    base_ptr,
+    grad_ptr,
+    stream_ptr,
+    mean_ptr,
+    scale_ptr,
+    offset_ptr,
+    shift_mid_ptr,
+    slope_ptr,
+    du_scale_ptr,
+    a_scale_ptr,
+    constant_ptr,
+    du_ptr,
+    dy_ptr,
+    pixels,
+    shape: gl.constexpr,
+    cut: gl.constexpr,
+    SHORTCUT: gl.constexpr,
+):
+    """du = t > 0 ? grad : slope grad, and dy = du_scale du + a_scale y + constant.
+
+    Operands as :func:`_activation_sums_mma_kernel` takes them. Without a PReLU du is grad, and
+    du_ptr None.
+    """
+    block_p, block_o, _ = block_of_program(shape, cut)
+    y, pixel, out = signed_sums(x_ptr, weight_ptr, base_ptr, pixels, block_p, block_o, shape, cut)
+    _, _, du, _ = _through_activation(
+        y,
+        pixel,
+        out,
+        grad_ptr,
+        stream_ptr,
+        mean_ptr,
+        scale_ptr,
+        offset_ptr,
+        shift_mid_ptr,
+        slope_ptr,
+        pixels,
+        shape,
+        cut,
+        SHORTCUT,
+    )
+    row, out = pixel.to(gl.int64)[:, None], out[None, :]
+    known = out < shape.out_channels
+    mask = (row < pixels) & known
+    place = row * shape.out_channels + out
+    du = du.to(dy_ptr.dtype.element_ty)
+    if du_ptr is not None:
+        gl.store(du_ptr + place, du, mask=mask)
+    dy = y.to(gl.float32) * per_channel(a_scale_ptr, out, known)
+    dy += per_channel(constant_ptr, out, known)
+    dy += du.to(gl.float32) * per_channel(du_scale_ptr, out, known)
+    gl.store(dy_ptr + place, dy.to(dy_ptr.dtype.element_ty), mask=mask)
+
+
+def activation_sums_mma(
+    product: Product,
+    grad: Tensor,
+    stream: Tensor,
+    norm: Vectors,
+    activation: Vectors,
+    geometry: Geometry,
+    shortcut: str,
+) -> Tensor:
+    """The sums of :func:`tritonbnn.kernels.unit_grad.activation_backward`, (programs, 4, O).
+
+    Args:
+        product: the convolution.
+        grad: (N, O, H', W') in channels_last memory, as are the next ones.
+        stream: of the shortcut.
+        norm: mean, scale and offset, contiguous.
+        activation: shift_mid and slope, contiguous, or twice None.
+        geometry: of the convolution.
+        shortcut: "identity", "pool" or "repeat".
+    """
+    programs = product.summing
+    shape = (programs, 4, geometry.out_channels)
+    sums = torch.empty(shape, dtype=torch.float32, device=grad.device)
+    launch(
+        _activation_sums_mma_kernel,
+        programs * product.channel_blocks,
+        product.tile,
+        **product.arguments,
+        **_activation_arguments(grad, stream, norm, activation, shortcut),
+        sums_ptr=sums,
+    )
+    return sums
+
+
+def unit_grad_mma(
+    product: Product,
+    grad: Tensor,
+    stream: Tensor,
+    norm: Vectors,
+    activation: Vectors,
+    coefficients: Vectors,
+    shortcut: str,
+) -> tuple[Tensor, Tensor]:
+    """The gradients to u, which the PReLU is of but for its shift, and to y.
+
+    Args:
+        product: as :func:`activation_sums_mma` takes it, as are the others.
+        grad: likewise.
+        stream: likewise.
+        norm: likewise.
+        activation: likewise.
+        coefficients: du_scale, a_scale and constant, contiguous.
+        shortcut: likewise.
+    """
+    du_scale, a_scale, constant = coefficients
+    dy = empty_pixels(grad, grad.dtype)
+    du = grad if activation[1] is None else empty_pixels(grad, grad.dtype)
+    launch(
+        _unit_grad_mma_kernel,
+        product.pixel_blocks * product.channel_blocks,
+        product.tile,
+        **product.arguments,
+        **_activation_arguments(grad, stream, norm, activation, shortcut),
+        du_scale_ptr=du_scale,
+        a_scale_ptr=a_scale,
+        constant_ptr=constant,
+        du_ptr=None if du is grad else flat_pixels(du),
+        dy_ptr=flat_pixels(dy),
+    )
+    return du, dy
+
+
+def _activation_arguments(
+    grad: Tensor, stream: Tensor, norm: Vectors, activation: Vectors, shortcut: str
+) -> dict[str, Tensor | str | None]:
+    mean, scale, offset = norm
+    shift_mid, slope = activation
+    return {
+        "grad_ptr": flat_pixels(grad),
+        "stream_ptr": flat_pixels(stream),
+        "mean_ptr": mean,
+        "scale_ptr": scale,
+        "offset_ptr": offset,
+        "shift_mid_ptr": shift_mid,
+        "slope_ptr": slope,
+        "SHORTCUT": shortcut,
+    }
