@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python -m benchmarks.host_time --model reactnet_a --step 2
 
 A step runs in Python as on a GPU, down to Triton's own launch of every kernel, which is where it
-ends: nothing is compiled, and no driver is called. Fused Adam starts nothing either. Torch's other
-operators run on the CPU, on so few numbers that they cost little but their call. A driver's launch,
-some 2 us each, comes on top.
+ends: nothing is compiled, and no driver is called. Fused Adam and the library's convolutions of our
+kernels start nothing either. Torch's other operators run on the CPU, on so few numbers that they
+cost little but their call. A driver's launch, some 2 us each, comes on top.
 """
 
 import time
@@ -70,6 +70,14 @@ class _Nothing(CompiledKernel):
         _Nothing.launches += 1
 
 
+def _convolve_nothing(grad: Tensor, x: Tensor, weight: Tensor, *options: Any) -> list[Any]:
+    """Of the gradients to input and weight those that are asked for, unwritten."""
+    return [
+        torch.empty_like(of) if asked else None
+        for of, asked in zip((x, weight), options[-1], strict=False)
+    ]
+
+
 def _compile_nothing(kernel: JITFunction, key: str, signature: Any, device: int, *_: Any) -> Any:
     kernel.cache_key  # noqa: B018  finds the globals that each launch compares
     kernel.device_caches[device][0][key] = nothing = _Nothing()
@@ -89,6 +97,7 @@ def launches_do_nothing(target: Target) -> Iterator[None]:
         with (
             mock.patch.object(JITFunction, "_do_compile", _compile_nothing),
             mock.patch.object(torch, "_fused_adam_"),
+            mock.patch.object(torch.ops.aten, "convolution_backward", _convolve_nothing),
             as_on_a_gpu(target, launched),
         ):
             yield

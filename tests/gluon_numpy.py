@@ -248,10 +248,15 @@ def _plain(function, language, known):
     return FunctionType(fn.__code__, known[id(namespace)], fn.__name__, fn.__defaults__)
 
 
+def _memory(tensor):
+    """A tensor's elements as they lie in memory, which are side by side."""
+    return tensor.as_strided((tensor.numel(),), (1,)).numpy()
+
+
 def run(kernel, programs, num_warps, arguments):
     """Run every program of a kernel on CPU tensors, in place."""
     arguments = {
-        name: Pointer(value.view(-1).numpy()) if isinstance(value, torch.Tensor) else value
+        name: Pointer(_memory(value)) if isinstance(value, torch.Tensor) else value
         for name, value in arguments.items()
     }
     for program in range(programs):

@@ -1,6 +1,7 @@
 """How the one-bit tensor core's kernels cut a block and the sum over K."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tritonbnn.kernels.config import TileConfig
 
@@ -18,6 +19,7 @@ class Cut:
     tiles_p: int
 
 
+@lru_cache
 def block_tiles(tile: TileConfig) -> Cut:
     """How warps share a block: channels first, at most 64 a warp, then pixels.
 

@@ -126,12 +126,13 @@ def checked_geometry(
 ) -> Geometry:
     """The problem whose input is ``x``, packed (N, H, W, words), if kernels take it."""
     batch, height, width, _ = x.shape
-    return _checked(batch, height, width, channels, out_channels, kernel_size, stride, padding)
+    sizes = (batch, height, width, channels, out_channels, kernel_size, stride, padding)
+    return known_geometry(*sizes)
 
 
 @lru_cache(maxsize=1024)
-def _checked(*sizes: int) -> Geometry:
-    """One object for each problem, so that a step's sizes are computed once in a run."""
+def known_geometry(*sizes: int) -> Geometry:
+    """The problem of these sizes: one object each, which a step computes once in a run."""
     geometry = Geometry(*sizes)
     check_geometry(geometry)
     return geometry

@@ -6,6 +6,7 @@ core's operations. A prediction: nothing has been measured yet.
 """
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from tritonbnn.kernels.mma_sums import no_sums, store_sums, thread_sums
 from tritonbnn.kernels.mma_tile import block_of_program, signed_sums
 from tritonbnn.kernels.unit import per_channel, shortcut_value
 from tritonbnn.kernels.weight import Fragments
-from tritonbnn.layout import empty_channels_last, flat_pixels
+from tritonbnn.layout import empty_channels_last
 
 
 @gluon.jit
@@ -140,6 +141,7 @@ class Product:
         return min(ceil_div(MAX_PARTIALS, self.channel_blocks), self.pixel_blocks)
 
 
+@lru_cache(maxsize=1024)
 def unit_tile(geometry: Geometry) -> TileConfig:
     """Of a convolution with what follows it.
 
@@ -148,6 +150,7 @@ def unit_tile(geometry: Geometry) -> TileConfig:
     return whole_words(default_tile(geometry.key("conv_packed", "int32"), "mma"))
 
 
+@lru_cache(maxsize=1024)
 def half_tile(geometry: Geometry) -> TileConfig:
     """As :func:`unit_tile`, for what takes more registers: sums, and the backward pass.
 
@@ -208,9 +211,9 @@ def unit_mma(
         product.pixel_blocks * product.channel_blocks,
         product.tile,
         **product.arguments,
-        stream_ptr=flat_pixels(stream),
+        stream_ptr=stream,
         **{f"{name}_ptr": None if v is None else v.contiguous() for name, v in vectors.items()},
-        z_ptr=flat_pixels(z),
+        z_ptr=z,
         signs_ptr=signs if pack else None,
         SHORTCUT=shortcut,
     )

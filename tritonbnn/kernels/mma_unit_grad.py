@@ -17,7 +17,7 @@ from tritonbnn.kernels.mma_sums import no_sums, store_sums, thread_sums
 from tritonbnn.kernels.mma_tile import block_of_program, output_layout, signed_sums
 from tritonbnn.kernels.mma_unit import Product
 from tritonbnn.kernels.unit import Vectors, per_channel, shortcut_value
-from tritonbnn.layout import empty_pixels, flat_pixels
+from tritonbnn.layout import empty_pixels
 
 
 @gluon.jit
@@ -250,8 +250,8 @@ def unit_grad_mma(
         du_scale_ptr=du_scale,
         a_scale_ptr=a_scale,
         constant_ptr=constant,
-        du_ptr=None if du is grad else flat_pixels(du),
-        dy_ptr=flat_pixels(dy),
+        du_ptr=None if du is grad else du,
+        dy_ptr=dy,
     )
     return du, dy
 
@@ -262,8 +262,8 @@ def _activation_arguments(
     mean, scale, offset = norm
     shift_mid, slope = activation
     return {
-        "grad_ptr": flat_pixels(grad),
-        "stream_ptr": flat_pixels(stream),
+        "grad_ptr": grad,
+        "stream_ptr": stream,
         "mean_ptr": mean,
         "scale_ptr": scale,
         "offset_ptr": offset,

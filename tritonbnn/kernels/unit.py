@@ -17,7 +17,7 @@ from tritonbnn import checks
 from tritonbnn.bits import words
 from tritonbnn.kernels import config
 from tritonbnn.kernels.elementwise import launch_elementwise, launch_partial_sums
-from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.geometry import known_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype
 from tritonbnn.kernels.mma_operands import on_one_bit_core
 from tritonbnn.kernels.tiles import tile_of
@@ -181,7 +181,7 @@ def unit_plan(
     plan = config.choose(_plan_key(dtype, binary_weight, *shape), device).formulation
     if plan != "fused":
         return plan
-    geometry = Geometry(*shape, kernel_size // 2)
+    geometry = known_geometry(*shape, kernel_size // 2)
     return plan if binary_weight and on_one_bit_core(geometry, device) else "keep"
 
 

@@ -4,6 +4,7 @@ A weight is small beside the images, so what counts here is the number of launch
 products, one before the gradients, and one after the gradient to the weight.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -307,20 +308,25 @@ def _empty_numbers(packed: Tensor, channels: int) -> Numbers:
 
 
 def _empty_fragments(packed: Tensor, channels: int, cut: Cut) -> Fragments:
-    taps = _taps(packed)
-    out_channels, tap_words = len(packed), taps * packed.shape[-1]
+    words, base, dtype = _fragment_shapes(packed.shape, channels, cut)
+    device = packed.device
+    return Fragments(
+        torch.empty(words, dtype=torch.int32, device=device),
+        torch.empty(base, dtype=dtype, device=device),
+        cut.tiles_o,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _fragment_shapes(
+    packed: torch.Size, channels: int, cut: Cut
+) -> tuple[tuple[int, ...], tuple[int, int], torch.dtype]:
+    """Of the words and the base, and the dtype of the base."""
+    taps = packed[1:-1].numel()
     block = 16 * cut.tiles_o * cut.warps_o
-    tiles = ceil_div(out_channels, block) * block // 16
-    shape = (tiles, ceil_div(tap_words, CHUNK_WORDS), 2, 32, 4)
-    fragments = torch.empty(shape, dtype=torch.int32, device=packed.device)
-    borders, dtype = BORDERS if taps > 1 else 1, sum_dtype(channels * taps)
-    base = torch.empty((borders, out_channels), dtype=dtype, device=packed.device)
-    return Fragments(fragments, base, cut.tiles_o)
-
-
-def _taps(packed: Tensor) -> int:
-    """Of (O, k, k, words), or of (O, words), which is one."""
-    return packed.shape[1] ** 2 if packed.dim() == 4 else 1
+    tiles = ceil_div(packed[0], block) * block // 16
+    words = (tiles, ceil_div(taps * packed[-1], CHUNK_WORDS), 2, 32, 4)
+    return words, (BORDERS if taps > 1 else 1, packed[0]), sum_dtype(channels * taps)
 
 
 def _launch_filters(
