@@ -81,6 +81,7 @@ def test_every_instruction_adds_its_work_to_the_loop_around_it():
         ("sm_86", 32, 0, 8, 6),  # 1536
         ("sm_86", 16, 0, 1, 16),  # blocks
         ("sm_90", 98, 0, 4, 4),  # of 104 registers a warp, as they are given out
+        ("sm_90", 183, 0, 1, 8),  # a quarter of the warps on each scheduler
         ("sm_90", 168, 0, 8, 1),
         ("sm_90", 32, 96 * 1024, 8, 2),
         ("sm_89", 32, 96 * 1024, 8, 1),
