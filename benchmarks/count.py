@@ -3,8 +3,9 @@
     python -m benchmarks.count --model reactnet_a --batch 256 --target sm_90 --copy-gbs 4300
 
 Nothing is measured. Both are counted from what is really called, with the same boundary: forward,
-loss, backward and Adam, in bf16 autocast and channels_last memory. From the counts follows an
-estimate of the time, by assumptions that are printed with it.
+loss, backward and Adam, in bf16 autocast and channels_last memory. Our kernels are compiled for the
+target: their instructions bound the time of each (see :mod:`benchmarks.bounds`). From all follows
+an estimate of the time, by assumptions that are printed with it.
 """
 
 from collections import Counter
@@ -12,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.launches import OURS, SMALL, TORCH, Counted, step_launches
+from benchmarks.bounds import LIMITS, Bound, bounds_of
+from benchmarks.bounds_table import describe_rows, rows_of
+from benchmarks.launches import SMALL, TORCH, Counted, step_launches
 from benchmarks.output import command
 from benchmarks.rivals import parse
 from benchmarks.scheduled import compiled_launches
@@ -24,20 +27,8 @@ from tritonbnn.kernels.targets import parse_target
 
 EXPERT = "expert+bf16+channels_last+compile"
 LAUNCH_SECONDS = 2e-6
-COPY_SHARE = 0.88
+COPY_SHARE = LIMITS["dram"]
 PRODUCT_SHARE = 0.7
-OWN_TFLOPS = {
-    "conv_dot": 308.0,
-    "conv_weight_grad": 217.0,
-    "conv_input_grad": 471.0,
-    "conv_mma": 6850.0,
-}
-"""Of our own products on an H100, estimated from the instructions of their loops (sm_90, default
-tiles), and of the one-bit core from its issue slots."""
-
-AFTER_PRODUCT = ("stream", "residual", "dx")
-"""Tensors of the input gradient's kernel that wait for its product: its registers leave room for
-one block a multiprocessor, so nothing else runs meanwhile."""
 
 ASSUMPTIONS = (
     "every launch reads its operands once and writes its results once, from and to memory",
@@ -45,28 +36,31 @@ ASSUMPTIONS = (
     "Inductor fuses on a GPU as it does for a CPU, and a convolution's two gradients read once",
     f"a launch takes {LAUNCH_SECONDS * 1e6:g} us, and the longer of its bytes at"
     f" {COPY_SHARE:.0%} of the copy rate and its products",
-    f"a library's products reach {PRODUCT_SHARE:.0%} of the bf16 rate; ours, by the instructions"
-    " of their loops on sm_90, "
-    + ", ".join(f"{name} {rate:g} TFLOP/s" for name, rate in OWN_TFLOPS.items()),
-    "the input gradient's epilogue overlaps nothing",
+    f"a library's products reach {PRODUCT_SHARE:.0%} of the bf16 rate",
+    "our kernels reach "
+    + ", ".join(f"{share:.0%} of what {name} allows" for name, share in LIMITS.items()),
+    "of ours, no branch forward is taken, lanes access words side by side, and what is read before"
+    " or after a product overlaps it where a multiprocessor has two blocks or more",
     "the host keeps up (see benchmarks.host_time)",
 )
 
 
-def seconds(launch: Counted, copy_gbs: float, bf16_tflops: float) -> float:
-    """The estimate of one launch."""
+def seconds(
+    launch: Counted, copy_gbs: float, bf16_tflops: float, bound: Bound | None = None
+) -> float:
+    """The estimate of one launch, by its bound if there is one."""
+    if bound is not None:
+        return LAUNCH_SECONDS + bound.estimate
     moving = launch.bytes / (COPY_SHARE * copy_gbs * 1e9)
-    rate = OWN_TFLOPS.get(launch.name) if launch.source == OURS else None
-    rate = PRODUCT_SHARE * bf16_tflops if rate is None else rate
-    product = launch.operations / (rate * 1e12)
-    if "residual" in launch.tensors and product:
-        late = sum(launch.tensors[name] for name in AFTER_PRODUCT) / launch.bytes * moving
-        return LAUNCH_SECONDS + max(moving - late, product) + late
-    return LAUNCH_SECONDS + max(moving, product)
+    return LAUNCH_SECONDS + max(moving, launch.operations / (PRODUCT_SHARE * bf16_tflops * 1e12))
 
 
 def summary(
-    launches: list[Counted], batch: int, copy_gbs: float, bf16_tflops: float
+    launches: list[Counted],
+    batch: int,
+    copy_gbs: float,
+    bf16_tflops: float,
+    bounds: list[Bound | None] | None = None,
 ) -> dict[str, Any]:
     """Counts and the estimate of a step.
 
@@ -75,12 +69,13 @@ def summary(
         batch: images of it.
         copy_gbs: 1e9 bytes read and written a second by a large copy.
         bf16_tflops: 1e12 operations a second of a large matrix product.
+        bounds: of each launch, or None where there is none.
     """
     kernels: dict[str, Counter[str]] = {}
     tensors: Counter[str] = Counter()
     total = 0.0
-    for launch in launches:
-        taken = seconds(launch, copy_gbs, bf16_tflops)
+    for launch, bound in zip(launches, bounds or [None] * len(launches), strict=True):
+        taken = seconds(launch, copy_gbs, bf16_tflops, bound)
         total += taken
         name = "torch" if launch.source == TORCH else launch.name
         row = kernels.setdefault(name, Counter())
@@ -150,11 +145,13 @@ def main(argv: list[str]) -> int:
         ours = step_launches(build("ours"), *shape, bf16=True, target=target)
     except ValueError as error:
         raise cli.UserError(str(error)) from error
-    rows["ours+bf16"] = summary(ours, *rates)
+    bounds = bounds_of(ours, target, args.copy_gbs)
+    rows["ours+bf16"] = summary(ours, *rates, bounds) | {"bounds": rows_of(ours, bounds)}
     if args.model == "reactnet_a":
         rows[EXPERT] = summary(compiled_launches(build("expert"), *shape, bf16=True), *rates)
     for name, row in rows.items():
         print("\n".join(describe(name, row, args.batch)), flush=True)
+    print("\n".join(describe_rows(rows["ours+bf16"]["bounds"], target)))
     if EXPERT in rows:
         ratio = rows[EXPERT]["estimated_ms"] / rows["ours+bf16"]["estimated_ms"]
         print(f"ours is estimated {ratio:.2f} times as fast as the expert compiled")

@@ -8,7 +8,7 @@ results once. A GPU is stood for by the CPU: its autocast decides what torch's o
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -40,6 +40,7 @@ class Counted:
         bytes: that it reads and writes.
         tensors: the same by the name of each tensor, where it is known.
         operations: multiplications and additions of a matrix product.
+        launch: as it was recorded, if it is ours.
     """
 
     source: str
@@ -47,6 +48,7 @@ class Counted:
     bytes: int
     tensors: dict[str, int] = field(default_factory=dict)
     operations: int = 0
+    launch: Launch | None = field(default=None, repr=False)
 
 
 class _Torch(Operators):
@@ -76,7 +78,7 @@ def step_launches(
     counted: list[Counted] = []
 
     def launched(*launch: Any) -> None:
-        counted.append(_of_ours(Launch(*launch)))
+        counted.append(of_ours(Launch(*launch)))
 
     with FakeTensorMode(), as_on_a_gpu(target, launched):
         model = in_channels_last(build())
@@ -145,16 +147,25 @@ def in_channels_last(model: nn.Module) -> nn.Module:
     return model
 
 
-def _of_ours(launch: Launch) -> Counted:
-    """A launch of ours: its tensors by their arguments' names."""
+def of_ours(launch: Launch) -> Counted:
+    """A launch of ours: its tensors by their arguments' names.
+
+    It is kept without them. Autograd copies a gradient that anyone else holds.
+    """
     tensors: dict[str, int] = {}
+    alike: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in launch.arguments.items():
-        if isinstance(value, Tensor) and id(value) not in seen:
+        if not isinstance(value, Tensor):
+            continue
+        alike[name] = torch.empty(value.shape, dtype=value.dtype, device="meta")
+        if id(value) not in seen:
             seen.add(id(value))
             tensors[name.removesuffix("_ptr")] = value.nbytes
     name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
-    return Counted(OURS, name, sum(tensors.values()), tensors, _operations(name, launch.arguments))
+    operations = _operations(name, launch.arguments)
+    kept = replace(launch, arguments=launch.arguments | alike)
+    return Counted(OURS, name, sum(tensors.values()), tensors, operations, kept)
 
 
 def _operations(name: str, arguments: dict[str, Any]) -> int:

@@ -118,13 +118,18 @@ def _source_type(kernel: Any) -> type:
     return GluonASTSource
 
 
-def _read_cubin(kernel: str, cubin: bytes, shared_bytes: int) -> Resources:
+def disassemble(cubin: bytes) -> tuple[int, int, str]:
+    """Registers, bytes of stack, and the instructions, a line each and without addresses."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _tool("cuobjdump", "-res-usage", str(path))
         listing = _tool("nvdisasm", "-c", str(path))
-    registers, stack = _usage(usage)
+    return *_usage(usage), re.sub(r"/\*.*?\*/", "", listing)
+
+
+def _read_cubin(kernel: str, cubin: bytes, shared_bytes: int) -> Resources:
+    registers, stack, listing = disassemble(cubin)
     names, loops = _parse(listing)
     bodies = [Counter(names[start:end]) for start, end in loops] or [Counter(names)]
     loop = max(bodies, key=lambda body: (_tensor_core_count(body), -body.total()))
@@ -152,7 +157,7 @@ def _parse(listing: str) -> tuple[list[str], list[tuple[int, int]]]:
     names: list[str] = []
     labels: dict[str, int] = {}
     loops = []
-    for line in _bare(listing).splitlines():
+    for line in listing.splitlines():
         if label := re.match(r"(\.L\w+):", line):
             labels[label[1]] = len(names)
         elif found := _INSTRUCTION.match(line):
@@ -175,11 +180,6 @@ def _usage(text: str) -> tuple[int, int]:
     if found is None:
         raise RuntimeError(f"cuobjdump reported no registers: {text!r}")
     return int(found[1]), int(found[2])
-
-
-def _bare(listing: str) -> str:
-    """A disassembly without the addresses in comments."""
-    return re.sub(r"/\*.*?\*/", "", listing)
 
 
 def _tool(name: str, *arguments: str) -> str:
