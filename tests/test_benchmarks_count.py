@@ -72,13 +72,14 @@ def test_a_unit_launches_twelve_kernels_and_nothing_of_torchs_but_a_sum():
 def test_a_gpu_with_a_one_bit_core_multiplies_there_and_leaves_a_gradient_to_the_library():
     counted = small_step("sm_90")
     names = [each.name for each in counted]
-    for name in ("conv_mma", "fragments", "base", "patch", "convolution_backward"):
+    passes = ("moments_mma", "unit_mma", "activation_sums_mma", "unit_grad_mma")
+    for name in (*passes, "convolution_backward"):
         assert names.count(name) == 2, name
-    assert "conv_dot" not in names
-    assert "conv_weight_grad" not in names
-    forward = [each.operations for each in counted if each.name == "conv_mma"]
-    backward = [each.operations for each in counted if each.name == "convolution_backward"]
-    assert sorted(forward) == sorted(backward) == [2 * 18 * 1024, 2 * 81 * 1024]
+        operations = [each.operations for each in counted if each.name == name]
+        assert sorted(operations) == [2 * 18 * 1024, 2 * 81 * 1024]
+    assert names.count("filter") == 4
+    assert not {"conv_dot", "conv_mma", "conv_weight_grad"} & set(names)
+    assert not any("a" in each.tensors for each in counted)
 
 
 def test_an_operator_of_torch_is_a_launch_and_a_view_is_none():
