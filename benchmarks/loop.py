@@ -17,7 +17,8 @@ from torch import nn
 from benchmarks.rounds import seconds, wait
 from benchmarks.steps import training_step
 from tritonbnn import cli
-from tritonbnn.compute import Compute
+from tritonbnn.compute import Compute, searching_convolutions
+from tritonbnn.data.ahead import ahead
 from tritonbnn.data.batches import MicroBatch, train_batches
 from tritonbnn.data.sources import TrainSet, open_source
 from tritonbnn.kernels.commands import positive
@@ -51,7 +52,6 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
     if len(args.batch) > 1 or len(args.size) > 1:
         raise cli.UserError("the loop takes one --batch and one --size")
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    compute = Compute(device, precision, channels_last=True)
     source = open_source(
         "images",
         data_dir=args.data,
@@ -61,8 +61,12 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
         seed=0,
         step=args.step,
     )
+    normalise = source.train.normalisation
+    compute = Compute(device, precision, channels_last=True, normalise=normalise)
     classes = len(source.classes)
     teacher = load_teacher(args.teacher or "none", num_classes=classes, device=device)
+    if teacher is not None:
+        compute.place_frozen(teacher)
     build = partial(
         build_model,
         args.model,
@@ -70,11 +74,12 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
         binary_weights=args.step == 2,
         width=args.width,
     )
-    batches = partial(_batches, source.train, args.step, args.batch[0], args.workers, device)
+    batches = partial(_batches, source.train, args.step, args.batch[0], args.workers, compute)
     steps = args.loop_steps
     times = {"loader": _loader_seconds(batches, steps)}
-    times |= _device_seconds(build, teacher, next(batches()), compute, steps)
-    whole = _loop_seconds(build(), teacher, batches, compute, steps)
+    with searching_convolutions(device):
+        times |= _device_seconds(build, teacher, next(batches()), compute, steps)
+        whole = _loop_seconds(build(), teacher, batches, compute, steps)
     images = min(args.batch[0], len(source.train))
     return {
         "model": args.model,
@@ -110,20 +115,22 @@ def describe(result: dict) -> str:
 
 
 def _batches(
-    dataset: TrainSet, step: int, batch: int, workers: int, device: torch.device
+    dataset: TrainSet, step: int, batch: int, workers: int, compute: Compute
 ) -> Iterator[MicroBatch]:
     """The trainer's batches, epoch after epoch; the smaller last one of an epoch is left out."""
     size = min(batch, len(dataset))
     for epoch in count():
-        for micro in train_batches(
+        batches = train_batches(
             dataset,
             seed=0,
             step=step,
             epoch=epoch,
             batch_size=size,
             workers=workers,
-            pin_memory=device.type == "cuda",
-        ):
+            pin_memory=compute.on_gpu,
+            levels=compute.on_gpu,
+        )
+        for micro in ahead(batches, compute.device):
             if micro.count == size:
                 yield micro
 

@@ -39,7 +39,7 @@ class Distill(Method):
         )
         if teacher is None:
             raise UserError("method distill needs a teacher: name one, or use method plain")
-        compute.place(teacher)
+        compute.place_frozen(teacher)
         self.teacher = teacher
 
     def losses(self, network: nn.Module, batch: MicroBatch) -> Losses:

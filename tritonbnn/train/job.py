@@ -13,7 +13,7 @@ import torch
 
 from tritonbnn import cli, distributed
 from tritonbnn.cli import UserError
-from tritonbnn.compute import Compute, choose_device, keep_freed_memory
+from tritonbnn.compute import Compute, choose_device, keep_freed_memory, searching_convolutions
 from tritonbnn.data.batches import check_fits_memory, check_shared_memory
 from tritonbnn.data.classes import warn_of_numbers
 from tritonbnn.data.sources import Source, open_source
@@ -154,12 +154,19 @@ def _train_in(
     history: list[Line] = []
     try:
         with signals.obeyed_at_once():  # a large tree takes minutes
-            source, images = world.everywhere("open", lambda: _open(config))
+            source, images = world.everywhere("open", lambda: _open(config, device))
             world.compare(_facts(config, source, images))
-        compute = Compute(device, config.precision, config.channels_last, config.compile)
+        compute = Compute(
+            device,
+            config.precision,
+            config.channels_last,
+            config.compile,
+            source.train.normalisation,
+        )
         this = Run(config, source, images, folder, compute, world, signals)
-        for stage in config.chosen:
-            history = train_stage(stage, this)
+        with searching_convolutions(device):
+            for stage in config.chosen:
+                history = train_stage(stage, this)
     except Stopped as stopped:
         logger.info(
             "stopped by %s; all is saved in %s: run the same command again to go on",
@@ -169,8 +176,10 @@ def _train_in(
     return Trained(config, folder, history, source.classes, world.leads)
 
 
-def _open(config: Config) -> tuple[Source, dict[str, Any]]:
+def _open(config: Config, device: torch.device) -> tuple[Source, dict[str, Any]]:
     source = open_images(config)
+    on_gpu = device.type == "cuda"
+    check_shared_memory(source, config.batch_size, config.workers, levels=on_gpu)
     return source, source.identity()
 
 
@@ -195,7 +204,6 @@ def open_images(config: Config) -> Source:
         **data_settings(config),
     )
     check_fits_memory(source, config.batch_size)
-    check_shared_memory(source, config.batch_size, config.workers)
     if _takes_weights(config):
         warn_of_numbers(source.classes)
     source.load()

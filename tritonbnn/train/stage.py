@@ -14,6 +14,7 @@ from torch import nn
 from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
 from tritonbnn.cli import UserError
 from tritonbnn.compute import Compute
+from tritonbnn.data.ahead import ahead
 from tritonbnn.data.batches import train_batches, train_steps, val_batches
 from tritonbnn.data.sources import Source
 from tritonbnn.distributed import World, exchanging_gradients
@@ -260,7 +261,8 @@ def _train_epoch(
         rank=world.rank,
         world_size=world.size,
         workers=config.workers,
-        pin_memory=run.compute.device.type == "cuda",
+        pin_memory=run.compute.on_gpu,
+        levels=run.compute.on_gpu,
     )
     steps = train_steps(len(source.train), config.batch_size)
     title = f"{stage.name} epoch {state.epoch + 1}/{stage.epochs}"
@@ -268,7 +270,12 @@ def _train_epoch(
     after_step = _after_step(state, keeper, bar, run)
     try:
         train_one_epoch(
-            state, network, batches, keeper.bad, after_step=after_step, watch=keeper.watch
+            state,
+            network,
+            ahead(batches, run.compute.device),
+            keeper.bad,
+            after_step=after_step,
+            watch=keeper.watch,
         )
     finally:
         bar.close()
@@ -300,9 +307,11 @@ def _measure(state: State, keeper: Keeper, lr: float, source: Source, run: Run) 
         rank=world.rank,
         world_size=world.size,
         workers=run.config.workers,
-        pin_memory=run.compute.device.type == "cuda",
+        pin_memory=run.compute.on_gpu,
+        levels=run.compute.on_gpu,
     )
-    score = state.method.evaluate(state.model, keeper.watch(batches))
+    coming = keeper.watch(ahead(batches, run.compute.device))
+    score = state.method.evaluate(state.model, (run.compute.to_device(*each) for each in coming))
     line = {
         "stage": state.stage,
         "epoch": state.epoch + 1,
