@@ -116,6 +116,7 @@ def batches_of_every_kind():
         yield MicroBatch(levels.pin_memory(), torch.arange(count).pin_memory(), count, count, True)
 
 
+@pytest.mark.gpu
 def test_a_gpu_gets_the_same_batches(gpu):
     for a, b in zip(ahead(batches_of_every_kind(), gpu), batches_of_every_kind(), strict=True):
         assert a.images.device.type == "cuda"
@@ -124,6 +125,7 @@ def test_a_gpu_gets_the_same_batches(gpu):
         assert (a.count, a.global_count, a.last) == (b.count, b.global_count, b.last)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("normalisation", [GREY, IMAGENET])
 def test_a_gpu_normalises_to_the_same_bits(gpu, normalisation: Normalisation):
     channels = len(normalisation.mean)

@@ -18,6 +18,8 @@ class Distill(Method):
     Temperature 1; labels have no part in it (2106.11309, the published code).
     """
 
+    capturable = True
+
     @dataclass(frozen=True)
     class Settings:
         """Of learning from a teacher."""

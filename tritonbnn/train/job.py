@@ -19,6 +19,7 @@ from tritonbnn.data.classes import warn_of_numbers
 from tritonbnn.data.sources import Source, open_source
 from tritonbnn.distributed import World
 from tritonbnn.stop import Stopped, StopSignals
+from tritonbnn.train.captured import check_capture
 from tritonbnn.train.checkpoint import BEST, stage_folder
 from tritonbnn.train.config import OF_A_PROCESS, SCRATCH, Config, data_settings, flat
 from tritonbnn.train.log import Line
@@ -115,6 +116,8 @@ def train(config: Config, out: Path, *, fresh: bool) -> Trained:
         except Stopped as stopped:
             logger.info("stopped by %s before all processes were there", stopped.signal.name)
             raise
+        if config.graph:
+            check_capture(config, device, world.size)
         held: RunFolder | None = world.lead(
             lambda: RunFolder(out, config, fresh=fresh, device=device)
         )
