@@ -77,9 +77,8 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
     batches = partial(_batches, source.train, args.step, args.batch[0], args.workers, compute)
     steps = args.loop_steps
     times = {"loader": _loader_seconds(batches, steps)}
-    with searching_convolutions(device):
-        times |= _device_seconds(build, teacher, next(batches()), compute, steps)
-        whole = _loop_seconds(build(), teacher, batches, compute, steps)
+    times |= _device_seconds(build, teacher, next(batches()), compute, steps)
+    whole = _loop_seconds(build(), teacher, batches, compute, steps)
     images = min(args.batch[0], len(source.train))
     return {
         "model": args.model,
@@ -166,7 +165,7 @@ def _device_seconds(
 
 @torch.no_grad()
 def _answer(teacher: nn.Module, images: torch.Tensor, compute: Compute) -> torch.Tensor:
-    with compute.autocast():
+    with compute.autocast(), searching_convolutions(compute.device):
         return teacher(images).float().softmax(dim=1)
 
 

@@ -8,7 +8,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet34
 
+from tests.hand import taught
 from tritonbnn.compute import Compute, searching_convolutions
+from tritonbnn.data.batches import MicroBatch
 from tritonbnn.data.splits import IMAGENET
 
 CPU = torch.device("cpu")
@@ -65,9 +67,22 @@ def test_images_of_8_bits_are_normalised_on_the_device(channels_last: bool):
     assert again is images
 
 
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_convolutions_of_a_teacher_are_timed_and_no_others(kind: str):
+    class Noting(nn.Module):
+        def forward(self, x):
+            self.seen = torch.backends.cudnn.benchmark
+            return x
+
+    student, teacher = Noting(), Noting()
+    batch = MicroBatch(torch.randn(2, 3), torch.zeros(2, dtype=torch.int64), 2, 2, True)
+    taught(Compute(torch.device(kind)), teacher).losses(student, batch)
+    assert (student.seen, teacher.seen) == (False, kind == "cuda")
+
+
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_convolutions_are_timed_for_a_gpu_while_a_run_lasts(monkeypatch, before: bool, kind: str):
+def test_convolutions_are_timed_for_a_gpu(monkeypatch, before: bool, kind: str):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", before)
 
     def fail():

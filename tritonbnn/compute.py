@@ -125,9 +125,10 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def searching_convolutions(device: torch.device) -> Iterator[None]:
-    """Let cuDNN time its convolutions at each new shape, of which a run has few.
+    """Let cuDNN time its ways to convolve at each new shape, and take the fastest from then on.
 
-    It matters to the real layers: a network's first one, and a teacher.
+    It is for a teacher, which has many convolutions and few shapes. Another process may find
+    another way, whose sums have other last bits. So the trained network's are not found so.
     """
     before = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = before or device.type == "cuda"

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from tritonbnn.cli import UserError
+from tritonbnn.compute import searching_convolutions
 from tritonbnn.data.batches import MicroBatch
 from tritonbnn.methods.method import Losses, Method
 from tritonbnn.methods.teacher import load_teacher
@@ -46,6 +47,6 @@ class Distill(Method):
 
     def losses(self, network: nn.Module, batch: MicroBatch) -> Losses:
         logits = self.logits(network, batch.images)
-        with torch.no_grad():
+        with torch.no_grad(), searching_convolutions(self.task.compute.device):
             target = self.logits(self.teacher, batch.images).softmax(dim=1)
         return Losses(-(target * logits.log_softmax(dim=1)).sum(dim=1), logits)

@@ -44,14 +44,18 @@ class Graphs:
             UserError: it cannot be recorded.
         """
         graph = torch.cuda.CUDAGraph()
+        # Other threads may go on allocating page-locked memory, as the loader's does.
+        capturing = torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        )
+        # A capture that fails does not leave its stream, so the outer context goes back.
+        current = torch.cuda.stream(torch.cuda.current_stream(self._device))
         try:
-            # Other threads may go on allocating page-locked memory, as the loader's does.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-            ):
+            with current, capturing:
                 work()
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
+            first = error.__context__ or error  # a capture ends with an error of its own
+            reason = str(first).strip().partition("\n")[0]
             raise UserError(
                 f"a training step cannot be captured as a CUDA graph ({reason}): leave --graph out"
             ) from error

@@ -13,7 +13,7 @@ import torch
 
 from tritonbnn import cli, distributed
 from tritonbnn.cli import UserError
-from tritonbnn.compute import Compute, choose_device, keep_freed_memory, searching_convolutions
+from tritonbnn.compute import Compute, choose_device, keep_freed_memory
 from tritonbnn.data.batches import check_fits_memory, check_shared_memory
 from tritonbnn.data.classes import warn_of_numbers
 from tritonbnn.data.sources import Source, open_source
@@ -167,9 +167,8 @@ def _train_in(
             source.train.normalisation,
         )
         this = Run(config, source, images, folder, compute, world, signals)
-        with searching_convolutions(device):
-            for stage in config.chosen:
-                history = train_stage(stage, this)
+        for stage in config.chosen:
+            history = train_stage(stage, this)
     except Stopped as stopped:
         logger.info(
             "stopped by %s; all is saved in %s: run the same command again to go on",
