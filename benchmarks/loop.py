@@ -28,8 +28,10 @@ from tritonbnn.methods.plain import Plain
 from tritonbnn.methods.teacher import load_teacher
 from tritonbnn.models import build_model
 from tritonbnn.optim import build_optimizer
+from tritonbnn.train.captured import WARM_UP, CapturedStep
 from tritonbnn.train.checkpoint import State
-from tritonbnn.train.engine import FirstBad, train_one_epoch
+from tritonbnn.train.engine import FirstBad, take_step, train_one_epoch
+from tritonbnn.train.graphs import Graphs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", help="of the loop: resnet34, a file, or none")
     parser.add_argument("--workers", type=cli.at_least(0), default=8, help="of the loader")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="of the loop")
+    parser.add_argument("--graph", action="store_true", help="of the loop: its step as CUDA graphs")
     parser.add_argument("--loop-steps", type=positive, default=50, help="timed steps of the loop")
 
 
@@ -51,6 +54,8 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
         raise cli.UserError("--teacher needs images: give their folder as --data")
     if len(args.batch) > 1 or len(args.size) > 1:
         raise cli.UserError("the loop takes one --batch and one --size")
+    if args.graph and device.type != "cuda":
+        raise cli.UserError("--graph captures what a GPU does, and this is a CPU: leave it out")
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     source = open_source(
         "images",
@@ -78,8 +83,9 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
     steps = args.loop_steps
     times = {"loader": _loader_seconds(batches, steps)}
     times |= _device_seconds(build, teacher, next(batches()), compute, steps)
-    whole = _loop_seconds(build(), teacher, batches, compute, steps)
     images = min(args.batch[0], len(source.train))
+    graphs = Graphs(device) if args.graph else None
+    whole = _loop_seconds(build(), teacher, batches, compute, steps, graphs, images)
     return {
         "model": args.model,
         "step": args.step,
@@ -87,6 +93,7 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
         "batch": images,
         "size": args.size[0],
         "workers": args.workers,
+        "graph": args.graph,
         "loop_steps": steps,
         "images_per_second": {name: round(images / t, 2) for name, t in times.items()}
         | {"whole": round(images / whole, 2)},
@@ -175,15 +182,18 @@ def _loop_seconds(
     batches: Callable[[], Iterator[MicroBatch]],
     compute: Compute,
     steps: int,
+    graphs: Graphs | None,
+    images: int,
 ) -> float:
-    """Seconds a batch of the trainer's own loop, after its first step."""
+    """Seconds a batch of the trainer's own loop, after its first steps."""
     compute.place(model)
     start = 0.0
+    untimed = 1 if graphs is None else WARM_UP + 1
 
     def timed() -> Iterator[MicroBatch]:
         nonlocal start
         stream = batches()
-        yield next(stream)
+        yield from islice(stream, untimed)
         wait(compute.device)
         start = perf_counter()
         yield from islice(stream, steps)
@@ -196,6 +206,7 @@ def _loop_seconds(
         method.teacher = teacher
     state = State.new(method, model, build_optimizer("adam", model, 1e-3))
     bad = FirstBad(compute.device)
-    train_one_epoch(state, model, timed(), bad, after_step=lambda: None)
+    take = take_step if graphs is None else CapturedStep(state, images, graphs)
+    train_one_epoch(state, model, timed(), bad, after_step=lambda: None, take=take)
     wait(compute.device)
     return (perf_counter() - start) / steps

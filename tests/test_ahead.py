@@ -1,11 +1,14 @@
 """Batches that are sent one ahead: all of them, in order, and none too early."""
 
+import multiprocessing
+
 import pytest
 import torch
 
 from tests.commands import write_tree
+from tritonbnn.cli import UserError
 from tritonbnn.data.ahead import ahead, one_ahead
-from tritonbnn.data.batches import MicroBatch, train_batches, val_batches
+from tritonbnn.data.batches import MicroBatch, epoch_order, train_batches, val_batches
 from tritonbnn.data.sources import open_source
 from tritonbnn.data.splits import GREY, IMAGENET, Normalisation
 
@@ -53,6 +56,26 @@ def test_an_error_waits_until_what_was_sent_is_used(good):
     with pytest.raises(OSError, match="the disk is gone"):
         use()
     assert seen == list(range(good))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_comes_after_the_batch_before_it(tmp_path, workers):
+    write_tree(tmp_path, train=3, val=1)
+    order = {"seed": 0, "step": 1, "epoch": 0, "batch_size": 2}
+    bad = sorted((tmp_path / "train").glob("*/*"))[epoch_order(0, 1, 0, 6)[3]]
+    bad.write_bytes(b"")
+    source = open_source("images", data_dir=tmp_path, image_size=16, augment="none")
+    seen, road = [], Road()
+
+    def use():
+        batches = train_batches(source.train, **order, workers=workers, levels=True)
+        for batch in one_ahead(batches, road.send, road.receive):
+            seen.append(batch)
+
+    with pytest.raises(UserError, match=bad.name):
+        use()
+    assert [len(batch.images) for batch in seen] == [2]
+    assert multiprocessing.active_children() == []
 
 
 def images_of(**options):

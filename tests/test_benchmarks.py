@@ -1,5 +1,6 @@
 """What is timed against what, how, and the whole command at a tiny size."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -22,6 +23,8 @@ from tests.commands import write_tree
 from tests.helpers import gradient
 from tests.tape import Tape
 from tritonbnn import cli
+from tritonbnn.compute import Compute
+from tritonbnn.data.batches import MicroBatch
 from tritonbnn.kernels.problems.network import model_layers
 from tritonbnn.native import clock, library
 from tritonbnn.train.arguments import parse
@@ -85,6 +88,7 @@ def test_other_models_have_rivals_of_our_own_only():
         (["--teacher", "resnet34"], "--teacher needs images"),
         (["--data", "nowhere"], "nowhere"),
         (["--data", "nowhere", "--batches", "2,4"], "the loop takes one --batch"),
+        (["--data", "nowhere", "--graph"], "--graph captures what a GPU does, and this is a CPU"),
         (["--recipe", "didgits"], "didgits"),
         (["--recipe", "digits", "--floor"], "--floor counts no network for small images"),
         (["--json", "/dev/null/x.json"], "/dev/null"),
@@ -376,6 +380,16 @@ def test_kernels_count_once_under_what_launched_them():
     ]
     times = {family: us for family, us in profiled._kernel_times(events).items() if us}
     assert times == {FORWARD: 3, ELEMENTWISE: 4, GRADIENTS: 7}
+
+
+def test_the_loop_repeats_its_step_from_graphs():
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    batch = MicroBatch(images, labels, 4, 4, True)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    tape = Tape()
+    timed = (lambda: itertools.repeat(batch), Compute(CPU), 3, tape, 4)
+    assert loop._loop_seconds(network, None, *timed) > 0
+    assert (tape.warm, tape.repeated) == (WARM_UP, [1 + 3] * 2)
 
 
 @pytest.mark.bench
