@@ -1,12 +1,14 @@
 """A captured training step is the ordinary one, bit for bit: on a tape, and on a GPU in graphs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tests.commands import write_tiny
 from tests.conftest import HAS_GPU
@@ -18,6 +20,7 @@ from tritonbnn.compute import Compute
 from tritonbnn.data.batches import MicroBatch
 from tritonbnn.data.splits import IMAGENET
 from tritonbnn.distributed import World
+from tritonbnn.methods import Losses
 from tritonbnn.methods.plain import Plain
 from tritonbnn.models import build_model
 from tritonbnn.nn import BinaryConv2d, BinaryUnit, RPReLU, RSign
@@ -133,7 +136,27 @@ def assert_same_steps(eager: Training, captured: Training) -> None:
 
 
 class Averaged(Plain):
-    """Changes gradients before the update, and keeps a mean of the weights after it."""
+    """Changes gradients before the update, and keeps a mean of the weights after it.
+
+    Its passes are at weights of another scale, and in a context that they depend on.
+    """
+
+    inside = False
+
+    @contextmanager
+    def passes(self, model: nn.Module, optimizer: Optimizer) -> Iterator[None]:
+        weight = next(model.parameters())
+        self.inside = True
+        with torch.no_grad():
+            weight.mul_(2)
+        yield
+        with torch.no_grad():
+            weight.div_(2)
+        self.inside = False
+
+    def losses(self, network: nn.Module, batch: MicroBatch) -> Losses:
+        each, logits, _ = super().losses(network, batch)
+        return Losses(each * 3 if self.inside else each, logits)
 
     def begin(self, model: nn.Module) -> None:
         self.mean = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -184,6 +207,20 @@ def test_a_bad_loss_is_noted_with_its_step(spoilt: int):
     training = Training(Compute(CPU), lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, CLASSES)))
     training.epoch(CapturedStep(training.state, FULL, Tape()), coming, 1e-3)
     assert training.bad.read() == spoilt
+
+
+def test_a_gradient_that_is_taken_away_is_one_line():
+    class Freezing(Plain):
+        def before_update(self, model):
+            next(model.parameters()).grad = None
+
+    def freezing(compute: Compute) -> Plain:
+        return Freezing(Plain.Settings(), plain(compute).task)
+
+    training = Training(Compute(CPU, normalise=IMAGENET), make_method=freezing)
+    step = CapturedStep(training.state, FULL, Tape())
+    with pytest.raises(UserError, match="takes a gradient away: leave --graph out"):
+        training.epoch(step, batches(*[FULL] * 4), 1e-3)
 
 
 def test_a_step_that_is_recorded_reads_nothing():

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tritonbnn.cli import UserError
 from tritonbnn.data.batches import MicroBatch
@@ -71,9 +71,9 @@ def check_capture(config: Config, device: torch.device, processes: int) -> None:
 class CapturedStep:
     """Takes optimiser steps: :func:`~tritonbnn.train.engine.take_step`, captured where it can be.
 
-    Steps of full batches are repeated from a recording, after :data:`WARM_UP` of them were ordinary
-    ones. So is each step of any other batch, such as an epoch's odd last one. The optimiser is the
-    same in all of them.
+    Steps of full batches are repeated from a recording, after the first :data:`WARM_UP` of them.
+    These are ordinary steps, and so are those of any other batch, such as an epoch's odd last one.
+    The optimiser is the same in all of them.
 
     Args:
         state: its optimiser is made capturable.
@@ -110,25 +110,17 @@ class _Recorded:
     def __init__(
         self, state: State, network: nn.Module, part: MicroBatch, bad: FirstBad, graphs: Graphs
     ) -> None:
-        device = state.method.task.compute.device
+        device, self._graphs = state.method.task.compute.device, graphs
         self._part = replace(
             part,
             images=part.images.to(device, copy=True),
             labels=part.labels.to(device, copy=True),
         )
         self._index = torch.zeros((), dtype=torch.int64, device=device)
-        # The last step has left no gradient. So backward makes one in the recording's memory, and
-        # writes it anew in each repetition.
-        self._passes = graphs.record(
-            lambda: forward_and_backward(state, network, self._part, bad, self._index)
-        )
-        self._gradients = [
-            (weight, weight.grad)
-            for group in state.optimizer.param_groups
-            for weight in group["params"]
-            if weight.grad is not None
-        ]
-        self._update: Callable[[], None] = graphs.record(state.optimizer.step)
+        self._work = lambda: forward_and_backward(state, network, self._part, bad, self._index)
+        self._passes: Callable[[], None] | None = None
+        self._update: Callable[[], None] | None = None
+        self._gradients: list[tuple[nn.Parameter, Tensor]] = []
 
     def take(self, state: State, part: MicroBatch) -> None:
         """Take the step, with another batch."""
@@ -136,13 +128,32 @@ class _Recorded:
         self._part.labels.copy_(part.labels, non_blocking=True)
         self._index.fill_(state.batch)
         with state.method.passes(state.model, state.optimizer):
+            if self._passes is None:  # inside, as the passes may depend on their context
+                self._passes = self._record(state)
             self._passes()
         for weight, gradient in self._gradients:
             weight.grad = gradient
         update(state, self._update_weights)
 
+    def _record(self, state: State) -> Callable[[], None]:
+        """Record the passes, which are given back, and the update."""
+        # The last step has left no gradient. So backward makes one in the recording's memory, and
+        # writes it anew in each repetition.
+        passes = self._graphs.record(self._work)
+        self._gradients = [
+            (weight, weight.grad)
+            for group in state.optimizer.param_groups
+            for weight in group["params"]
+            if weight.grad is not None
+        ]
+        self._update = self._graphs.record(state.optimizer.step)
+        return passes
+
     def _update_weights(self) -> None:
         for weight, gradient in self._gradients:
-            if weight.grad is not gradient:  # a method has put another one in its place
+            if weight.grad is None:
+                raise UserError("the method takes a gradient away: leave --graph out")
+            if weight.grad is not gradient:  # it has put another one in its place
                 gradient.copy_(weight.grad)
+        assert self._update
         self._update()
