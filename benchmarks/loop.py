@@ -17,7 +17,8 @@ from torch import nn
 from benchmarks.rounds import seconds, wait
 from benchmarks.steps import training_step
 from tritonbnn import cli
-from tritonbnn.compute import Compute
+from tritonbnn.compute import Compute, searching_convolutions
+from tritonbnn.data.ahead import ahead
 from tritonbnn.data.batches import MicroBatch, train_batches
 from tritonbnn.data.sources import TrainSet, open_source
 from tritonbnn.kernels.commands import positive
@@ -27,8 +28,10 @@ from tritonbnn.methods.plain import Plain
 from tritonbnn.methods.teacher import load_teacher
 from tritonbnn.models import build_model
 from tritonbnn.optim import build_optimizer
+from tritonbnn.train.captured import WARM_UP, CapturedStep
 from tritonbnn.train.checkpoint import State
-from tritonbnn.train.engine import FirstBad, train_one_epoch
+from tritonbnn.train.engine import FirstBad, take_step, train_one_epoch
+from tritonbnn.train.graphs import Graphs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", help="of the loop: resnet34, a file, or none")
     parser.add_argument("--workers", type=cli.at_least(0), default=8, help="of the loader")
     parser.add_argument("--precision", choices=("bf16", "fp32"), help="of the loop")
+    parser.add_argument("--graph", action="store_true", help="of the loop: its step as CUDA graphs")
     parser.add_argument("--loop-steps", type=positive, default=50, help="timed steps of the loop")
 
 
@@ -50,8 +54,9 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
         raise cli.UserError("--teacher needs images: give their folder as --data")
     if len(args.batch) > 1 or len(args.size) > 1:
         raise cli.UserError("the loop takes one --batch and one --size")
+    if args.graph and device.type != "cuda":
+        raise cli.UserError("--graph captures what a GPU does, and this is a CPU: leave it out")
     precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    compute = Compute(device, precision, channels_last=True)
     source = open_source(
         "images",
         data_dir=args.data,
@@ -61,8 +66,12 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
         seed=0,
         step=args.step,
     )
+    normalise = source.train.normalisation
+    compute = Compute(device, precision, channels_last=True, normalise=normalise)
     classes = len(source.classes)
     teacher = load_teacher(args.teacher or "none", num_classes=classes, device=device)
+    if teacher is not None:
+        compute.place_frozen(teacher)
     build = partial(
         build_model,
         args.model,
@@ -70,12 +79,13 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
         binary_weights=args.step == 2,
         width=args.width,
     )
-    batches = partial(_batches, source.train, args.step, args.batch[0], args.workers, device)
+    batches = partial(_batches, source.train, args.step, args.batch[0], args.workers, compute)
     steps = args.loop_steps
     times = {"loader": _loader_seconds(batches, steps)}
     times |= _device_seconds(build, teacher, next(batches()), compute, steps)
-    whole = _loop_seconds(build(), teacher, batches, compute, steps)
     images = min(args.batch[0], len(source.train))
+    graphs = Graphs(device) if args.graph else None
+    whole = _loop_seconds(build(), teacher, batches, compute, steps, graphs, images)
     return {
         "model": args.model,
         "step": args.step,
@@ -83,6 +93,7 @@ def measure_loop(args: argparse.Namespace, device: torch.device) -> dict:
         "batch": images,
         "size": args.size[0],
         "workers": args.workers,
+        "graph": args.graph,
         "loop_steps": steps,
         "images_per_second": {name: round(images / t, 2) for name, t in times.items()}
         | {"whole": round(images / whole, 2)},
@@ -110,20 +121,22 @@ def describe(result: dict) -> str:
 
 
 def _batches(
-    dataset: TrainSet, step: int, batch: int, workers: int, device: torch.device
+    dataset: TrainSet, step: int, batch: int, workers: int, compute: Compute
 ) -> Iterator[MicroBatch]:
     """The trainer's batches, epoch after epoch; the smaller last one of an epoch is left out."""
     size = min(batch, len(dataset))
     for epoch in count():
-        for micro in train_batches(
+        batches = train_batches(
             dataset,
             seed=0,
             step=step,
             epoch=epoch,
             batch_size=size,
             workers=workers,
-            pin_memory=device.type == "cuda",
-        ):
+            pin_memory=compute.on_gpu,
+            levels=compute.on_gpu,
+        )
+        for micro in ahead(batches, compute.device):
             if micro.count == size:
                 yield micro
 
@@ -159,7 +172,7 @@ def _device_seconds(
 
 @torch.no_grad()
 def _answer(teacher: nn.Module, images: torch.Tensor, compute: Compute) -> torch.Tensor:
-    with compute.autocast():
+    with compute.autocast(), searching_convolutions(compute.device):
         return teacher(images).float().softmax(dim=1)
 
 
@@ -169,15 +182,18 @@ def _loop_seconds(
     batches: Callable[[], Iterator[MicroBatch]],
     compute: Compute,
     steps: int,
+    graphs: Graphs | None,
+    images: int,
 ) -> float:
-    """Seconds a batch of the trainer's own loop, after its first step."""
+    """Seconds a batch of the trainer's own loop, after its first steps."""
     compute.place(model)
     start = 0.0
+    untimed = 1 if graphs is None else WARM_UP + 1
 
     def timed() -> Iterator[MicroBatch]:
         nonlocal start
         stream = batches()
-        yield next(stream)
+        yield from islice(stream, untimed)
         wait(compute.device)
         start = perf_counter()
         yield from islice(stream, steps)
@@ -190,6 +206,7 @@ def _loop_seconds(
         method.teacher = teacher
     state = State.new(method, model, build_optimizer("adam", model, 1e-3))
     bad = FirstBad(compute.device)
-    train_one_epoch(state, model, timed(), bad, after_step=lambda: None)
+    take = take_step if graphs is None else CapturedStep(state, images, graphs)
+    train_one_epoch(state, model, timed(), bad, after_step=lambda: None, take=take)
     wait(compute.device)
     return (perf_counter() - start) / steps

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from benchmarks.rivals import Rival
 from benchmarks.steps import CLASSES, Step, training_step
+from tritonbnn.train.graphs import Graphs
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class Point:
         """A rival's training step on a fixed batch of its own."""
         model = self.build(rival).to(self.device).to(memory_format=rival.memory_format)
         images, labels = self.images(rival, batch), torch.arange(batch) % self.classes
-        options = {"bf16": rival.bf16, "mode": rival.mode}
+        graphs = Graphs(self.device) if rival.graph else None
+        options = {"bf16": rival.bf16, "mode": rival.mode, "graphs": graphs}
         return training_step(model, images, labels.to(self.device), **options)
 
     def images(self, rival: Rival, batch: int) -> Tensor:

@@ -1,7 +1,8 @@
 """What is timed against what: a network, and how it is run, in one word.
 
 ``expert+bf16+channels_last+compile`` is the expert's network under bf16 autocast, in channels_last
-memory, through torch.compile. Options come after the network, in any order.
+memory, through torch.compile. With ``graph`` the whole step is repeated from a CUDA graph. Options
+come after the network, in any order.
 
 The expert's is the rival that counts: a dozen lines more than the obvious code, and no kernels. The
 obvious network is there as what the public code does.
@@ -29,7 +30,7 @@ NETWORKS: dict[str, Callable[..., nn.Module]] = {
 """Networks that there are of ReActNet-A only; those of ``OWN`` there are of every model."""
 
 COMPILE_MODES = {"compile": "default", "max-autotune": "max-autotune-no-cudagraphs"}
-OPTIONS = ("bf16", "channels_last", *COMPILE_MODES)
+OPTIONS = ("bf16", "channels_last", "graph", *COMPILE_MODES)
 
 DEFAULTS = {
     "cuda": (
@@ -77,6 +78,11 @@ class Rival:
     def bf16(self) -> bool:
         """Whether it runs under bf16 autocast."""
         return "bf16" in self.options
+
+    @property
+    def graph(self) -> bool:
+        """Whether its step is recorded as a CUDA graph and repeated."""
+        return "graph" in self.options
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -137,7 +143,7 @@ def chosen(words: str | None, device: torch.device, model: str) -> dict[str, Riv
         model: of our networks.
 
     Raises:
-        cli.UserError: a rival is unknown, named twice, or has no such model.
+        cli.UserError: a rival is unknown, named twice, cannot run there, or has no such model.
     """
     only_a = model != "reactnet_a"
     names = words.split(",") if words else DEFAULTS[device.type]
@@ -146,6 +152,9 @@ def chosen(words: str | None, device: torch.device, model: str) -> dict[str, Riv
     rivals = {name: parse(name) for name in names}
     if len(rivals) != len(names):
         raise cli.UserError("--rivals names one twice: leave it out once")
+    for name, rival in rivals.items():
+        if rival.graph and device.type != "cuda":
+            raise cli.UserError(f"{name} is a CUDA graph, and this is a CPU: leave +graph out")
     foreign = [name for name, rival in rivals.items() if rival.network not in OWN]
     if only_a and foreign:
         raise cli.UserError(f"there is no {foreign[0]} of {model}: it is of reactnet_a only")

@@ -13,6 +13,7 @@ from benchmarks.rounds import Turn
 from benchmarks.saved import saved_slope
 from benchmarks.steps import Step, does_not_train
 from benchmarks.traffic import counted_bytes
+from tritonbnn.cli import UserError
 
 SLOPE_BATCHES = (2, 3)
 """A single image of 32 x 32 would have one value per channel at last, and no variance."""
@@ -82,7 +83,8 @@ class Runner:
             if capacity.fits(lambda: answers.append(call())):
                 return answers[0]
             facts = self._out_of_memory()
-        except (RuntimeError, ValueError) as error:  # a compiler's, or of a size that it refuses
+        # a compiler's, of a size that it refuses, or of a step that cannot be captured
+        except (RuntimeError, ValueError, UserError) as error:
             said = str(error).strip() or repr(error)
             facts = {"failed": said.splitlines()[0][:200]}
         raise RivalError(facts)

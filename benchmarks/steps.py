@@ -10,6 +10,9 @@ from torch._dynamo import config as dynamo_config
 from torch._inductor import config as inductor_config
 from torch.nn import functional as F
 
+from tritonbnn.train.captured import WARM_UP
+from tritonbnn.train.graphs import Graphs
+
 CLASSES = 1000
 LEARNING_RATE = 1e-3
 RECOMPILES = 1000
@@ -43,6 +46,7 @@ def training_step(
     *,
     bf16: bool = False,
     mode: str | None = None,
+    graphs: Graphs | None = None,
 ) -> Step:
     """One step of ``model`` with Adam: forward, backward, update; it returns the loss.
 
@@ -52,8 +56,11 @@ def training_step(
         labels: (N,).
         bf16: forward under bf16 autocast.
         mode: of torch.compile; None leaves the model as it is.
+        graphs: records the step, which is repeated then.
     """
-    optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
+    optimizer = torch.optim.Adam(
+        model.parameters(), lr=LEARNING_RATE, fused=True, capturable=graphs is not None
+    )
     network = torch.compile(model, mode=mode, dynamic=False) if mode else model
     device = images.device.type
 
@@ -66,7 +73,28 @@ def training_step(
         optimizer.step()
         return loss.detach()
 
-    return step
+    return step if graphs is None else _repeated(step, graphs)
+
+
+def _repeated(step: Step, graphs: Graphs) -> Step:
+    """A step that is recorded when it is first taken, after some ordinary ones."""
+    recorded: list[tuple[Callable[[], None], Tensor]] = []
+
+    def record() -> None:
+        with graphs.aside():
+            for _ in range(WARM_UP):
+                step()
+        losses: list[Tensor] = []
+        recorded.append((graphs.record(lambda: losses.append(step())), losses[0]))
+
+    def repeat() -> Tensor:
+        if not recorded:
+            record()
+        [(replay, loss)] = recorded
+        replay()
+        return loss.clone()  # the next one is written to the same place
+
+    return repeat
 
 
 def does_not_train(step: Step) -> str:

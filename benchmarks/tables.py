@@ -95,7 +95,11 @@ class Device:
 def label(rival: str) -> str:
     """A rival's word for readers."""
     network, *options = rival.split("+")
-    said = {"compile": "torch.compile", "max-autotune": "torch.compile max-autotune"}
+    said = {
+        "graph": "CUDA graph",
+        "compile": "torch.compile",
+        "max-autotune": "torch.compile max-autotune",
+    }
     return ", ".join([network.replace("-", " "), *(said.get(o, o) for o in options)])
 
 

@@ -23,8 +23,9 @@ from tritonbnn.methods import evaluate
 from tritonbnn.optim import set_learning_rate
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.config import Config
-from tritonbnn.train.job import RunFolder, open_images
+from tritonbnn.train.job import open_images
 from tritonbnn.train.log import Line, write_log
+from tritonbnn.train.run_folder import RunFolder
 
 
 def groups(model: nn.Module, weight_decay: float) -> list[dict]:

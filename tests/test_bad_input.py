@@ -70,6 +70,11 @@ def test_bad_arguments(tmp_path: Path, argv: list[str], words: str):
     assert_one_line(run(TRAIN, *argv, cwd=tmp_path), words)
 
 
+def test_a_step_that_cannot_be_captured_is_refused_before_anything_is_written(place: Path):
+    assert_one_line(train(place, "--graph"), "--graph", "this run is on the CPU: leave it out")
+    assert not (place / "run").exists()
+
+
 def test_a_mistake_before_the_first_save_can_be_corrected(place: Path):
     assert_one_line(train(place, "--teacher", "nowhere.pth"), "nowhere.pth")
     assert train(place).code == 0

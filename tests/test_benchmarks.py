@@ -1,5 +1,6 @@
 """What is timed against what, how, and the whole command at a tiny size."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -20,10 +21,14 @@ from benchmarks.runner import RivalError, Runner
 from benchmarks.twin import FloatReActNetA, FloatUnit
 from tests.commands import write_tree
 from tests.helpers import gradient
+from tests.tape import Tape
 from tritonbnn import cli
+from tritonbnn.compute import Compute
+from tritonbnn.data.batches import MicroBatch
 from tritonbnn.kernels.problems.network import model_layers
 from tritonbnn.native import clock, library
 from tritonbnn.train.arguments import parse
+from tritonbnn.train.captured import WARM_UP
 from tritonbnn.train.job import open_images
 
 CPU = torch.device("cpu")
@@ -39,10 +44,25 @@ def test_a_rival_is_a_network_and_how_it_is_run():
     )
     assert rival.memory_format == torch.channels_last
     plain = rivals.parse("obvious")
+    assert (plain.graph, rivals.parse("expert+graph+compile").graph) == (False, True)
     assert (plain.bf16, plain.mode, plain.memory_format) == (False, None, torch.contiguous_format)
     assert rivals.parse("ours").memory_format == torch.channels_last
     step1 = rivals.parse("ours-unfused").build("reactnet_18", 1, width=0.25, num_classes=10)
     assert {unit.fused for unit in step1.modules() if hasattr(unit, "fused")} == {False}
+
+
+def test_a_repeated_step_trains_as_an_ordinary_one():
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+
+    def network():
+        torch.manual_seed(0)
+        layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(288, 4))
+        return nn.Sequential(*layers)
+
+    ordinary = steps.training_step(network(), images, labels)
+    repeated = steps.training_step(network(), images, labels, graphs=Tape())
+    expected = [ordinary() for _ in range(WARM_UP + 3)][WARM_UP:]
+    assert torch.equal(torch.stack(expected), torch.stack([repeated() for _ in range(3)]))
 
 
 def test_other_models_have_rivals_of_our_own_only():
@@ -58,6 +78,7 @@ def test_other_models_have_rivals_of_our_own_only():
         (["--rivals", "ours+fp8"], "unknown rival 'ours.fp8': 'fp8' is none of bf16"),
         (["--rivals", "obvious+compile+max-autotune"], "compiles twice"),
         (["--rivals", "ours,ours"], "names one twice"),
+        (["--rivals", "ours+graph"], "ours.graph is a CUDA graph, and this is a CPU: leave .graph"),
         (["--model", "reactnet_18", "--rivals", "twin"], "there is no twin of reactnet_18"),
         (["--batches", "2,0"], "must be a whole number of at least 1, not .0."),
         (["--width", "0"], "--width must be above 0"),
@@ -67,6 +88,7 @@ def test_other_models_have_rivals_of_our_own_only():
         (["--teacher", "resnet34"], "--teacher needs images"),
         (["--data", "nowhere"], "nowhere"),
         (["--data", "nowhere", "--batches", "2,4"], "the loop takes one --batch"),
+        (["--data", "nowhere", "--graph"], "--graph captures what a GPU does, and this is a CPU"),
         (["--recipe", "didgits"], "didgits"),
         (["--recipe", "digits", "--floor"], "--floor counts no network for small images"),
         (["--json", "/dev/null/x.json"], "/dev/null"),
@@ -358,6 +380,16 @@ def test_kernels_count_once_under_what_launched_them():
     ]
     times = {family: us for family, us in profiled._kernel_times(events).items() if us}
     assert times == {FORWARD: 3, ELEMENTWISE: 4, GRADIENTS: 7}
+
+
+def test_the_loop_repeats_its_step_from_graphs():
+    images, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
+    batch = MicroBatch(images, labels, 4, 4, True)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(192, 4))
+    tape = Tape()
+    timed = (lambda: itertools.repeat(batch), Compute(CPU), 3, tape, 4)
+    assert loop._loop_seconds(network, None, *timed) > 0
+    assert (tape.warm, tape.repeated) == (WARM_UP, [1 + 3] * 2)
 
 
 @pytest.mark.bench

@@ -380,6 +380,7 @@ def test_a_recipe_that_is_no_text(tmp_path: Path):
 
 CHANGED = {
     "device": "cuda",
+    "graph": True,
     "workers": 3,
     "data_dir": "elsewhere",
     "skip_bad_images": True,

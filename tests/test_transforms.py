@@ -30,13 +30,13 @@ def train_view(augment: str, lighting: str, size: int, image: Image.Image, seed:
     """A normalised view of an image, drawn with a seed."""
     with seeded(seed):
         view = TrainView(augment, lighting, size)(image)
-    return IMAGENET([view])[0]
+    return IMAGENET(view[None])[0]
 
 
 def fixed_view(augment: str, size: int, image: Image.Image):
     view = eval_view(augment, size)(image)
     assert view.dtype == torch.uint8
-    return (IMAGENET if len(view) == 3 else GREY)([view])[0]
+    return (IMAGENET if len(view) == 3 else GREY)(view[None])[0]
 
 
 def grey_levels(x: torch.Tensor) -> torch.Tensor:

@@ -276,3 +276,10 @@ def test_workers_that_find_no_room_are_refused(tmp_path):
             check_shared_memory(large, **options)
         one_line(error)
         check_shared_memory(large, **{**options, "workers": 0})
+        check_shared_memory(large, **options, levels=True)  # of 8 bits, a quarter of the bytes
+        larger = source("images", tmp_path, image_size=int(side * 3))
+        with pytest.raises(UserError, match="/dev/shm"):
+            check_shared_memory(larger, **options, levels=True)
+        noisy = source("images", tmp_path, image_size=int(side * 1.5), lighting="pca")
+        with pytest.raises(UserError, match="/dev/shm"):  # noise of real numbers takes four bytes
+            check_shared_memory(noisy, **options, levels=True)

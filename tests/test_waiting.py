@@ -15,6 +15,7 @@ from tests.helpers import KERNEL_DEVICE
 from tritonbnn.analysis import Recorder
 from tritonbnn.compute import Compute
 from tritonbnn.data.batches import MicroBatch
+from tritonbnn.data.splits import IMAGENET
 from tritonbnn.kernels.launch import recording
 from tritonbnn.models import build_model
 from tritonbnn.optim import build_optimizer
@@ -47,7 +48,7 @@ class Waits(TorchDispatchMode):
 
 def epoch(precision, binary_weights, has_teacher, after_step=lambda: None):
     """An epoch of two optimiser steps, the last one of two parts; returns what runs it."""
-    compute = Compute(KERNEL_DEVICE, precision, channels_last=True)
+    compute = Compute(KERNEL_DEVICE, precision, channels_last=True, normalise=IMAGENET)
     torch.manual_seed(0)
     options = {"width": 0.25, "num_classes": 7, "small_images": True}
     model = build_model("reactnet_a", binary_weights=binary_weights, **options)
@@ -55,12 +56,13 @@ def epoch(precision, binary_weights, has_teacher, after_step=lambda: None):
     method = plain(compute, 0.1)
     if has_teacher:
         teacher = nn.Sequential(nn.Conv2d(3, 7, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        compute.place(teacher)
+        compute.place_frozen(teacher)
         method = taught(compute, teacher)
     optimizer = build_optimizer("adam", model, 1e-3, 1e-5)
     recorder = Recorder(model, optimizer, level="light", interval=1)
     state = State.new(method, model, optimizer, recorder)
-    images, labels = torch.randn(2, 3, 16, 16), torch.tensor([3, 5])
+    images = torch.randint(256, (2, 3, 16, 16), dtype=torch.uint8)
+    labels = torch.tensor([3, 5])
     parts = [(2, True), (4, False), (4, True)]
     batches = [MicroBatch(images, labels, 2, count, last) for count, last in parts]
     bad = FirstBad(KERNEL_DEVICE)

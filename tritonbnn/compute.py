@@ -4,8 +4,9 @@ import ctypes
 import os
 import shutil
 import sys
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,20 @@ class Compute:
         precision: "fp32", "bf16" or "fp16".
         channels_last: keep images in NHWC order.
         compiled: run networks through torch.compile.
+        normalise: makes what a network sees of 8-bit images, uint8 (N, C, H, W); None where none
+            come.
     """
 
     device: torch.device
     precision: str = "fp32"
     channels_last: bool = False
     compiled: bool = False
+    normalise: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is on a GPU, which normalises 8-bit images itself, from page-locked memory."""
+        return self.device.type == "cuda"
 
     def autocast(self) -> AbstractContextManager:
         """The context of a forward pass."""
@@ -63,10 +72,25 @@ class Compute:
             )
             model.compile(dynamic=False)  # in place, so that names stay bare
 
+    def place_frozen(self, model: nn.Module) -> None:
+        """Put a network that is never trained where and as it answers fastest.
+
+        Autocast would cast weights that need no gradient in every pass. They are cast here, which
+        gives the same bits.
+        """
+        if self.precision != "fp32":
+            for module in model.modules():
+                if isinstance(module, nn.Conv2d | nn.Linear):
+                    module.to(PRECISIONS[self.precision])
+        # A GPU's convolutions are fastest in this order, whatever the trained network's is.
+        replace(self, channels_last=self.channels_last or self.on_gpu).place(model)
+
     def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch where and as the network wants it."""
+        """A batch where and as the network wants it; images of uint8 are normalised there."""
         order = torch.channels_last if self.channels_last else torch.preserve_format
         images = images.to(self.device, non_blocking=True, memory_format=order)
+        if images.dtype == torch.uint8 and self.normalise is not None:
+            images = self.normalise(images)
         return images, labels.to(self.device, non_blocking=True)
 
 
@@ -97,6 +121,21 @@ def choose_device(name: str) -> torch.device:
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+@contextmanager
+def searching_convolutions(device: torch.device) -> Iterator[None]:
+    """Let cuDNN time its ways to convolve at each new shape, and take the fastest from then on.
+
+    It is for a teacher, which has many convolutions and few shapes. Another process may find
+    another way, whose sums have other last bits. So the trained network's are not found so.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def keep_freed_memory() -> None:

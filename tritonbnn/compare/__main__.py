@@ -24,8 +24,8 @@ from tritonbnn.compare.statistics import MOST_SEEDS
 from tritonbnn.distributed import launched
 from tritonbnn.files import FolderLock, make_folder, update, writable, write_atomically, write_json
 from tritonbnn.stop import Stopped, StopSignals
-from tritonbnn.train.job import check_outside_images, code_version, numbered
 from tritonbnn.train.recipe import shipped_recipes
+from tritonbnn.train.run_folder import check_outside_images, code_version, numbered
 
 logger = logging.getLogger("tritonbnn.compare")
 

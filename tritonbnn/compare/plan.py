@@ -11,9 +11,9 @@ from tritonbnn.compare.sets import Claim, Row, read
 from tritonbnn.train.arguments import parse
 from tritonbnn.train.checkpoint import has_begun, stage_folder
 from tritonbnn.train.config import SHARED_FIELDS, STAGE_FIELDS, Config, differences
-from tritonbnn.train.job import CONFIG, ENVIRONMENT, code_version
 from tritonbnn.train.log import LOG
 from tritonbnn.train.recipe import read_recipe, resolve, stage_names
+from tritonbnn.train.run_folder import CONFIG, ENVIRONMENT, code_version
 
 _SWITCHES = {
     key.replace("_", "-")

@@ -37,13 +37,16 @@ class Batched(Protocol):
     def batch(self, keys: Sequence[SampleKey]) -> tuple[Tensor, Tensor]:
         """Images (N, C, H, W) float32 and their labels (N,) int64."""
 
+    def levels(self, keys: Sequence[SampleKey]) -> tuple[Tensor, Tensor]:
+        """The same, but uint8 and not normalised where they have 8 bits."""
+
 
 @dataclass(eq=False)
 class MicroBatch:
     """What one process takes in one forward and backward pass.
 
     Args:
-        images: (N, C, H, W) float32, at least one.
+        images: (N, C, H, W), at least one; float32, or uint8 that is not normalised yet.
         labels: (N,) int64.
         count: real images in it: N, or 0 where the one image is borrowed and must weigh nothing.
         global_count: images in the whole optimiser step.
@@ -107,7 +110,9 @@ def check_fits_memory(source: Source, batch_size: int) -> None:
         )
 
 
-def check_shared_memory(source: Source, batch_size: int, workers: int) -> None:
+def check_shared_memory(
+    source: Source, batch_size: int, workers: int, *, levels: bool = False
+) -> None:
     """Refuse workers whose batches do not fit into shared memory, before any of them starts.
 
     Workers hand their batches over in ``/dev/shm``, and die of a bus error where it is full. Each
@@ -117,6 +122,7 @@ def check_shared_memory(source: Source, batch_size: int, workers: int) -> None:
         source: of the images.
         batch_size: images of a batch over all processes: a worker reads its process's share.
         workers: of each process.
+        levels: whether 8-bit images stay so, see :func:`train_batches`.
 
     Raises:
         UserError: they do not fit.
@@ -124,7 +130,8 @@ def check_shared_memory(source: Source, batch_size: int, workers: int) -> None:
     if not workers or not _SHARED_MEMORY.is_dir():
         return
     images = max(1, min(batch_size, max(len(source.train), len(source.val))))
-    batch = images * source.channels * source.val.transform.size**2 * torch.float32.itemsize
+    dtype = torch.uint8 if levels and source.train.transform.eight_bit else torch.float32
+    batch = images * source.channels * source.val.transform.size**2 * dtype.itemsize
     needed = (FETCHED_AHEAD * workers + 1) * batch
     free = shutil.disk_usage(_SHARED_MEMORY).free
     if needed > free:
@@ -148,6 +155,7 @@ def train_batches(
     world_size: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    levels: bool = False,
 ) -> Iterator[MicroBatch]:
     """This process's micro-batches of one epoch.
 
@@ -169,6 +177,7 @@ def train_batches(
         world_size: number of processes.
         workers: reading processes; 0 reads in this one.
         pin_memory: put the images in page-locked memory.
+        levels: leave 8-bit images for the device to normalise.
 
     Raises:
         UserError: An image is bad, or there are fewer images than processes.
@@ -179,7 +188,8 @@ def train_batches(
     parts: list[_Part] = []
     for start in range(start_batch * batch_size, size, batch_size):
         parts += _cut(order[start : start + batch_size], accumulation, rank, world_size)
-    batches = _load(dataset, epoch, [part.indices for part in parts], workers, pin_memory)
+    reading = _Batches(dataset, epoch, levels)
+    batches = _load(reading, [part.indices for part in parts], workers, pin_memory)
     for part, (images, labels) in zip(parts, batches, strict=True):
         yield MicroBatch(images, labels, part.count, part.global_count, part.last)
 
@@ -192,6 +202,7 @@ def val_batches(
     world_size: int = 1,
     workers: int = 0,
     pin_memory: bool = False,
+    levels: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's (images, labels); over all processes each image comes exactly once.
 
@@ -201,7 +212,8 @@ def val_batches(
     indices = np.arange(len(dataset))
     blocks = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
     shares = [np.array_split(block, world_size)[rank] for block in blocks]
-    yield from _load(dataset, 0, [s for s in shares if len(s)], workers, pin_memory)
+    reading = _Batches(dataset, 0, levels)
+    yield from _load(reading, [s for s in shares if len(s)], workers, pin_memory)
 
 
 def _check_sizes(size: int, batch_size: int, world_size: int) -> None:
@@ -226,9 +238,9 @@ def _cut(batch: np.ndarray, accumulation: int, rank: int, world_size: int) -> li
 
 
 def _load(
-    dataset: Batched, epoch: int, batches: list[np.ndarray], workers: int, pin_memory: bool
+    reading: "_Batches", batches: list[np.ndarray], workers: int, pin_memory: bool
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    for batch in read_batches(_Batches(dataset, epoch), batches, workers, pin_memory):
+    for batch in read_batches(reading, batches, workers, pin_memory):
         if isinstance(batch, UserError):
             raise batch
         yield batch
@@ -243,9 +255,11 @@ class _Batches(Dataset):
 
     dataset: Batched
     epoch: int
+    levels: bool
 
     def __getitem__(self, indices: np.ndarray) -> tuple[Tensor, Tensor] | UserError:
+        read = self.dataset.levels if self.levels else self.dataset.batch
         try:
-            return self.dataset.batch([SampleKey(self.epoch, int(index)) for index in indices])
+            return read([SampleKey(self.epoch, int(index)) for index in indices])
         except UserError as error:
             return error

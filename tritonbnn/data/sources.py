@@ -64,7 +64,19 @@ class _Viewed(Dataset):
 
     def batch(self, keys: Sequence[SampleKey]) -> tuple[Tensor, Tensor]:
         """Several images at once: (N, C, H, W) float32, normalised, and labels (N,) int64."""
-        views = self.normalisation([self._view(key) for key in keys])
+        views, labels = self._views(keys)
+        return self.normalisation(views), labels
+
+    def levels(self, keys: Sequence[SampleKey]) -> tuple[Tensor, Tensor]:
+        """The same before it is normalised, (N, C, H, W) uint8. What has no 8 bits, is normalised.
+
+        A GPU normalises faster, and a quarter of the bytes goes to it.
+        """
+        views, labels = self._views(keys)
+        return views if views.dtype == torch.uint8 else self.normalisation(views), labels
+
+    def _views(self, keys: Sequence[SampleKey]) -> tuple[Tensor, Tensor]:
+        views = torch.stack([self._view(key) for key in keys])
         return views, torch.from_numpy(self.images.labels[[key.index for key in keys]])
 
     def _view(self, key: SampleKey) -> Tensor:
@@ -289,7 +301,7 @@ def eval_reader(facts: Mapping[str, Any]) -> Callable[[Path], Tensor]:
         image: Picture = load_image(path, facts["channels"], decoding)
         if kind.border and image.size == (kind.side, kind.side):
             image = F.pad(image, [kind.border])
-        return kind.normalisation([transform(image)])[0]
+        return kind.normalisation(transform(image)[None])[0]
 
     return read
 

@@ -1,8 +1,8 @@
 """What an opened data set consists of, and what every opener of one offers."""
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -84,19 +84,25 @@ class Normalisation:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def __call__(self, views: Sequence[Tensor]) -> Tensor:
-        """Normalise views, and make a batch of them.
+    def __call__(self, views: Tensor) -> Tensor:
+        """Normalise a batch where it lies. Every device gives the same bits.
 
         Args:
-            views: each (C, H, W), uint8, or float32 in about [0, 1].
+            views: (N, C, H, W), uint8, or float32 in about [0, 1].
 
         Returns:
             (N, C, H, W) float32.
         """
-        batch = torch.stack(list(views))
-        levels = batch.float().div_(255) if batch.dtype == torch.uint8 else batch
-        mean, std = (torch.tensor(numbers).view(-1, 1, 1) for numbers in (self.mean, self.std))
-        return levels.sub_(mean).div_(std)
+        # Divided by a tensor: a GPU would multiply by the rounded reciprocal of a Python number.
+        white, mean, std = (_of_channels(x, views.device) for x in ((255.0,), self.mean, self.std))
+        pixels = views.float().div_(white) if views.dtype == torch.uint8 else views.clone()
+        return pixels.sub_(mean).div_(std)
+
+
+@cache
+def _of_channels(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """A number for each channel, copied to a device once: a copy in each step would wait for it."""
+    return torch.tensor(numbers, device=device).view(-1, 1, 1)
 
 
 GREY = Normalisation((0.5,), (0.5,))

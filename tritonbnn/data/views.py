@@ -163,6 +163,11 @@ class TrainView:
             result = step(result)
         return result
 
+    @property
+    def eight_bit(self) -> bool:
+        """Whether views are uint8."""
+        return LIGHTING[self.lighting] is not _shift
+
     @cached_property
     def _steps(self) -> list[Step]:
         steps = AUGMENTATIONS[self.augment].random(self.image_size)

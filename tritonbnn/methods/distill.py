@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from tritonbnn.cli import UserError
+from tritonbnn.compute import searching_convolutions
 from tritonbnn.data.batches import MicroBatch
 from tritonbnn.methods.method import Losses, Method
 from tritonbnn.methods.teacher import load_teacher
@@ -17,6 +18,8 @@ class Distill(Method):
 
     Temperature 1; labels have no part in it (2106.11309, the published code).
     """
+
+    capturable = True
 
     @dataclass(frozen=True)
     class Settings:
@@ -39,11 +42,11 @@ class Distill(Method):
         )
         if teacher is None:
             raise UserError("method distill needs a teacher: name one, or use method plain")
-        compute.place(teacher)
+        compute.place_frozen(teacher)
         self.teacher = teacher
 
     def losses(self, network: nn.Module, batch: MicroBatch) -> Losses:
         logits = self.logits(network, batch.images)
-        with torch.no_grad():
+        with torch.no_grad(), searching_convolutions(self.task.compute.device):
             target = self.logits(self.teacher, batch.images).softmax(dim=1)
         return Losses(-(target * logits.log_softmax(dim=1)).sum(dim=1), logits)

@@ -53,6 +53,13 @@ class Method:
     Settings: ClassVar[type] = NoSettings
     """The method's own settings: a frozen dataclass whose fields are made by ``setting``."""
 
+    capturable: ClassVar[bool] = False
+    """Whether ``losses`` does the same to tensors in every step, so that ``--graph`` may repeat it.
+
+    Numbers on the host that change, as a step's count, would stay what they were when it was
+    recorded. A subclass does not inherit this. The other methods are called in each step.
+    """
+
     def __init__(self, settings: Any, task: Task) -> None:
         self.settings, self.task = settings, task
 

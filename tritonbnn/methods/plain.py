@@ -13,6 +13,8 @@ from tritonbnn.settings import setting
 class Plain(Method):
     """Cross-entropy of each image with its label."""
 
+    capturable = True
+
     @dataclass(frozen=True)
     class Settings:
         """Of learning from labels."""

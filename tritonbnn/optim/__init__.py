@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from tritonbnn.cli import UserError
 from tritonbnn.optim.bop import Bop, Bop2ndOrder, to_signs_
+from tritonbnn.optim.capturable import CAPTURABLE, make_capturable
 from tritonbnn.optim.groups import GROUPS, describe_groups, parameter_groups, set_learning_rate
 from tritonbnn.optim.ivon import IVON, sampled_probabilities
 from tritonbnn.optim.joint import Joint
@@ -39,6 +40,7 @@ from tritonbnn.optim.state import optimizer_state, restore_optimizer
 from tritonbnn.settings import Choice, Options, choose_from, filled, own_class
 
 __all__ = [
+    "CAPTURABLE",
     "GROUPS",
     "IVON",
     "OPTIMIZERS",
@@ -53,6 +55,7 @@ __all__ = [
     "build_optimizer",
     "check_optimizer",
     "describe_groups",
+    "make_capturable",
     "optimizer_state",
     "parameter_groups",
     "restore_optimizer",

@@ -1,6 +1,6 @@
 """Which parameters an optimiser treats alike: by the kind of their module, never by name."""
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tritonbnn.nn import binary_weights, decayed_parameters
@@ -27,7 +27,11 @@ def parameter_groups(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     """Give each group the learning rate, times its ``lr_factor`` where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_factor", 1.0)
+        rate = lr * group.get("lr_factor", 1.0)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)  # stays where it is, as a captured step reads it there
+        else:
+            group["lr"] = rate
 
 
 def describe_groups(optimizer: Optimizer) -> str:

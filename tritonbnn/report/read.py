@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 from tritonbnn.cli import UserError
 from tritonbnn.files import utf_8_name
 from tritonbnn.train.checkpoint import stage_folder, with_stage
-from tritonbnn.train.job import CONFIG
 from tritonbnn.train.log import ANALYSIS, LOG, Line
 from tritonbnn.train.recipe import stage_names
+from tritonbnn.train.run_folder import CONFIG
 
 EDGES = "histogram.edges"
 _NAMED = 3  # epochs, of those with a bad number

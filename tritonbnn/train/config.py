@@ -23,7 +23,7 @@ MOST_WORKERS = 1024
 MOST_SEED = 2**64 - 1  # of torch's generators
 # A run may go on with another value of these. The epochs of a stage may grow too.
 MAY_CHANGE_ON_RESUME = (
-    *("device", "workers", "data_dir", "only", "skip_bad_images"),
+    *("device", "graph", "workers", "data_dir", "only", "skip_bad_images"),
     *("log_interval", "log_minutes", "save_minutes", "plan", "analysis", "analysis_interval"),
 )
 OF_STAGE_MAY_CHANGE = ("published_top1",)
@@ -75,6 +75,7 @@ class Config:
         "auto", "what units save for backward; recompute takes least memory", choices=PLANS
     )
     compile: bool = setting(False, "network and teacher through torch.compile")
+    graph: bool = setting(False, "record a training step on a GPU as CUDA graphs, and repeat it")
     sync_bn: bool = setting(False, "BatchNorm statistics over all processes (CUDA)")
     init_from: str = setting(
         "",

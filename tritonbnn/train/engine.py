@@ -17,6 +17,9 @@ from tritonbnn.distributed import World
 from tritonbnn.train.checkpoint import State
 from tritonbnn.train.config import MOST_IMAGES, Config
 
+Step = Callable[[State, nn.Module, list[MicroBatch], "FirstBad"], None]
+"""Takes an optimiser step, see :func:`take_step`."""
+
 
 class FirstBad:
     """The first optimiser step whose loss was not finite, noted without waiting for the device."""
@@ -24,10 +27,10 @@ class FirstBad:
     def __init__(self, device: torch.device) -> None:
         self._index = torch.full((), -1, dtype=torch.int64, device=device)
 
-    def note(self, loss: Tensor, index: int) -> None:
+    def note(self, loss: Tensor, index: int | Tensor) -> None:
         """Look at the loss of optimiser step ``index``."""
         fresh = (self._index < 0) & ~torch.isfinite(loss.detach())
-        self._index.masked_fill_(fresh, index)
+        self._index.copy_(torch.where(fresh, index, self._index))
 
     def read(self) -> int | None:
         """Its index, or None. Waits for the device."""
@@ -84,6 +87,69 @@ def _trains_on_one(model: nn.Module, channels: int, side: int) -> bool:
     return True
 
 
+def take_step(state: State, network: nn.Module, parts: list[MicroBatch], bad: FirstBad) -> None:
+    """Take an optimiser step.
+
+    Args:
+        state: its weights and counts move on.
+        network: ``state.model``, wrapped where there are several processes.
+        parts: of the batch.
+        bad: notes a loss that is not finite.
+    """
+    with state.method.passes(state.model, state.optimizer):
+        for part in parts:
+            forward_and_backward(state, network, part, bad, state.batch)
+    state.scaler.unscale_(state.optimizer)
+    update(state, lambda: state.scaler.step(state.optimizer))
+    state.scaler.update()
+    state.optimizer.zero_grad()
+
+
+def forward_and_backward(
+    state: State, network: nn.Module, part: MicroBatch, bad: FirstBad, index: int | Tensor
+) -> None:
+    """Add a part's share to the gradients, and count its images; ``index`` is the step's."""
+    task = state.method.task
+    images, labels = task.compute.to_device(part.images, part.labels)
+    with _gradient_exchange(network, part.last):
+        found = state.method.losses(network, replace(part, images=images, labels=labels))
+        # The gradient is the mean over the images of all parts and processes. Each part gives its
+        # share of that mean; one borrowed to fill a part up is left out.
+        loss = found.each[: part.count].sum() / part.global_count
+        # DistributedDataParallel divides by the number of processes, so that is multiplied back
+        total = loss * task.world.size
+        if part.last:  # a penalty counts once in a step, and in each process alike
+            total = total + found.extra
+        state.scaler.scale(total).backward()
+    bad.note(total, index)
+    own = slice(part.count)
+    logits = None if found.logits is None else found.logits[own]
+    state.meter.add(found.each[own], logits, labels[own])
+
+
+def update(state: State, step: Callable[[], object]) -> None:
+    """Update the weights. Flips are counted, and gradients looked at if it is time.
+
+    Args:
+        state: its gradients are whole, and not scaled.
+        step: the optimiser's own.
+    """
+    looking = state.analysis.due(state.batch)
+    if looking:  # before the method changes them: the gradients of the loss are meant
+        state.analysis.before_update()
+    state.method.before_update(state.model)
+    step()
+    state.method.after_update(state.model)
+    state.analysis.after_update(looked=looking)
+
+
+def _gradient_exchange(network: nn.Module, last: bool) -> AbstractContextManager:
+    """Between processes gradients are exchanged once an optimiser step, in its last part."""
+    if last or not isinstance(network, DistributedDataParallel):
+        return nullcontext()
+    return network.no_sync()
+
+
 def train_one_epoch(
     state: State,
     network: nn.Module,
@@ -92,6 +158,7 @@ def train_one_epoch(
     *,
     after_step: Callable[[], Any],
     watch: Callable[[Iterable[list[MicroBatch]]], Iterable[list[MicroBatch]]] = iter,
+    take: Step = take_step,
 ) -> None:
     """Train to the end of the epoch, from wherever in it ``state`` is.
 
@@ -102,13 +169,11 @@ def train_one_epoch(
         bad: notes the first loss that is not finite, by the optimiser step within the epoch.
         after_step: called when an optimiser step is done; may raise to leave.
         watch: hands on the parts of each optimiser step, between two of which ``state`` is whole.
+        take: takes an optimiser step, as :func:`take_step` does.
     """
     network.train()
     for parts in watch(optimiser_steps(batches)):
-        with state.method.passes(state.model, state.optimizer):
-            for part in parts:
-                _forward_and_backward(state, network, part, bad)
-        _update(state)
+        take(state, network, parts, bad)
         state.batch += 1
         after_step()
 
@@ -125,45 +190,3 @@ def optimiser_steps(batches: Iterable[MicroBatch]) -> Iterator[list[MicroBatch]]
         if part.last:
             yield parts
             parts = []
-
-
-def _forward_and_backward(
-    state: State, network: nn.Module, part: MicroBatch, bad: FirstBad
-) -> None:
-    task = state.method.task
-    images, labels = task.compute.to_device(part.images, part.labels)
-    with _gradient_exchange(network, part.last):
-        found = state.method.losses(network, replace(part, images=images, labels=labels))
-        # The gradient is the mean over the images of all parts and processes. Each part gives its
-        # share of that mean; one borrowed to fill a part up is left out.
-        loss = found.each[: part.count].sum() / part.global_count
-        # DistributedDataParallel divides by the number of processes, so that is multiplied back
-        total = loss * task.world.size
-        if part.last:  # a penalty counts once in a step, and in each process alike
-            total = total + found.extra
-        state.scaler.scale(total).backward()
-    bad.note(total, state.batch)
-    own = slice(part.count)
-    logits = None if found.logits is None else found.logits[own]
-    state.meter.add(found.each[own], logits, labels[own])
-
-
-def _update(state: State) -> None:
-    """Take an optimiser step. Its flips are counted, and its gradients looked at if it is time."""
-    state.scaler.unscale_(state.optimizer)
-    looking = state.analysis.due(state.batch)
-    if looking:  # before the method changes them: the gradients of the loss are meant
-        state.analysis.before_update()
-    state.method.before_update(state.model)
-    state.scaler.step(state.optimizer)
-    state.method.after_update(state.model)
-    state.analysis.after_update(looked=looking)
-    state.scaler.update()
-    state.optimizer.zero_grad()
-
-
-def _gradient_exchange(network: nn.Module, last: bool) -> AbstractContextManager:
-    """Between processes gradients are exchanged once an optimiser step, in its last part."""
-    if last or not isinstance(network, DistributedDataParallel):
-        return nullcontext()
-    return network.no_sync()

@@ -14,15 +14,18 @@ from torch import nn
 from tritonbnn.analysis import PROBE_IMAGES, Probe, Recorder
 from tritonbnn.cli import UserError
 from tritonbnn.compute import Compute
+from tritonbnn.data.ahead import ahead
 from tritonbnn.data.batches import train_batches, train_steps, val_batches
 from tritonbnn.data.sources import Source
 from tritonbnn.distributed import World, exchanging_gradients
 from tritonbnn.methods import Method, Stage, Task, make_method
 from tritonbnn.optim import describe_groups, set_learning_rate
 from tritonbnn.stop import StopSignals
+from tritonbnn.train.captured import CapturedStep
 from tritonbnn.train.checkpoint import BEST, State, has_begun, history, read, stage_folder
 from tritonbnn.train.config import SCRATCH, Config, to_toml
-from tritonbnn.train.engine import FirstBad, check_parts, train_one_epoch
+from tritonbnn.train.engine import FirstBad, Step, check_parts, take_step, train_one_epoch
+from tritonbnn.train.graphs import Graphs
 from tritonbnn.train.keeper import Keeper, other_data, read_latest
 from tritonbnn.train.log import Bar, Board, Line, describe, write_analysis, write_log
 from tritonbnn.train.weights import build, check_same_network, initialise_from, load_strictly
@@ -97,6 +100,7 @@ def train_stage(stage: Stage, run: Run) -> list[Line]:
 
     method.prepare()
     network = exchanging_gradients(model) if world.size > 1 else model
+    take = _step(state, run)
     board = Board(run.folder, stage.name, state.epoch) if world.leads else None
     # what an optimiser keeps in its groups goes on within an epoch; format 1 did not save groups
     keeps_rate = before is not None and "optimizer" in before.facts
@@ -104,7 +108,7 @@ def train_stage(stage: Stage, run: Run) -> list[Line]:
         lr = stage.lr * stage.schedule.settings(state.epoch, stage.epochs)
         if state.batch == 0 or not keeps_rate:
             set_learning_rate(state.optimizer, lr)
-        _train_epoch(state, network, keeper, source, run)
+        _train_epoch(state, network, keeper, source, run, take)
         line = _measure(state, keeper, lr, source, run)
         _end_epoch(state, keeper, line)
         lines = write()
@@ -244,8 +248,16 @@ def _warn_of_few_epochs(stage: Stage) -> None:
         )
 
 
+def _step(state: State, run: Run) -> Step:
+    """What takes the optimiser steps of a stage."""
+    if not run.config.graph:
+        return take_step
+    full = min(run.config.batch_size, len(run.source.train))
+    return CapturedStep(state, full, Graphs(run.compute.device))
+
+
 def _train_epoch(
-    state: State, network: nn.Module, keeper: Keeper, source: Source, run: Run
+    state: State, network: nn.Module, keeper: Keeper, source: Source, run: Run, take: Step
 ) -> None:
     """Train the rest of an epoch, with a bar for whoever watches."""
     config, stage, world = run.config, state.method.task.stage, run.world
@@ -260,7 +272,8 @@ def _train_epoch(
         rank=world.rank,
         world_size=world.size,
         workers=config.workers,
-        pin_memory=run.compute.device.type == "cuda",
+        pin_memory=run.compute.on_gpu,
+        levels=run.compute.on_gpu,
     )
     steps = train_steps(len(source.train), config.batch_size)
     title = f"{stage.name} epoch {state.epoch + 1}/{stage.epochs}"
@@ -268,7 +281,13 @@ def _train_epoch(
     after_step = _after_step(state, keeper, bar, run)
     try:
         train_one_epoch(
-            state, network, batches, keeper.bad, after_step=after_step, watch=keeper.watch
+            state,
+            network,
+            ahead(batches, run.compute.device),
+            keeper.bad,
+            after_step=after_step,
+            watch=keeper.watch,
+            take=take,
         )
     finally:
         bar.close()
@@ -300,9 +319,11 @@ def _measure(state: State, keeper: Keeper, lr: float, source: Source, run: Run) 
         rank=world.rank,
         world_size=world.size,
         workers=run.config.workers,
-        pin_memory=run.compute.device.type == "cuda",
+        pin_memory=run.compute.on_gpu,
+        levels=run.compute.on_gpu,
     )
-    score = state.method.evaluate(state.model, keeper.watch(batches))
+    coming = keeper.watch(ahead(batches, run.compute.device))
+    score = state.method.evaluate(state.model, (run.compute.to_device(*each) for each in coming))
     line = {
         "stage": state.stage,
         "epoch": state.epoch + 1,
