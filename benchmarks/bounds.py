@@ -25,7 +25,7 @@ from typing import Any
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.launches import SMALL, Counted
+from benchmarks.launches import SMALL, Counted, of_ours
 from benchmarks.multiprocessor import MACHINES, Machine
 from benchmarks.sass import Code, Work, compiled, multiplications
 from tritonbnn.cli import UserError
@@ -74,6 +74,11 @@ class Bound:
         moving = taken.pop("dram")
         working = max(taken.values())
         return max(working, moving * (1 - self.late)) + moving * self.late
+
+
+def bound_of(launch: Launch, target: Target, copy_gbs: float) -> Bound:
+    """The bound of a launch as it was recorded, with its tile and grid; see :func:`bound`."""
+    return bound(of_ours(launch), compiled(launch, target), MACHINES[target.name], copy_gbs)
 
 
 def bound(counted: Counted, code: Code, machine: Machine, copy_gbs: float) -> Bound:

@@ -50,6 +50,7 @@ def _row(each: Counted, bound: Bound) -> Row:
         "estimated_ms": bound.estimate * 1e3,
         "registers": bound.code.registers,
         "spill_bytes": bound.code.spill_bytes,
+        "spills_in_loops": bound.code.spills_in_loops,
         "shared_bytes": bound.code.shared_bytes,
         "blocks": bound.blocks,
         "tile": [tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages],
@@ -76,8 +77,9 @@ def describe_rows(rows: list[Row], target: Target) -> Iterator[str]:
     machine = MACHINES[target.name]
     yield (
         f"bounds of our kernels on {target.name}: {machine.model}, {machine.multiprocessors}"
-        f" multiprocessors at {machine.gigahertz:g} GHz, in ms of all launches of a row; rows under"
-        f" {SHOWN_MS:g} ms are in the sums alone, launches under 1 MiB without a product nowhere"
+        f" multiprocessors at {machine.gigahertz:g} GHz, in ms of all launches of a row, with ! for"
+        f" a spill in a loop; rows under {SHOWN_MS:g} ms are in the sums alone, and launches under"
+        " 1 MiB without a product nowhere"
     )
     times = " ".join(f"{name:>6}" for name in (*LIMITS, "bound", "est"))
     yield f"  {'kernel':24} {'layer':24}  n     MB {times} binds  regs spill blocks"
@@ -85,9 +87,10 @@ def describe_rows(rows: list[Row], target: Target) -> Iterator[str]:
         if row["estimated_ms"] < SHOWN_MS:
             continue
         times = " ".join(f"{row[name]:6.3f}" for name in _MILLISECONDS)
+        spilled = f"{row['spill_bytes']}{'!' if row['spills_in_loops'] else ''}"
         yield (
             f"  {row['kernel']:24} {row['layer']:24} {row['launches']:2} {row['mb']:6.0f} {times}"
-            f" {row['binding']:6} {row['registers']:3} {row['spill_bytes']:5} {row['blocks']:6}"
+            f" {row['binding']:6} {row['registers']:3} {spilled:>5} {row['blocks']:6}"
         )
     for kernel in sorted({row["kernel"] for row in rows}):
         yield _total(kernel, [row for row in rows if row["kernel"] == kernel])

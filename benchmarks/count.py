@@ -39,8 +39,9 @@ ASSUMPTIONS = (
     f"a library's products reach {PRODUCT_SHARE:.0%} of the bf16 rate",
     "our kernels reach "
     + ", ".join(f"{share:.0%} of what {name} allows" for name, share in LIMITS.items()),
-    "of ours, no branch forward is taken, lanes access words side by side, and what is read before"
-    " or after a product overlaps it where a multiprocessor has two blocks or more",
+    "of ours, no branch forward is taken, lanes access words side by side, and what moves before or"
+    " after a product overlaps it only where a multiprocessor has two blocks or more",
+    "rates of a multiprocessor are those of benchmarks.multiprocessor",
     "the host keeps up (see benchmarks.host_time)",
 )
 

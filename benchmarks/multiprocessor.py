@@ -1,8 +1,11 @@
-"""What GPUs can do, by their makers' tables: how many blocks run at once, and how fast.
+"""What GPUs can do: how many blocks run at once, and how fast they go.
 
-A target is one GPU here. Nothing is measured. Rates of the tensor core that no table has are taken
-in proportion: one bit on sm_86 and sm_89 is 8 times int8, as on sm_80; on sm_90 it is sm_80's, and
-the warpgroup's twice that. What is not the warpgroup's reaches 5/8 of its rate there.
+A target is one GPU here. Nothing is measured. Most figures are the makers'. These have no table:
+
+* one bit on sm_86 and sm_89 is 8 times as fast as int8, as it is on sm_80
+* one bit on sm_90 is as fast as on sm_80, the warpgroup's twice that
+* tensor-core instructions that are not the warpgroup's reach 5/8 of its rate on sm_90
+* the second cache of sm_90 gives as many bytes a clock as sm_80's
 """
 
 from dataclasses import dataclass, field

@@ -25,9 +25,10 @@ WARPGROUP = 4
 Work = Counter[str]
 """Of one warp, by what it takes.
 
-Instructions: "issue" has all, "alu", "imad", "fma", "xu" and "fp64" those of one pipe. Bytes: "l1"
-go through the first cache, "l2" come from the second one to shared memory, "global" go between
-registers and memory. Multiplications: by name of the tensor core's instruction.
+Instructions: "issue" has all, "alu", "imad", "fma", "xu" and "fp64" those of one pipe, "spilled"
+those that load or store a spilled register. Bytes: "l1" go through the first cache, "l2" come from
+the second one to shared memory, "global" go between registers and memory. Multiplications: by name
+of the tensor core's instruction.
 """
 
 _PIPES = {
@@ -66,6 +67,11 @@ class Code:
     shared_bytes: int
     outside: Work
     loops: tuple[Work, ...]
+
+    @property
+    def spills_in_loops(self) -> int:
+        """Loads and stores of spilled registers in a turn of all loops: those that cost."""
+        return sum(loop["spilled"] for loop in self.loops)
 
 
 @dataclass(frozen=True)
@@ -141,6 +147,8 @@ def _work(instruction: _Instruction) -> Iterator[tuple[str, int]]:
         yield "l1", CACHE_BYTES * (int(matrices[1]) if matrices else 1)
     elif name in ("LDS", "STS", "LDL", "STL"):
         yield "l1", max(LANES * _width(instruction), CACHE_BYTES)
+        if name.endswith("L"):
+            yield "spilled", 1
     elif name == "SHFL":
         yield "l1", CACHE_BYTES
 

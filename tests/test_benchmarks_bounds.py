@@ -34,6 +34,7 @@ LISTING = """
                            LDGSTS.E.BYPASS.128 [R109], desc[UR18][R90.64], P6 ;
                            LDSM.16.MT88.4 R8, [R3] ;
                            LDSM.16.M88 R8, [R3] ;
+                           STL [R1+0x4], R7 ;
                       @UP0 BRA `(.L_x_1) ;
                        @P0 BRA `(.L_x_0) ;
                            STS.64 [R5], R6 ;
@@ -55,11 +56,12 @@ LISTING = """
 def test_every_instruction_adds_its_work_to_the_loop_around_it():
     outside, (inner, outer) = sass._stretches(LISTING)
     assert inner == {
-        "issue": 8,
+        "issue": 9,
         "HGMMA": 2 * 64 * 128 * 16 // 4,
-        # operands of both products, half a word, 16 bytes of every lane, four matrices and one
-        "l1": (64 + 128 + 128) * 16 * 2 // 4 + 128 + 512 + 512 + 128,
+        # operands of products, half a word, 16 bytes of every lane, four matrices, one, a spill
+        "l1": (64 + 128 + 128) * 16 * 2 // 4 + 128 + 512 + 512 + 128 + 128,
         "l2": 32 * 16,
+        "spilled": 1,
     }
     assert outer == {"issue": 2, "global": 32, "l1": 128}
     assert outside == {
@@ -88,7 +90,8 @@ def test_every_instruction_adds_its_work_to_the_loop_around_it():
     ],
 )
 def test_as_many_blocks_run_at_once_as_fit(target, registers, shared, warps, expected):
-    code = Code(registers, 0, shared, Work(), ())
+    code = Code(registers, 8, shared, Work(spilled=2), ())
+    assert not code.spills_in_loops
     assert MACHINES[target].resident(code, warps) == expected
 
 
@@ -188,7 +191,6 @@ def test_interpreted_kernels_are_refused_and_an_unknown_machine_has_no_bounds():
 COMPILED = """
 import json, torch
 from benchmarks import bounds, launches, sass
-from benchmarks.multiprocessor import MACHINES
 from tritonbnn.kernels import config, shipped
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.targets import TARGETS
@@ -209,8 +211,8 @@ for name in ("sm_80", "sm_90", "sm_120"):
             recorded = shipped.launches_of(problem, choice, target)
             of = [launches.of_ours(launch) for launch in recorded]
             (counted,) = [each for each in of if each.operations]
-            code = sass.compiled(counted.launch, target)
-            found = bounds.bound(counted, code, MACHINES[name], 3000)
+            found = bounds.bound_of(counted.launch, target, 3000)
+            code = found.code
             multiplied = sass.multiplications(code.outside) + sum(
                 turns * sass.multiplications(loop)
                 for turns, loop in zip(found.turns, code.loops)
