@@ -1,5 +1,7 @@
 """Run a Gluon kernel's own Python in numpy, with the one-bit tensor core as PTX defines it.
 
+Numbers of 16 bits are float32 here, which holds them.
+
 Triton's interpreter has no Gluon and no inline assembly. Tensors here are arrays; what a thread
 holds is read from the layouts, where a kernel makes a difference of it: at inline assembly.
 """
@@ -18,15 +20,20 @@ from triton.runtime.interpreter import InterpretedFunction
 from tests.warpgroup_numpy import SharedMemory, run_assembly
 from tritonbnn.kernels import (
     conv,
+    conv_grad,
     mma,
     mma_operands,
     mma_peak,
     mma_unit,
     mma_unit_grad,
     mma_warpgroup,
+    weight_grad_warpgroup,
 )
 
 LANES = 32
+
+HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+"""What a kernel takes for the dtypes that are not kept as they are."""
 
 
 def mma_m16n8k256(a, b, c):
@@ -70,8 +77,14 @@ class Array:
     def shape(self):
         return self.data.shape
 
-    def to(self, dtype):
-        return Array(self.data.astype(dtype), self.layout)
+    def to(self, dtype, bitcast=False):
+        if not bitcast:
+            return Array(self.data.astype(dtype), self.layout)
+        bits = self.data.astype(np.uint16)
+        if dtype == HALVES[torch.float16]:
+            return Array(bits.view(np.float16).astype(np.float32), self.layout)
+        assert dtype == HALVES[torch.bfloat16]
+        return Array((bits.astype(np.uint32) << 16).view(np.float32), self.layout)
 
     def reshape(self, shape):
         return Array(self.data.reshape(shape))
@@ -98,7 +111,7 @@ def _binary(function):
     return method
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod", "and_", "or_", "lshift", "rshift"):
+for _name in ("add", "sub", "mul", "floordiv", "mod", "and_", "or_", "xor", "lshift", "rshift"):
     setattr(Array, f"__{_name.strip('_')}__", _binary(getattr(operator, _name)))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Array, f"__{_name}__", _binary(getattr(operator, _name)))
@@ -109,12 +122,15 @@ for _name in ("add", "mul"):
 class Pointer:
     """An address into a tensor's elements, or an array of them."""
 
-    def __init__(self, elements, offset=0):
+    def __init__(self, elements, offset=0, dtype=None):
         self.elements, self.offset = elements, offset
-        self.dtype = SimpleNamespace(element_ty=elements.dtype)
+        self.dtype = SimpleNamespace(element_ty=dtype or elements.dtype)
 
     def __add__(self, offset):
-        return Pointer(self.elements, offset + self.offset)
+        return Pointer(self.elements, offset + self.offset, self.dtype.element_ty)
+
+    def __getitem__(self, index):
+        return Pointer(self.elements, self.offset[index], self.dtype.element_ty)
 
     __radd__ = __add__
 
@@ -201,7 +217,7 @@ def inline_asm_elementwise(num_warps, shared, asm, constraints, args, dtype, is_
     return Array(values.reshape(layout.shape), layout)
 
 
-def _language(program, programs, num_warps):
+def _language(program, grid, num_warps):
     """Gluon's language as far as the kernels use it, for one program."""
     shared = SharedMemory()
     return SimpleNamespace(
@@ -211,11 +227,17 @@ def _language(program, programs, num_warps):
         SwizzledSharedLayout=gl.SwizzledSharedLayout,
         DistributedLinearLayout=gl.DistributedLinearLayout,
         int32=np.int32,
+        DotOperandLayout=gl.DotOperandLayout,
+        NVMMADistributedLayout=gl.NVMMADistributedLayout,
+        NVMMASharedLayout=gl.NVMMASharedLayout,
+        int16=np.int16,
         int64=np.int64,
+        uint32=np.uint32,
         float32=np.float32,
+        bfloat16=HALVES[torch.bfloat16],
         static_range=range,
-        program_id=lambda axis: Array(np.int32(program)),
-        num_programs=lambda axis: Array(np.int32(programs)),
+        program_id=lambda axis: Array(np.int32(program[axis])),
+        num_programs=lambda axis: Array(np.int32(grid[axis])),
         arange=lambda start, end, layout: Array(np.arange(start, end, dtype=np.int32), layout),
         full=lambda shape, value, dtype, layout: Array(np.full(shape, value, dtype), layout),
         expand_dims=lambda x, axis: Array(np.expand_dims(x.data, axis)),
@@ -223,6 +245,8 @@ def _language(program, programs, num_warps):
         where=_where,
         sum=lambda x, axis: Array(x.data.sum(axis, dtype=x.data.dtype)),
         minimum=lambda x, y: Array(np.minimum(x.data, y), x.layout),
+        maximum=lambda x, y: Array(np.maximum(x.data, y), x.layout),
+        split=lambda x: tuple(Array(each) for each in np.moveaxis(x.data, -1, 0)),
         load=load,
         store=store,
         inline_asm_elementwise=partial(inline_asm_elementwise, num_warps, shared),
@@ -253,14 +277,22 @@ def _memory(tensor):
     return tensor.as_strided((tensor.numel(),), (1,)).numpy()
 
 
-def run(kernel, programs, num_warps, arguments):
-    """Run every program of a kernel on CPU tensors, in place."""
+def run(kernel, grid, num_warps, arguments):
+    """Run every program of a kernel on CPU tensors, in place, but for those of 16 bits."""
     arguments = {
-        name: Pointer(_memory(value)) if isinstance(value, torch.Tensor) else value
+        name: _pointer(value) if isinstance(value, torch.Tensor) else value
         for name, value in arguments.items()
     }
-    for program in range(programs):
-        _plain(kernel, _language(program, programs, num_warps), {})(**arguments)
+    grid = grid if isinstance(grid, tuple) else (grid,)
+    for program in np.ndindex(*grid):
+        _plain(kernel, _language(program, grid, num_warps), {})(**arguments)
+
+
+def _pointer(tensor):
+    """To a tensor's elements as they lie in memory, side by side."""
+    if tensor.dtype in HALVES:
+        return Pointer(_memory(tensor.float()), dtype=HALVES[tensor.dtype])
+    return Pointer(_memory(tensor))
 
 
 def emulate(monkeypatch):
@@ -269,7 +301,7 @@ def emulate(monkeypatch):
     def launch(kernel, programs, tile, **arguments):
         run(kernel, programs, tile.num_warps, arguments)
 
-    for module in (mma, mma_peak, mma_unit, mma_unit_grad, mma_warpgroup):
+    for module in (mma, mma_peak, mma_unit, mma_unit_grad, mma_warpgroup, weight_grad_warpgroup):
         monkeypatch.setattr(module, "launch", launch)
-    for module in (conv, mma_operands):
+    for module in (conv, conv_grad, mma_operands):
         monkeypatch.setattr(module, "has_one_bit_core", lambda *_: True)

@@ -51,6 +51,11 @@ def wgmma_m64nk256(a, descriptor, memory, d):
     return d + product[rows, element // 4 * 8 + 2 * member[..., None] + element % 2]
 
 
+def _multiplied(a, b, acc, is_async):
+    """acc + a b, of numbers."""
+    return acc + type(acc)(a.data @ b)
+
+
 class SharedMemory:
     """The shared memory of one program, and the copies on their way into it."""
 
@@ -60,19 +65,22 @@ class SharedMemory:
 
     def allocate(self, dtype, shape, layout):
         assert self.words is None, "one allocation begins at 0, several do not"
-        assert (dtype, layout.vec, layout.max_phase) == (np.int32, 1, 1)
-        self.words = np.full(np.prod(shape), JUNK, np.int32)
+        if dtype == np.int32:
+            assert (layout.vec, layout.max_phase) == (1, 1)
+            self.words = np.full(np.prod(shape), JUNK, np.int32)
+        else:  # numbers of 16 bits
+            self.words = np.full(np.prod(shape), np.nan, np.float32)
         views = self.words.reshape(shape)
         return SimpleNamespace(index=lambda stage: views[int(stage)], store=self.store)
 
     def store(self, value):
         self.landed.append((self.words, value.data))
 
-    def copy(self, view, pointer):
-        offset, _ = pointer.addresses(None)
+    def copy(self, view, pointer, mask=None):
+        offset, meant = pointer.addresses(mask)
         assert view.shape == offset.shape
-        view[:] = JUNK
-        self.asked.append((view, pointer.elements[offset]))
+        view[:] = JUNK if view.dtype == np.int32 else np.nan
+        self.asked.append((view, np.where(meant, pointer.elements[offset], 0)))
 
     def commit(self):
         self.groups.append(self.asked)
@@ -101,7 +109,11 @@ class SharedMemory:
                 commit_group=self.commit,
                 wait_group=self.wait,
             ),
-            "hopper": SimpleNamespace(fence_async_shared=self.fence),
+            "hopper": SimpleNamespace(
+                fence_async_shared=self.fence,
+                warpgroup_mma=_multiplied,
+                warpgroup_mma_wait=lambda outstanding, deps: deps[0],
+            ),
         }
 
 

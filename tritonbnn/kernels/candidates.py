@@ -62,6 +62,9 @@ def _tiles(key: ProblemKey, formulation: str) -> Iterator[TileConfig]:
     elif formulation == "wgmma":
         for warps, n, k, stages in product((4, 8, 16), (64, 128, 256), (512, 1024, 2048), (3, 4)):
             yield TileConfig(16 * warps, n, k, warps, stages)
+    elif formulation == "warpgroup":
+        for m, n, k, stages in product((64, 128, 256), (64, 128), (64, 128), (3, 4)):
+            yield TileConfig(m, n, k, n // 16, stages)
     elif formulation == "popcount":
         for m, n, warps in product((32, 64, 128), (32, 64), (4, 8)):
             yield TileConfig(m, n, 32, warps, 2)
@@ -108,8 +111,15 @@ def fits(key: ProblemKey, formulation: str, tile: TileConfig, target: Target) ->
         return True
     if formulation == "mma":  # it keeps its operands in registers
         return elements <= MAX_ACCUMULATORS * threads and min(astuple(block_tiles(tile))) > 0
+    if not config.takes(formulation, key):
+        return False
     if formulation == "wgmma":
         return _fits_warpgroup(key, tile, target)
+    if formulation == "warpgroup":  # its signs lie in registers
+        gradient = tile.block_m * tile.block_k * _OPERAND_BYTES[key.dtype]
+        whole = tile.block_n == 16 * tile.num_warps and min(tile.block_m, tile.block_k) >= 64
+        fitting = gradient * tile.num_stages <= target.shared_bytes
+        return whole and fitting and elements <= MAX_ACCUMULATORS * threads
     operands = (tile.block_m + tile.block_n) * tile.block_k * _OPERAND_BYTES[key.dtype]
     return (
         elements <= MAX_ACCUMULATORS * threads and operands * tile.num_stages <= target.shared_bytes
@@ -123,8 +133,7 @@ def _fits_warpgroup(key: ProblemKey, tile: TileConfig, target: Target) -> bool:
     """
     registers = tile.block_n // 2 + 2 * tile.block_k // 64 + 32
     return (
-        (key.kernel_size, key.stride) == (1, 1)
-        and tile.block_m == 16 * tile.num_warps
+        tile.block_m == 16 * tile.num_warps
         and tile.block_n >= max(32, tile.block_k // 32)  # a sum for every word of a stage
         and tile.block_k >= 512
         and registers <= min(255, 2**16 // (32 * tile.num_warps))

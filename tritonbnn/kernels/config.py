@@ -21,7 +21,7 @@ from typing import Any, get_type_hints
 
 import torch
 
-from tritonbnn.bits import WORD_BITS
+from tritonbnn.bits import WORD_BITS, words
 from tritonbnn.cli import UserError
 from tritonbnn.compiled.build import cache_folder
 from tritonbnn.kernels.targets import ANY, Target, target_of
@@ -37,7 +37,7 @@ FORMULATIONS = {
     "conv_packed": ("int8", "popcount", "mma", "wgmma"),
     "conv_real": ("dot", "library"),
     "conv_input_grad": ("dot", "library"),
-    "conv_weight_grad": ("dot", "library"),
+    "conv_weight_grad": ("dot", "library", "warpgroup"),
 }
 """Of the operations that have several, the default first. All others are computed directly."""
 
@@ -222,14 +222,33 @@ def formulations(op: str, target: Target) -> tuple[str, ...]:
         return tuple(sorted(known, key="fused".__ne__))
     if "library" in known and not target.matrices:
         return ("library",)
-    return tuple(sorted(known, key="library".__ne__)) if op in target.library else known
+    return target.weight_grads if op == "conv_weight_grad" else known
 
 
 def default(key: ProblemKey, formulation: str | None = None, target: Target = ANY) -> Choice:
-    """What an untuned problem runs as: the first formulation, and a tile clipped to the problem."""
-    formulation = formulation or formulations(key.op, target)[0]
+    """What an untuned problem runs as: the first formulation, and a tile clipped to the problem.
+
+    The first, that is, which takes the problem and does not waste half of a tile.
+    """
+    if formulation is None:
+        names = (name for name in formulations(key.op, target) if takes(name, key))
+        formulation = next(name for name in names if name != "warpgroup" or key.channels > 32)
     tile = default_tile(key, formulation)
     return Choice(formulation, fitted(tile, target) if key.out_channels else tile)
+
+
+def takes(formulation: str, key: ProblemKey) -> bool:
+    """Whether a formulation has a kernel for a problem.
+
+    The warpgroup's packed product is a plain one, its weight's gradient of stride 1 and 16 bits.
+    """
+    if formulation == "wgmma":
+        return (key.kernel_size, key.stride) == (1, 1)
+    if formulation == "warpgroup":
+        packed = key.batch * key.height * key.width * words(key.channels)
+        narrow = key.dtype != "float32" and packed < 2**31  # addresses in an image are int32
+        return narrow and key.stride == 1 and key.out_channels % 8 == 0
+    return True
 
 
 def on_common_cores(key: ProblemKey, target: Target) -> Choice:
@@ -263,6 +282,10 @@ def default_tile(key: ProblemKey, formulation: str) -> TileConfig:
     if formulation == "wgmma":
         columns = min(256, max(32, power_of_two(key.out_channels)))
         return TileConfig(128, columns, 512 if key.channels <= 512 else 1024, 8, 3)
+    if formulation == "warpgroup":
+        channels = 128 if key.channels > 64 else 64
+        outputs = min(256, max(64, power_of_two(key.out_channels)))
+        return TileConfig(outputs, channels, 64, channels // 16, 4)
     if formulation == "popcount":
         return TileConfig(64, min(64, power_of_two(key.out_channels)), 32, 8, 2)
     inner, columns = key.channels, key.out_channels

@@ -17,7 +17,7 @@ from tritonbnn.kernels.config import ONE_BIT, ceil_div
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
 from tritonbnn.kernels.library import convolution
-from tritonbnn.kernels.mma_operands import has_one_bit_core, takes
+from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.pack import unpack_signs
 from tritonbnn.kernels.targets import target_of
 from tritonbnn.kernels.tiles import popcount, signs, tile_of, window
@@ -153,11 +153,12 @@ def conv_packed(
 
 def product_choice(geometry: Geometry, device: torch.device) -> config.Choice:
     """What a packed convolution runs as: the table's choice, if the device has what it takes."""
-    choice = config.choose(geometry.key("conv_packed", "int32"), device)
+    key = geometry.key("conv_packed", "int32")
+    choice = config.choose(key, device)
     name = choice.formulation
-    if name not in ONE_BIT or (takes(name, geometry) and has_one_bit_core(device, name)):
+    if name not in ONE_BIT or (config.takes(name, key) and has_one_bit_core(device, name)):
         return choice
-    return config.on_common_cores(geometry.key("conv_packed", "int32"), target_of(device))
+    return config.on_common_cores(key, target_of(device))
 
 
 def convolved(

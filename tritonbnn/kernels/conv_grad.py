@@ -19,7 +19,9 @@ from tritonbnn.kernels.config import ceil_div
 from tritonbnn.kernels.geometry import Geometry, check_geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
 from tritonbnn.kernels.library import convolution_backward
+from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.pack import unpack_signs
+from tritonbnn.kernels.targets import target_of
 from tritonbnn.kernels.tiles import signs, tile_of, window
 from tritonbnn.kernels.weight import scaled, summed
 from tritonbnn.layout import (
@@ -334,9 +336,7 @@ def weight_grad(grad: Tensor, x: Tensor, geometry: Geometry, *, clip: Tensor | N
         clip: the latent weight, (O, C, kh, kw), where the gradient is 0 at abs(w) > 1. The
             gradient comes in its memory layout. None for no clip, and channels_last memory.
     """
-    choice = config.choose(
-        geometry.key("conv_weight_grad", config.dtype_name(grad.dtype)), grad.device
-    )
+    choice = _weight_grad_choice(geometry, grad.dtype, grad.device)
     channels, kernel_size = geometry.channels, geometry.kernel_size
     shape = (geometry.out_channels, channels, kernel_size, kernel_size)
     if choice.formulation == "library":
@@ -353,9 +353,27 @@ def weight_grad(grad: Tensor, x: Tensor, geometry: Geometry, *, clip: Tensor | N
     partial = torch.empty(
         (splits, geometry.out_channels * taps, channels), dtype=torch.float32, device=grad.device
     )
-    if partial.numel():
+    if partial.numel() and choice.formulation == "warpgroup":
+        from tritonbnn.kernels.weight_grad_warpgroup import weight_grad_warpgroup  # it needs Gluon
+
+        steps = ceil_div(blocks, splits)
+        weight_grad_warpgroup(channels_last(grad), x, partial, geometry, tile, steps)
+    elif partial.numel():
         _launch_weight_grad(channels_last(grad), x, partial, geometry, tile, blocks)
     return summed(partial, clip, shape)
+
+
+def _weight_grad_choice(
+    geometry: Geometry, dtype: torch.dtype, device: torch.device
+) -> config.Choice:
+    """What the weight's gradient runs as: the table's choice, if the device has what it takes."""
+    key = geometry.key("conv_weight_grad", config.dtype_name(dtype))
+    choice = config.choose(key, device)
+    if choice.formulation != "warpgroup":
+        return choice
+    if config.takes("warpgroup", key) and has_one_bit_core(device, "warpgroup"):
+        return choice
+    return config.default(key, "library", target_of(device))
 
 
 def _splits(geometry: Geometry, tile: config.TileConfig, blocks: int) -> int:

@@ -72,29 +72,28 @@ def _ones_kernel(
     tl.store(ones_ptr + row, tl.sum(popcount(packed), axis=1), mask=row < rows)
 
 
-def takes(formulation: str, geometry: Geometry) -> bool:
-    """Whether a formulation has a kernel for a problem: the warpgroup's takes a plain product."""
-    return formulation != "wgmma" or (geometry.kernel_size, geometry.stride) == (1, 1)
-
-
 @lru_cache
 def has_one_bit_core(device: torch.device, formulation: str = "mma") -> bool:
     """Whether the one-bit tensor core's kernels run on a device; on ``meta``, whether they compile.
 
-    Not in the interpreter, and not with a Triton that has no Gluon or another one than these need.
-    On a GPU they must have been exact in a process of their own.
+    The other kernels in Gluon are asked for here too. Not in the interpreter, and not with a Triton
+    that has no Gluon or another one than these need. On a GPU they must have been exact in a
+    process of their own.
     """
     if interpreted(_ones_kernel):
         return False
     try:
         if formulation == "wgmma":
             from tritonbnn.kernels import mma_warpgroup  # noqa: F401
+        elif formulation == "warpgroup":
+            from tritonbnn.kernels import weight_grad_warpgroup  # noqa: F401
         else:
             from tritonbnn.kernels import mma  # noqa: F401
     except ImportError:
         return False
     if device.type == "cuda":
-        there = formulation in target_of(device).products
+        target = target_of(device)
+        there = formulation in (*target.products, *target.weight_grads)
         return there and verdicts.trusted(device, formulation)
     return device.type == "meta"
 

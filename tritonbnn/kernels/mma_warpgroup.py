@@ -200,7 +200,7 @@ def _conv_warpgroup_kernel(
     common = as_pixels(acc, WARPS, BLOCK_N)
     x_ones = gl.load(x_ones_ptr + pixel, mask=pixel < pixels, other=0)[:, None]
     weight_ones = gl.load(weight_ones_ptr + out, mask=out < OUT_CHANNELS, other=0)[None, :]
-    y = CHANNELS - (weight_ones + x_ones) * 2 + common * 4
+    y = common * 4 - (weight_ones + x_ones) * 2 + CHANNELS
     store_scaled(y, y_ptr, alpha_ptr, pixel, out, pixels, OUT_CHANNELS)
 
 

@@ -30,7 +30,8 @@ class Target:
         matrices: whether Triton multiplies float16 on its tensor cores. Else the library does.
         narrow: whether others' tiles of a product take more registers than there are.
         most_stages: of a product's loop that the compiler has registers for.
-        library: operations that the library is counted to do faster (``benchmarks.count``).
+        weight_grads: formulations of the weight's gradient that exist here, and are not the
+            library's alone, the default first (by ``benchmarks.count``).
     """
 
     name: str
@@ -44,7 +45,7 @@ class Target:
     matrices: bool = True
     narrow: bool = False
     most_stages: int = 3
-    library: tuple[str, ...] = ()
+    weight_grads: tuple[str, ...] = ("dot", "library")
 
 
 def _cuda(capability: int, models: str, kilobytes: int, *products: str, **facts: Any) -> Target:
@@ -68,7 +69,7 @@ TARGETS = {
         _cuda(89, "L4, RTX 4090", 99, "mma", "int8", "popcount"),
         _cuda(
             *(90, "H100, H200", 227, "mma", "int8", "popcount", "wgmma"),
-            library=("conv_weight_grad",),
+            weight_grads=("warpgroup", "library", "dot"),
         ),
         _cuda(100, "B200", 227, "int8", "popcount"),
         _cuda(120, "RTX 5090", 99, "int8", "popcount", most_stages=2),

@@ -1,10 +1,12 @@
-"""Try formulations of the packed convolution on this GPU, each in a process of its own.
+"""Try formulations in a language below Triton's on this GPU, each in a process of its own.
 
     python -m tritonbnn.kernels.trial               # all that exist on this GPU
     python -m tritonbnn.kernels.trial mma popcount --json FILE
 
-A formulation is exact if all its sums are, in every shipped tile, on layers of odd sizes. Training
-asks the same before it uses the one-bit tensor core (:mod:`tritonbnn.kernels.verdicts`).
+A formulation of the packed convolution is exact if all its sums are, in every shipped tile, on
+layers of odd sizes; one of the weight's gradient, if it is as near to float64 as eager torch is.
+Training asks the same before it uses one that is not Triton's own
+(:mod:`tritonbnn.kernels.verdicts`).
 """
 
 import json
@@ -20,13 +22,13 @@ from tritonbnn.files import writable, write_json
 from tritonbnn.kernels import config, verdicts
 from tritonbnn.kernels.commands import kernel_device
 from tritonbnn.kernels.geometry import Geometry
-from tritonbnn.kernels.mma_operands import takes
 from tritonbnn.kernels.problems import Problem
 from tritonbnn.kernels.shipped import shipped_choices
-from tritonbnn.kernels.targets import target_of
+from tritonbnn.kernels.targets import Target, target_of
 from tritonbnn.kernels.truth import error_of
 
 OP = "conv_packed"
+KNOWN = (*config.known_formulations(OP), "warpgroup")
 SHOWN = 3
 """Wrong cases that are told of."""
 
@@ -42,14 +44,25 @@ LAYERS = (
 """Words that are full and not, borders, a stride, and every size of a tile."""
 
 
+def operation(formulation: str) -> str:
+    """What a formulation is of."""
+    return "conv_weight_grad" if formulation == "warpgroup" else OP
+
+
+def formulations(target: Target) -> tuple[str, ...]:
+    """All that exist on a target and can be tried."""
+    return (*target.products, *(name for name in target.weight_grads if name == "warpgroup"))
+
+
 def cases(
     formulation: str, device: torch.device, layers: tuple[Geometry, ...] = LAYERS
 ) -> Iterator[tuple[Problem, config.Choice]]:
     """Every problem of the trial, in every shipped tile of the formulation."""
     target = target_of(device)
+    op = operation(formulation)
     for layer in layers:
-        problem = Problem(OP, layer, torch.float32)
-        if takes(formulation, layer):
+        problem = Problem(op, layer, torch.float32 if op == OP else torch.bfloat16)
+        if config.takes(formulation, problem.key):
             for choice in shipped_choices(problem, target):
                 if choice.formulation == formulation:
                     yield problem, choice
@@ -77,12 +90,12 @@ def try_here(
 def main(argv: list[str]) -> int:
     """Command line. Returns 1 if a formulation is not exact."""
     given = _parser().parse_args(argv)
-    known = config.known_formulations(OP)
+    known = KNOWN
     for name in given.formulations:
         if name not in known:
             raise cli.UserError(f"formulation {name!r}: choose from {', '.join(known)}")
     device = kernel_device() if given.device is None else torch.device(given.device)
-    names = given.formulations or config.formulations(OP, target_of(device))
+    names = given.formulations or formulations(target_of(device))
     if given.child:
         verdicts.inside = True
         print(json.dumps(try_here(names[0], device)))
@@ -102,7 +115,7 @@ def main(argv: list[str]) -> int:
 
 def _parser() -> cli.Parser:
     parser = cli.Parser(prog="python -m tritonbnn.kernels.trial", description=__doc__)
-    known = ", ".join(config.known_formulations(OP))
+    known = ", ".join(KNOWN)
     parser.add_argument("formulations", nargs="*", help=f"of {known}; all that exist if absent")
     parser.add_argument("--seconds", type=float, default=verdicts.SECONDS, help="limit of each")
     parser.add_argument("--json", type=Path, help="write the verdicts here")

@@ -55,7 +55,7 @@ def trusted(device: torch.device, formulation: str) -> bool:
 
     Args:
         device: a GPU.
-        formulation: of the packed convolution.
+        formulation: one that :mod:`tritonbnn.kernels.trial` tries.
     """
     return inside or verdict(device, formulation).exact
 
