@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks.steps import training_step
 from benchmarks.traffic import Operators
-from tritonbnn.kernels import config, conv, mma_operands
+from tritonbnn.kernels import config, conv, conv_grad, mma_operands
 from tritonbnn.kernels.launch import Launch, launching_by
 from tritonbnn.kernels.targets import Target
 from tritonbnn.ops.backend import VARIABLE
@@ -124,11 +124,12 @@ def as_on_a_gpu(target: Target, call: Callable[..., None]) -> Iterator[None]:
     environment = {VARIABLE: "triton", "TRITON_INTERPRET": "1"}
 
     def trusted(device: torch.device, formulation: str = "mma") -> bool:
-        return formulation in target.products
+        return formulation in (*target.products, *target.weight_grads)
 
     with (
         mock.patch.dict(os.environ, environment),
         mock.patch.object(conv, "has_one_bit_core", trusted),
+        mock.patch.object(conv_grad, "has_one_bit_core", trusted),
         mock.patch.object(mma_operands, "has_one_bit_core", trusted),
         through_dispatcher(always=False),
         config.using(target),
@@ -171,7 +172,7 @@ def of_ours(launch: Launch) -> Counted:
 def _operations(name: str, arguments: dict[str, Any]) -> int:
     """Multiplications and additions of a convolution or its gradients; 0 for other kernels."""
     shape = arguments.get("shape")
-    if shape is None or name == "patch":
+    if shape is None:
         return 0
     outputs = shape.out_height * shape.out_width
     pixels = arguments["pixels"] if "pixels" in arguments else arguments["batch"] * outputs

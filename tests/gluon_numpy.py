@@ -1,6 +1,6 @@
 """Run a Gluon kernel's own Python in numpy, with the one-bit tensor core as PTX defines it.
 
-Numbers of 16 bits are float32 here, which holds them.
+A bfloat16 is a float32 here, and is only read.
 
 Triton's interpreter has no Gluon and no inline assembly. Tensors here are arrays; what a thread
 holds is read from the layouts, where a kernel makes a difference of it: at inline assembly.
@@ -32,8 +32,8 @@ from tritonbnn.kernels import (
 
 LANES = 32
 
-HALVES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
-"""What a kernel takes for the dtypes that are not kept as they are."""
+BFLOAT16 = "bfloat16"
+"""What a kernel takes for a dtype that numpy has not."""
 
 
 def mma_m16n8k256(a, b, c):
@@ -81,10 +81,9 @@ class Array:
         if not bitcast:
             return Array(self.data.astype(dtype), self.layout)
         bits = self.data.astype(np.uint16)
-        if dtype == HALVES[torch.float16]:
-            return Array(bits.view(np.float16).astype(np.float32), self.layout)
-        assert dtype == HALVES[torch.bfloat16]
-        return Array((bits.astype(np.uint32) << 16).view(np.float32), self.layout)
+        if dtype == BFLOAT16:
+            return Array((bits.astype(np.uint32) << 16).view(np.float32), self.layout)
+        return Array(bits.view(dtype), self.layout)
 
     def reshape(self, shape):
         return Array(self.data.reshape(shape))
@@ -234,7 +233,7 @@ def _language(program, grid, num_warps):
         int64=np.int64,
         uint32=np.uint32,
         float32=np.float32,
-        bfloat16=HALVES[torch.bfloat16],
+        bfloat16=BFLOAT16,
         static_range=range,
         program_id=lambda axis: Array(np.int32(program[axis])),
         num_programs=lambda axis: Array(np.int32(grid[axis])),
@@ -278,7 +277,7 @@ def _memory(tensor):
 
 
 def run(kernel, grid, num_warps, arguments):
-    """Run every program of a kernel on CPU tensors, in place, but for those of 16 bits."""
+    """Run every program of a kernel on CPU tensors, in place."""
     arguments = {
         name: _pointer(value) if isinstance(value, torch.Tensor) else value
         for name, value in arguments.items()
@@ -290,8 +289,8 @@ def run(kernel, grid, num_warps, arguments):
 
 def _pointer(tensor):
     """To a tensor's elements as they lie in memory, side by side."""
-    if tensor.dtype in HALVES:
-        return Pointer(_memory(tensor.float()), dtype=HALVES[tensor.dtype])
+    if tensor.dtype == torch.bfloat16:
+        return Pointer(_memory(tensor.float()), dtype=BFLOAT16)
     return Pointer(_memory(tensor))
 
 

@@ -53,7 +53,7 @@ def wgmma_m64nk256(a, descriptor, memory, d):
 
 def _multiplied(a, b, acc, is_async):
     """acc + a b, of numbers."""
-    return acc + type(acc)(a.data @ b)
+    return acc + type(acc)(a.data.astype(np.float32) @ b)
 
 
 class SharedMemory:
