@@ -210,6 +210,8 @@ def _language(program, programs, num_warps):
         SliceLayout=gl.SliceLayout,
         SwizzledSharedLayout=gl.SwizzledSharedLayout,
         DistributedLinearLayout=gl.DistributedLinearLayout,
+        int1=np.bool_,
+        uint8=np.uint8,
         int32=np.int32,
         int64=np.int64,
         float32=np.float32,
