@@ -225,6 +225,8 @@ def _language(program, grid, num_warps):
         SliceLayout=gl.SliceLayout,
         SwizzledSharedLayout=gl.SwizzledSharedLayout,
         DistributedLinearLayout=gl.DistributedLinearLayout,
+        int1=np.bool_,
+        uint8=np.uint8,
         int32=np.int32,
         DotOperandLayout=gl.DotOperandLayout,
         NVMMADistributedLayout=gl.NVMMADistributedLayout,

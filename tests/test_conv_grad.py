@@ -3,10 +3,20 @@
 import pytest
 import torch
 
-from tests.helpers import KERNEL_DEVICE, assert_no_worse_than_eager, gradient, plus_minus
+from tests.helpers import (
+    KERNEL_DEVICE,
+    activation,
+    assert_no_worse_than_eager,
+    gradient,
+    plus_minus,
+    vectors,
+)
 from tests.test_conv import PROBLEMS
 from tritonbnn import eager, kernels, reference
 from tritonbnn.kernels import config, conv_grad
+from tritonbnn.kernels.binarize import Skipped
+from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.layout import channels_last
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -100,6 +110,36 @@ def test_the_library_formulation_agrees(dtype):
     ordinary, truth = (problem.autograd(kind, True) for kind in (dtype, torch.float64))
     assert_no_worse_than_eager(dx, ordinary[0], truth[0])
     assert_no_worse_than_eager(dweight.to(dtype), ordinary[1], truth[1])
+
+
+@pytest.mark.parametrize("formulation", ["dot", "library"])
+@pytest.mark.parametrize(
+    ("shortcut", "channels"),
+    [("identity", 33), ("identity", 13), ("pool", 40), ("repeat", 33), ("repeat", 40)],
+)
+def test_signs_and_slope_give_the_skipped_gradient(shortcut, channels, formulation):
+    n, h, w, dtype = 3, 2, 4, torch.float16  # in which slope times gradient is rounded
+    stride, outputs = 1 + (shortcut == "pool"), channels * (1 + (shortcut == "repeat"))
+    geometry = Geometry(n, h, w, channels, outputs, 3, stride, 1)
+    given = gradient(*geometry.output_shape, dtype=dtype, seed=4)
+    dy = gradient(*geometry.output_shape, dtype=dtype, seed=5)
+    stream = activation(n, channels, h, w, dtype=dtype)
+    real = gradient(outputs, channels, 3, 3, dtype=dtype, seed=6)
+    given, dy, stream, real = (
+        channels_last(each.to(KERNEL_DEVICE)) for each in (given, dy, stream, real)
+    )
+    positive = plus_minus(*geometry.output_shape)
+    slope = vectors(1, outputs)[0].to(KERNEL_DEVICE)
+    low = (given.float() * slope.view(-1, 1, 1)).to(dtype)
+    du = channels_last(torch.where(positive.to(KERNEL_DEVICE) > 0, given, low))
+    packed = eager.pack_signs(positive).to(KERNEL_DEVICE)
+    results = []
+    with config.using(config.Choice(formulation, config.TileConfig(16, 32, 32, 4, 1))):
+        for skipped in (Skipped(du), Skipped(given, packed, slope)):
+            passed = (dy, real, geometry, stream, None, skipped, shortcut)
+            results.append(conv_grad.stream_grad(*passed))
+    for whole, by_signs in zip(*results, strict=True):
+        assert torch.equal(whole, by_signs)
 
 
 def test_an_empty_batch_has_no_gradient(launchers, device):

@@ -105,7 +105,19 @@ def test_the_backward_passes_are_those_of_the_unit(one_bit_core, shortcut, activ
     product = product_of(x, fragments_of(weight, channels, block_tiles(tile)), geometry, tile)
     passed = (product, grad, stream, tuple(norm), after)
     sums = mma_unit_grad.activation_sums_mma(*passed, geometry, shortcut)
-    du, dy = mma_unit_grad.unit_grad_mma(*passed, (du_scale, a_scale, constant), shortcut)
+    last = (*passed, (du_scale, a_scale, constant), geometry, shortcut)
+    (du, *nothing), dy = mma_unit_grad.unit_grad_mma(*last, stored=True)
+    skipped, dy_again = mma_unit_grad.unit_grad_mma(*last, stored=False)
+    assert nothing == [None, None]
+    assert torch.equal(dy_again, dy)
+    assert skipped.grad is grad
+    if activated:
+        signs = eager.unpack_signs(skipped.positive.cpu(), outputs, torch.float32).to(grad.device)
+        from_signs = torch.where(signs > 0, grad, grad * slope.view(-1, 1, 1))
+        assert torch.equal(from_signs, du)
+        assert torch.equal(eager.pack_signs(signs.cpu()), skipped.positive.cpu())
+    else:
+        assert du is grad
 
     window = {"channels": channels, "stride": stride, "padding": k // 2, "dtype": torch.int32}
     a = eager.conv_packed(x.cpu(), weight.cpu(), None, **window)
@@ -118,18 +130,24 @@ def test_the_backward_passes_are_those_of_the_unit(one_bit_core, shortcut, activ
     torch.testing.assert_close(dy.cpu(), usual_dy, rtol=1e-5, atol=1e-4)
 
 
-def test_a_whole_unit_runs_on_it(one_bit_core, monkeypatch):
+@pytest.mark.parametrize("shortcut", ["identity", "pool", "repeat", "tensor"])
+def test_a_whole_unit_runs_on_it(one_bit_core, monkeypatch, shortcut):
     if not HAS_GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
-    x = activation(2, 33, 4, 6)
-    weight, grad = gradient(33, 33, 3, 3), gradient(2, 33, 2, 3, seed=6)
-    leaves = [each.to(KERNEL_DEVICE) for each in (x, weight, *vectors(6, 33))]
-    key = Geometry(2, 4, 6, 33, 33, 3, 2, 1).key("conv_packed", "int32")
+    stride = 2 if shortcut == "pool" else 1
+    channels, outputs = (17, 34) if shortcut == "repeat" else (33, 33)
+    x, weight = activation(2, channels, 4, 6), gradient(outputs, channels, 3, 3)
+    grad = gradient(2, outputs, 4 // stride, 6 // stride, seed=6)
+    affine, shift, after = vectors(2, outputs), vectors(1, channels), vectors(3, outputs, seed=5)
+    given = (x, weight, *affine, *shift, *after, activation(*grad.shape, seed=7))
+    leaves = [each.to(KERNEL_DEVICE) for each in given[: None if shortcut == "tensor" else -1]]
+    key = Geometry(2, 4, 6, channels, outputs, 3, stride, 1).key("conv_packed", "int32")
     results = []
     for plan, table in (("recompute", {}), ("fused", {key: ON_THE_CORE})):
         tensors = [each.detach().requires_grad_() for each in leaves]
+        options = {"shortcut": (*tensors, shortcut)[8], "stride": stride, "plan": plan}
         with config.using(table):
-            made = ops.binary_unit(*tensors, shortcut="pool", stride=2, plan=plan, pack=True)
+            made = ops.binary_unit(*tensors[:8], **options, pack=True)
             gradients = torch.autograd.grad(made.z, tensors, grad.to(KERNEL_DEVICE))
         results.append((made.z, made.mean, made.variance, *gradients))
         assert torch.equal(made.signs.cpu(), eager.pack_signs(made.z.detach().cpu()))

@@ -1,5 +1,7 @@
 """The sign as +-1, and its pseudo-gradient with the residual added in the same pass."""
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -42,31 +44,99 @@ def sign_slope(x):
     return tl.maximum(2.0 - 2.0 * tl.abs(x), 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
+class Skipped(NamedTuple):
+    """The gradient to a shortcut's output: ``grad``, or what the PReLU after it makes of that.
+
+    Attributes:
+        grad: (N, O, H', W'), in channels_last memory.
+        positive: packed (N, H', W', words): where a bit is 0, the gradient is ``slope`` times
+            ``grad``, rounded to its dtype. None, with the next, where it is ``grad``.
+        slope: (O,), contiguous.
+    """
+
+    grad: Tensor
+    positive: Tensor | None = None
+    slope: Tensor | None = None
+
+
+@triton.jit
+def _skipped_grad(
+    residual_ptr,
+    positive_ptr,
+    slope_ptr,
+    pixel,
+    exists,
+    first,
+    left,
+    CHANNELS: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The gradient to a shortcut's output, (pixel, BLOCK_N channels from the first), in float32.
+
+    Operands as in :class:`Skipped`; ``left`` channels exist, STEP is a power of two that divides
+    the first.
+    """
+    lane = tl.arange(0, BLOCK_N)[None, :]
+    known = lane < left
+    offs = pixel * CHANNELS + (first + lane)
+    grad = tl.load(residual_ptr + offs, mask=exists & known, other=0.0).to(tl.float32)
+    if positive_ptr is not None:
+        # a word is loaded once for those of its bits that lie side by side here
+        GROUP: tl.constexpr = STEP if STEP < 32 else 32
+        WORDS: tl.constexpr = (CHANNELS + 31) // 32
+        group = tl.arange(0, BLOCK_N // GROUP)[None, :] * GROUP
+        offs = pixel * WORDS + (first + group) // 32
+        bits = tl.load(positive_ptr + offs, mask=exists & (group < left), other=0)
+        bits = bits >> (first + group) % 32
+        bits = (bits[:, :, None] >> tl.arange(0, GROUP)[None, None, :]) & 1
+        slope = tl.load(slope_ptr + (first + lane), mask=known, other=0.0).to(tl.float32)
+        low = (grad * slope).to(residual_ptr.dtype.element_ty).to(tl.float32)
+        grad = tl.where(tl.reshape(bits, grad.shape) != 0, grad, low)
+    return grad
+
+
 @triton.jit
 def shortcut_grad(
     residual_ptr,
+    positive_ptr,
+    slope_ptr,
     row,
-    channel,
-    mask,
+    exists,
+    first,
     CHANNELS: tl.constexpr,
     HEIGHT: tl.constexpr,
     WIDTH: tl.constexpr,
     SHORTCUT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """The shortcut's transpose applied to its output's gradient, at (row, channel) of its input."""
+    """The shortcut's transpose applied to its output's gradient, in float32.
+
+    Operands as in :class:`Skipped`. The result is at (row, BLOCK_N channels from the first) of the
+    shortcut's input, where rows exist; the first is a multiple of BLOCK_N.
+    """
+    given = residual_ptr, positive_ptr, slope_ptr
+    left = CHANNELS - first
     if SHORTCUT == "pool":
         image = row // (HEIGHT * WIDTH)
         y = row // WIDTH % HEIGHT // 2
         x = row % WIDTH // 2
         pixel = (image * (HEIGHT // 2) + y) * (WIDTH // 2) + x
-        offs = pixel * CHANNELS + channel
-        return 0.25 * tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        return 0.25 * _skipped_grad(*given, pixel, exists, first, left, CHANNELS, BLOCK_N, BLOCK_N)
     if SHORTCUT == "repeat":
-        first = residual_ptr + row * 2 * CHANNELS + channel
-        total = tl.load(first, mask=mask, other=0.0).to(tl.float32)
-        return total + tl.load(first + CHANNELS, mask=mask, other=0.0).to(tl.float32)
-    offs = row * CHANNELS + channel
-    return tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        STEP: tl.constexpr = CHANNELS & -CHANNELS
+        total = _skipped_grad(*given, row, exists, first, left, 2 * CHANNELS, BLOCK_N, BLOCK_N)
+        return total + _skipped_grad(
+            *given,
+            row,
+            exists,
+            first + CHANNELS,
+            left,
+            2 * CHANNELS,
+            STEP if STEP < BLOCK_N else BLOCK_N,
+            BLOCK_N,
+        )
+    return _skipped_grad(*given, row, exists, first, left, CHANNELS, BLOCK_N, BLOCK_N)
 
 
 @triton.jit
@@ -75,6 +145,8 @@ def _sign_backward_kernel(
     x_ptr,
     shift_ptr,
     residual_ptr,
+    positive_ptr,
+    slope_ptr,
     dx_ptr,
     sums_ptr,
     rows,
@@ -87,9 +159,9 @@ def _sign_backward_kernel(
 ):
     """dx = ds + shortcut^T(residual), where ds = max(0, 2 - 2 abs(x + shift)) grad; and ds's sums.
 
-    grad, x and dx (rows, CHANNELS) float; shift (CHANNELS,) or None; residual None or float of the
-    shortcut's output shape; sums (programs, 1, CHANNELS) float32: each program's share of the sum
-    of ds. A program takes every ``programs``-th block of rows.
+    grad, x and dx (rows, CHANNELS) float; shift (CHANNELS,) or None; residual None or, with
+    positive and slope, as in :class:`Skipped`; sums (programs, 1, CHANNELS) float32: each program's
+    share of the sum of ds. A program takes every ``programs``-th block of rows.
     """
     pid, pid_n = tile_of(tl.program_id(0), tl.cdiv(CHANNELS, BLOCK_N))
     programs = tl.num_programs(0) // tl.cdiv(CHANNELS, BLOCK_N)
@@ -107,7 +179,19 @@ def _sign_backward_kernel(
         dx = sign_slope(x + shift) * grad
         acc += dx
         if residual_ptr is not None:
-            dx += shortcut_grad(residual_ptr, row, channel, mask, CHANNELS, HEIGHT, WIDTH, SHORTCUT)
+            dx += shortcut_grad(
+                residual_ptr,
+                positive_ptr,
+                slope_ptr,
+                row,
+                row < rows,
+                pid_n * BLOCK_N,
+                CHANNELS,
+                HEIGHT,
+                WIDTH,
+                SHORTCUT,
+                BLOCK_N,
+            )
         tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     out = sums_ptr + pid * CHANNELS + channel
     tl.store(out, tl.sum(acc, axis=0)[None, :], mask=channel < CHANNELS)
@@ -146,14 +230,14 @@ def sign_backward(
     checks.check_same_shape(x=x, grad=grad)
     if residual is not None:
         checks.check_shape("x", x, checks.shortcut_input_shape(residual.shape, shortcut))
-    residual = None if residual is None else channels_last(residual)
+    skipped = None if residual is None else Skipped(channels_last(residual))
     shift = None if shift is None else shift.contiguous()
-    dx, sums = sign_gradients(channels_last(grad), channels_last(x), residual, shift, shortcut)
+    dx, sums = sign_gradients(channels_last(grad), channels_last(x), skipped, shift, shortcut)
     return dx, sums.sum((0, 1))
 
 
 def sign_gradients(
-    grad: Tensor, x: Tensor, residual: Tensor | None, shift: Tensor | None, shortcut: str
+    grad: Tensor, x: Tensor, skipped: Skipped | None, shift: Tensor | None, shortcut: str
 ) -> tuple[Tensor, Tensor]:
     """:func:`sign_backward`, unchecked: channels_last images, and a contiguous shift.
 
@@ -170,10 +254,16 @@ def sign_gradients(
         grad_ptr=grad,
         x_ptr=x,
         shift_ptr=shift,
-        residual_ptr=residual,
+        **skipped_arguments(skipped),
         dx_ptr=dx,
         HEIGHT=height,
         WIDTH=width,
         SHORTCUT=shortcut,
     )
     return dx, sums
+
+
+def skipped_arguments(skipped: Skipped | None) -> dict[str, Any]:
+    """What a kernel that adds a skipped gradient takes; of none where there is none."""
+    grad, positive, slope = (None, None, None) if skipped is None else skipped
+    return {"residual_ptr": grad, "positive_ptr": positive, "slope_ptr": slope}

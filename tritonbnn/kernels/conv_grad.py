@@ -14,7 +14,13 @@ from torch import Tensor
 from tritonbnn import checks
 from tritonbnn.bits import WORD_BITS
 from tritonbnn.kernels import config
-from tritonbnn.kernels.binarize import shortcut_grad, sign_gradients, sign_slope
+from tritonbnn.kernels.binarize import (
+    Skipped,
+    shortcut_grad,
+    sign_gradients,
+    sign_slope,
+    skipped_arguments,
+)
 from tritonbnn.kernels.config import ceil_div
 from tritonbnn.kernels.geometry import Geometry, check_geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
@@ -46,6 +52,8 @@ def _conv_input_grad_kernel(
     stream_ptr,
     shift_ptr,
     residual_ptr,
+    positive_ptr,
+    slope_ptr,
     sums_ptr,
     batch,
     shape: tl.constexpr,
@@ -61,8 +69,8 @@ def _conv_input_grad_kernel(
     program's pixels share their taps.
 
     stream (N H W, C), if it is given, is what the signs are of: dx is then the gradient to it, that
-    to the shortcut's output, residual, added; sums (blocks of pixels, C) float32 are each block's
-    share of the gradient to the shift. Operands as the sign's own backward kernel has them.
+    through the shortcut added; sums (blocks of pixels, C) float32 are each block's share of the
+    gradient to the shift. Operands as the sign's own backward kernel has them.
     """
     CHANNELS: tl.constexpr = shape.channels
     OUT_CHANNELS: tl.constexpr = shape.out_channels
@@ -117,13 +125,16 @@ def _conv_input_grad_kernel(
         if residual_ptr is not None:
             acc += shortcut_grad(
                 residual_ptr,
+                positive_ptr,
+                slope_ptr,
                 target[:, None],
-                channel[None, :],
-                mask,
+                exists[:, None],
+                pid_n * BLOCK_N,
                 CHANNELS,
                 shape.height,
                 shape.width,
                 SHORTCUT,
+                BLOCK_N,
             )
     tl.store(dx_ptr + offs, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
@@ -226,7 +237,7 @@ def stream_grad(
     geometry: Geometry,
     stream: Tensor,
     shift: Tensor | None,
-    residual: Tensor | None,
+    skipped: Skipped | None,
     shortcut: str,
 ) -> tuple[Tensor, Tensor]:
     """The gradient to the stream whose signs a unit convolves, unchecked.
@@ -240,7 +251,7 @@ def stream_grad(
         geometry: likewise.
         stream: (N, C, H, W) in channels_last memory.
         shift: (C,), what is added before the sign, or None.
-        residual: the gradient to the shortcut's output, in channels_last memory, or None.
+        skipped: the gradient to the shortcut's output, or None.
         shortcut: "identity", "pool" or "repeat".
 
     Returns:
@@ -250,7 +261,7 @@ def stream_grad(
     choice = config.choose(key, grad.device)
     if choice.formulation == "library" or not stream.numel():
         signs_grad = input_grad(grad, real, geometry)
-        return sign_gradients(signs_grad, stream, residual, shift, shortcut)
+        return sign_gradients(signs_grad, stream, skipped, shift, shortcut)
     dx = empty_pixels(stream, grad.dtype)
     sums = _launch_input_grad(
         channels_last(grad),
@@ -260,7 +271,7 @@ def stream_grad(
         choice.tile,
         stream_ptr=stream,
         shift_ptr=shift,
-        residual_ptr=residual,
+        **skipped_arguments(skipped),
         SHORTCUT=shortcut,
     )
     return dx, sums
@@ -295,7 +306,7 @@ def _launch_input_grad(
     programs = ceil_div(geometry.batch * rows * columns, tile.block_m)
     blocks = programs * stride * stride if sign else 0
     sums = torch.empty((blocks, geometry.channels), dtype=torch.float32, device=dx.device)
-    none = dict.fromkeys(("stream_ptr", "shift_ptr", "residual_ptr")) | {"SHORTCUT": ""}
+    none = {"stream_ptr": None, "shift_ptr": None, **skipped_arguments(None), "SHORTCUT": ""}
     launch(
         _conv_input_grad_kernel,
         (programs * ceil_div(geometry.channels, tile.block_n), stride * stride),

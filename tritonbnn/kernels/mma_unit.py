@@ -20,6 +20,7 @@ from tritonbnn.kernels.elementwise import MAX_PARTIALS
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import launch
 from tritonbnn.kernels.mma import channel_blocks, product_arguments
+from tritonbnn.kernels.mma_pack import store_bits
 from tritonbnn.kernels.mma_sums import no_sums, store_sums, thread_sums
 from tritonbnn.kernels.mma_tile import block_of_program, signed_sums
 from tritonbnn.kernels.unit import per_channel, shortcut_value
@@ -103,20 +104,7 @@ def _unit_mma_kernel(
         s = z.to(gl.float32)
         if next_shift_ptr is not None:
             s += per_channel(next_shift_ptr, out, known)
-        bits = ((s >= 0) & known).to(gl.int32) << out % 32
-        BLOCK_P: gl.constexpr = bits.shape[0]
-        BLOCK_O: gl.constexpr = bits.shape[1]
-        PACKED: gl.constexpr = gl.BlockedLayout(
-            [1, 1], [32, 1], [cut.warps_o * cut.warps_p, 1], [1, 0]
-        )
-        packed = gl.sum(bits.reshape([BLOCK_P, BLOCK_O // 32, 32]), axis=2)
-        packed = gl.convert_layout(packed, PACKED)
-        pixel = block_p * BLOCK_P + gl.arange(0, BLOCK_P, gl.SliceLayout(1, PACKED))
-        word = block_o * (BLOCK_O // 32) + gl.arange(0, BLOCK_O // 32, gl.SliceLayout(0, PACKED))
-        words: gl.constexpr = (shape.out_channels + 31) // 32
-        inside = (pixel < pixels)[:, None] & (word < words)[None, :]
-        offset = pixel.to(gl.int64)[:, None] * words + word[None, :]
-        gl.store(signs_ptr + offset, packed, mask=inside)
+        store_bits((s >= 0) & known, signs_ptr, pixels, block_p, block_o, shape, cut)
 
 
 @dataclass(frozen=True)

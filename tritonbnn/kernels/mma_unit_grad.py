@@ -2,8 +2,9 @@
 
 Twice, because BatchNorm's gradient needs sums over all pixels first. Bytes per output element with
 a bf16 stream: the sums read the gradient and the stream, 4; the second pass reads both once more
-and writes du and dy, 8. Where the convolution's output is kept as int16 it is 8 and 6, and 2 more
-to keep it. A prediction: nothing has been measured yet.
+and writes dy and a bit of du, 6 1/8: all of du follows from the bit and the gradient, which the
+gradient to the input then reads in its place. Where the convolution's output is kept as int16 it is
+8 and 6, and 2 more to keep it. A prediction: nothing has been measured yet.
 """
 
 import torch
@@ -11,8 +12,11 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from tritonbnn.bits import words
+from tritonbnn.kernels.binarize import Skipped
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import launch
+from tritonbnn.kernels.mma_pack import store_bits
 from tritonbnn.kernels.mma_sums import no_sums, store_sums, thread_sums
 from tritonbnn.kernels.mma_tile import block_of_program, output_layout, signed_sums
 from tritonbnn.kernels.mma_unit import Product
@@ -37,9 +41,9 @@ def _through_activation(
     cut: gl.constexpr,
     SHORTCUT: gl.constexpr,
 ):
-    """grad, y - mean, du = t > 0 ? grad : slope grad, and min(t, 0) grad; where nothing is, 0.
+    """grad, y - mean, t > 0, du = t > 0 ? grad : slope grad, and min(t, 0) grad.
 
-    Tensors as in the forward pass, t what the PReLU is of.
+    Tensors as in the forward pass, t what the PReLU is of. Where nothing is, gradients are 0.
     """
     row, out = pixel.to(gl.int64)[:, None], out[None, :]
     known = out < shape.out_channels
@@ -48,6 +52,7 @@ def _through_activation(
     grad = grad.to(gl.float32)
     centred = y.to(gl.float32) - per_channel(mean_ptr, out, known)
     LAYOUT: gl.constexpr = output_layout(cut)
+    positive = gl.full(LAYOUT.shape, True, gl.int1, LAYOUT)
     du, low = grad, gl.full(LAYOUT.shape, 0.0, gl.float32, LAYOUT)
     if slope_ptr is not None:
         t = centred * per_channel(scale_ptr, out, known) + per_channel(offset_ptr, out, known)
@@ -62,9 +67,10 @@ def _through_activation(
             SHORTCUT,
         )
         t += per_channel(shift_mid_ptr, out, known)
-        du = gl.where(t > 0, grad, grad * per_channel(slope_ptr, out, known))
-        low = gl.where(t > 0, 0.0, t) * grad
-    return grad, centred, du, low
+        positive = t > 0
+        du = gl.where(positive, grad, grad * per_channel(slope_ptr, out, known))
+        low = gl.where(positive, 0.0, t) * grad
+    return grad, centred, positive, du, low
 
 
 @gluon.jit
@@ -100,7 +106,7 @@ def _activation_sums_mma_kernel(
         y, pixel, out = signed_sums(
             x_ptr, weight_ptr, base_ptr, pixels, block_p, block_o, shape, cut
         )
-        grad, centred, du, low = _through_activation(
+        grad, centred, _, du, low = _through_activation(
             y,
             pixel,
             out,
@@ -142,6 +148,7 @@ def _unit_grad_mma_kernel(
     a_scale_ptr,
     constant_ptr,
     du_ptr,
+    positive_ptr,
     dy_ptr,
     pixels,
     shape: gl.constexpr,
@@ -150,12 +157,12 @@ def _unit_grad_mma_kernel(
 ):
     """du = t > 0 ? grad : slope grad, and dy = du_scale du + a_scale y + constant.
 
-    Operands as :func:`_activation_sums_mma_kernel` takes them. Without a PReLU du is grad, and
-    du_ptr None.
+    Operands as :func:`_activation_sums_mma_kernel` takes them. du_ptr and positive_ptr may be None.
+    positive (N H' W', words) int32 has the packed bits of t > 0, which with grad give du.
     """
     block_p, block_o, _ = block_of_program(shape, cut)
     y, pixel, out = signed_sums(x_ptr, weight_ptr, base_ptr, pixels, block_p, block_o, shape, cut)
-    _, _, du, _ = _through_activation(
+    _, _, positive, du, _ = _through_activation(
         y,
         pixel,
         out,
@@ -178,6 +185,8 @@ def _unit_grad_mma_kernel(
     du = du.to(dy_ptr.dtype.element_ty)
     if du_ptr is not None:
         gl.store(du_ptr + place, du, mask=mask)
+    if positive_ptr is not None:
+        store_bits(positive & known, positive_ptr, pixels, block_p, block_o, shape, cut)
     dy = y.to(gl.float32) * per_channel(a_scale_ptr, out, known)
     dy += per_channel(constant_ptr, out, known)
     dy += du.to(gl.float32) * per_channel(du_scale_ptr, out, known)
@@ -225,8 +234,11 @@ def unit_grad_mma(
     norm: Vectors,
     activation: Vectors,
     coefficients: Vectors,
+    geometry: Geometry,
     shortcut: str,
-) -> tuple[Tensor, Tensor]:
+    *,
+    stored: bool,
+) -> tuple[Skipped, Tensor]:
     """The gradients to u, which the PReLU is of but for its shift, and to y.
 
     Args:
@@ -236,11 +248,20 @@ def unit_grad_mma(
         norm: likewise.
         activation: likewise.
         coefficients: du_scale, a_scale and constant, contiguous.
+        geometry: likewise.
         shortcut: likewise.
+        stored: that to u is wanted as a tensor, not as the signs that give it.
     """
     du_scale, a_scale, constant = coefficients
+    _, slope = activation
     dy = empty_pixels(grad, grad.dtype)
-    du = grad if activation[1] is None else empty_pixels(grad, grad.dtype)
+    du = positive = None
+    if slope is not None and stored:
+        du = empty_pixels(grad, grad.dtype)
+    elif slope is not None:
+        n, channels, height, width = geometry.output_shape
+        shape = (n, height, width, words(channels))
+        positive = torch.empty(shape, dtype=torch.int32, device=grad.device)
     launch(
         _unit_grad_mma_kernel,
         product.pixel_blocks * product.channel_blocks,
@@ -250,10 +271,13 @@ def unit_grad_mma(
         du_scale_ptr=du_scale,
         a_scale_ptr=a_scale,
         constant_ptr=constant,
-        du_ptr=None if du is grad else du,
+        du_ptr=du,
+        positive_ptr=positive,
         dy_ptr=dy,
     )
-    return du, dy
+    if positive is None:
+        return Skipped(grad if du is None else du), dy
+    return Skipped(grad, positive, slope), dy
 
 
 def _activation_arguments(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tritonbnn import checks
 from tritonbnn.contract import Averages, Gradients, Kept, Options, Statistics
+from tritonbnn.kernels.binarize import Skipped
 from tritonbnn.kernels.conv import conv_real, convolved, product_choice
 from tritonbnn.kernels.conv_grad import stream_grad, weight_grad
 from tritonbnn.kernels.cut import block_tiles
@@ -207,14 +208,17 @@ def backward(
     past = (grad, stream, tuple(activation), gamma.contiguous(), kept, options)
     real = None
     if _in_one(options, geometry, x.device):
-        du, dy, grads, real = _through_product(signs, weight, *past, geometry)
+        # behind a pool four pixels would each compute it again, to save a quarter of the bytes
+        stored = residual is not None or options.shortcut == "pool"
+        passed = _through_product(signs, weight, *past, geometry, stored=stored)
+        skipped, dy, grads, real = passed
     else:
-        du, dy, grads = _through_norm(_kept(kept, signs, weight, geometry, x.dtype), *past)
+        skipped, dy, grads = _through_norm(_kept(kept, signs, weight, geometry, x.dtype), *past)
     dx = dweight = dshift_in = None
     if wants_input:
         real = _real_weight(weight, kept, dy.dtype) if real is None else real
-        skipped = du if residual is None else None
-        dx, shares = stream_grad(dy, real, geometry, x, shift_in, skipped, options.shortcut)
+        added = skipped if residual is None else None
+        dx, shares = stream_grad(dy, real, geometry, x, shift_in, added, options.shortcut)
         dshift_in = None if shift_in is None else shares.view(-1, shares.shape[-1]).sum(0)
     del real
     if wants_weight:  # after the expanded weight is gone, which may be as large
@@ -231,7 +235,7 @@ def backward(
         shift_mid=None if slope is None else dshift_mid,
         slope=None if slope is None else dslope,
         shift_out=None if slope is None else dshift_out,
-        residual=None if residual is None else du,
+        residual=None if residual is None else skipped.grad,
     )
 
 
@@ -252,13 +256,13 @@ def _through_norm(
     gamma: Tensor,
     kept: Kept,
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Skipped, Tensor, Tensor]:
     """The gradients to u, y and the unit's vectors, from the convolution."""
     vectors = kept.vectors.contiguous()
     norm = _affine(vectors)
     du, sums = activation_backward(grad, a, stream, norm, activation, options.shortcut)
     grads, coefficients = norm_grads(sums, vectors, kept.alpha, gamma, options.group)
-    return du, norm_backward(du, a, *coefficients.unbind(0)), grads
+    return Skipped(du), norm_backward(du, a, *coefficients.unbind(0)), grads
 
 
 def _through_product(
@@ -271,8 +275,13 @@ def _through_product(
     kept: Kept,
     options: Options,
     geometry: Geometry,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As :func:`_through_norm`, and the weight as numbers, with the convolution done twice."""
+    *,
+    stored: bool,
+) -> tuple[Skipped, Tensor, Tensor, Tensor]:
+    """As :func:`_through_norm`, and the weight as numbers, with the convolution done twice.
+
+    Unless the gradient to u is to be ``stored``, there are signs in place of it.
+    """
     from tritonbnn.kernels.mma_unit import half_tile, product_of  # it needs Gluon
     from tritonbnn.kernels.mma_unit_grad import activation_sums_mma, unit_grad_mma
 
@@ -287,8 +296,10 @@ def _through_product(
     operands = (product, grad, stream, _affine(vectors), activation)
     sums = activation_sums_mma(*operands, geometry, shortcut)
     grads, coefficients = norm_grads(sums, vectors, kept.alpha, gamma, options.group)
-    du, dy = unit_grad_mma(*operands, coefficients.unbind(0), shortcut)
-    return du, dy, grads, real
+    skipped, dy = unit_grad_mma(
+        *operands, coefficients.unbind(0), geometry, shortcut, stored=stored
+    )
+    return skipped, dy, grads, real
 
 
 def _real_weight(weight: Tensor, kept: Kept, dtype: torch.dtype) -> Tensor:
