@@ -234,7 +234,20 @@ def default(key: ProblemKey, formulation: str | None = None, target: Target = AN
         names = (name for name in formulations(key.op, target) if takes(name, key))
         formulation = next(name for name in names if name != "warpgroup" or key.channels > 32)
     tile = default_tile(key, formulation)
+    if formulation == "dot" and "warpgroup" in target.weight_grads:
+        tile = _for_warpgroups(key, tile)
     return Choice(formulation, fitted(tile, target) if key.out_channels else tile)
+
+
+def _for_warpgroups(key: ProblemKey, tile: TileConfig) -> TileConfig:
+    """A product's tile where warpgroups multiply: a wider one asks the second cache for less.
+
+    It pays where K is long (``benchmarks.count``), for a multiprocessor has one block of it then.
+    """
+    long = key.op == "conv_input_grad" and (key.kernel_size, key.stride) == (3, 1)
+    if not long or key.channels < 256 or key.dtype == "float32":
+        return tile
+    return replace(tile, block_n=256)
 
 
 def takes(formulation: str, key: ProblemKey) -> bool:
@@ -296,6 +309,8 @@ def default_tile(key: ProblemKey, formulation: str) -> TileConfig:
         block_n, block_k = min(128, max(32, power_of_two(key.channels))), 64
     else:
         block_m, block_n = 128, min(128, max(16, power_of_two(columns)))
+        if key.op == "conv_input_grad" and key.out_channels == 2 * key.channels:
+            block_n = min(block_n, 64)  # what comes through the shortcut takes registers twice
         block_k = min(64, max(32, power_of_two(inner)))
     if key.dtype == "float32":  # no tensor core: registers, not shared memory, bound the tile
         return TileConfig(min(block_m, 64), min(block_n, 64), 32, 8, 3)

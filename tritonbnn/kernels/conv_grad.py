@@ -40,8 +40,103 @@ from tritonbnn.layout import (
 TARGET_PROGRAMS = 512
 """Programs that the weight gradient splits its pixels for: a few waves of any current GPU."""
 
+MULTIPROCESSORS = 132
+"""Of the GPUs whose warpgroups multiply, H100 and H200."""
+
+AT_ONCE = tl.constexpr(32)
+"""Channels that the input gradient takes through the sign at a time."""
+
 MIN_STEPS = 8
 """Blocks of pixels that a split is worth, so that partial sums stay small traffic."""
+
+
+@triton.jit
+def _finish_input_grad(
+    acc,
+    first,
+    target,
+    exists,
+    block,
+    dx_ptr,
+    stream_ptr,
+    shift_ptr,
+    residual_ptr,
+    positive_ptr,
+    slope_ptr,
+    sums_ptr,
+    shape: tl.constexpr,
+    SHORTCUT: tl.constexpr,
+):
+    """What follows the product, for (pixels, channels from the first on): a few channels at a time.
+
+    All that is read at once would take more registers than there are beside the sums. Operands as
+    :func:`_conv_input_grad_kernel` takes them, (pixels, 1) of a pixel.
+    """
+    PIXELS: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    CHANNELS: tl.constexpr = shape.channels
+    if BLOCK_N > AT_ONCE:
+        HALF: tl.constexpr = BLOCK_N // 2
+        lower, upper = tl.split(tl.permute(tl.reshape(acc, (PIXELS, 2, HALF)), (0, 2, 1)))
+        _finish_input_grad(
+            lower,
+            first,
+            target,
+            exists,
+            block,
+            dx_ptr,
+            stream_ptr,
+            shift_ptr,
+            residual_ptr,
+            positive_ptr,
+            slope_ptr,
+            sums_ptr,
+            shape,
+            SHORTCUT,
+        )
+        _finish_input_grad(
+            upper,
+            first + HALF,
+            target,
+            exists,
+            block,
+            dx_ptr,
+            stream_ptr,
+            shift_ptr,
+            residual_ptr,
+            positive_ptr,
+            slope_ptr,
+            sums_ptr,
+            shape,
+            SHORTCUT,
+        )
+    else:
+        channel = first + tl.arange(0, BLOCK_N)
+        known = channel < CHANNELS
+        mask = exists & known[None, :]
+        offs = target * CHANNELS + channel[None, :]
+        if stream_ptr is not None:
+            signed = tl.load(stream_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+            if shift_ptr is not None:
+                shift = tl.load(shift_ptr + channel, mask=known, other=0.0)
+                signed += shift.to(tl.float32)[None, :]
+            acc *= sign_slope(signed)  # outside of the image acc is 0
+            tl.store(sums_ptr + block * CHANNELS + channel, tl.sum(acc, axis=0), mask=known)
+            if residual_ptr is not None:
+                acc += shortcut_grad(
+                    residual_ptr,
+                    positive_ptr,
+                    slope_ptr,
+                    target,
+                    exists,
+                    first,
+                    CHANNELS,
+                    shape.height,
+                    shape.width,
+                    SHORTCUT,
+                    BLOCK_N,
+                )
+        tl.store(dx_ptr + offs, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -111,32 +206,23 @@ def _conv_input_grad_kernel(
         w = tl.load(weight_ptr + offs_w, mask=w_mask, other=0)
         acc = tl.dot(g, w, acc, input_precision="ieee")
     target = (image * shape.height + y).to(tl.int64) * shape.width + x
-    mask = exists[:, None] & (channel < CHANNELS)[None, :]
-    offs = target[:, None] * CHANNELS + channel[None, :]
-    if stream_ptr is not None:
-        signed = tl.load(stream_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        if shift_ptr is not None:
-            shift = tl.load(shift_ptr + channel, mask=channel < CHANNELS, other=0.0)
-            signed += shift.to(tl.float32)[None, :]
-        acc *= sign_slope(signed)  # outside of the image acc is 0
-        blocks = tl.num_programs(0) // tl.cdiv(CHANNELS, BLOCK_N)
-        share = sums_ptr + (tl.program_id(1) * blocks + pid_m) * CHANNELS + channel
-        tl.store(share, tl.sum(acc, axis=0), mask=channel < CHANNELS)
-        if residual_ptr is not None:
-            acc += shortcut_grad(
-                residual_ptr,
-                positive_ptr,
-                slope_ptr,
-                target[:, None],
-                exists[:, None],
-                pid_n * BLOCK_N,
-                CHANNELS,
-                shape.height,
-                shape.width,
-                SHORTCUT,
-                BLOCK_N,
-            )
-    tl.store(dx_ptr + offs, acc.to(dx_ptr.dtype.element_ty), mask=mask)
+    blocks = tl.num_programs(0) // tl.cdiv(CHANNELS, BLOCK_N)
+    _finish_input_grad(
+        acc,
+        pid_n * BLOCK_N,
+        target[:, None],
+        exists[:, None],
+        tl.program_id(1) * blocks + pid_m,
+        dx_ptr,
+        stream_ptr,
+        shift_ptr,
+        residual_ptr,
+        positive_ptr,
+        slope_ptr,
+        sums_ptr,
+        shape,
+        SHORTCUT,
+    )
 
 
 @triton.jit
@@ -359,7 +445,7 @@ def weight_grad(grad: Tensor, x: Tensor, geometry: Geometry, *, clip: Tensor | N
         return summed(partial, clip, shape)
     tile = choice.tile
     blocks = ceil_div(geometry.pixels, tile.block_k)
-    splits = _splits(geometry, tile, blocks)
+    splits = _splits(geometry, tile, blocks, choice.formulation)
     taps = kernel_size * kernel_size
     partial = torch.empty(
         (splits, geometry.out_channels * taps, channels), dtype=torch.float32, device=grad.device
@@ -387,15 +473,34 @@ def _weight_grad_choice(
     return config.default(key, "library", target_of(device))
 
 
-def _splits(geometry: Geometry, tile: config.TileConfig, blocks: int) -> int:
+def _splits(geometry: Geometry, tile: config.TileConfig, blocks: int, formulation: str) -> int:
     """How many programs share the pixels of one tile: a function of the problem alone.
 
     No device is asked, so that the order of summation is the same on all of them.
     """
     tiles = ceil_div(geometry.out_channels, tile.block_m)
     tiles *= ceil_div(geometry.channels, tile.block_n) * geometry.kernel_size**2
-    splits = min(ceil_div(TARGET_PROGRAMS, tiles), ceil_div(blocks, MIN_STEPS))
+    most = ceil_div(blocks, MIN_STEPS)
+    if formulation == "warpgroup":
+        splits = _even_splits(tiles, most)
+    else:
+        splits = min(ceil_div(TARGET_PROGRAMS, tiles), most)
     return ceil_div(blocks, ceil_div(blocks, splits)) if splits else 0
+
+
+def _even_splits(tiles: int, most: int) -> int:
+    """The fewest splits with which nearly all multiprocessors work all of the time.
+
+    Each of them has one program of a tile at once: splits beyond are memory traffic alone.
+    """
+    best, reached = min(1, most), 0.0
+    for splits in range(1, min(most, ceil_div(TARGET_PROGRAMS, tiles)) + 1):
+        busy = tiles * splits / (MULTIPROCESSORS * ceil_div(tiles * splits, MULTIPROCESSORS))
+        if busy > reached:
+            best, reached = splits, busy
+        if reached > 0.95:
+            break
+    return best
 
 
 def _launch_weight_grad(
