@@ -60,17 +60,13 @@ class Products:
         Raises:
             ValueError: a bound of a loop does not follow from the launch.
         """
+        outermost = next((loops[0] for loops, _ in self.found if loops), None)
         multiplied, turned, programs = 0.0, 0.0, list(_some_programs(launch.grid))
         for program in programs:
-            value = _Values(self.numbers, launch, program).value
+            values = _Values(self.numbers, launch, program)
             for loops, multiplications in self.found:
-                turns = [
-                    max(0, -((value(first) - value(end)) // value(step)))
-                    for first, end, step in loops
-                ]
-                multiplied += multiplications * prod(turns)
-            if self.found and self.found[0][0]:
-                turned += turns[0]
+                multiplied += multiplications * prod(map(values.turns, loops))
+            turned += values.turns(outermost) if outermost else 0
         return multiplied / len(programs), turned / len(programs)
 
 
@@ -91,6 +87,10 @@ class _Values:
     ) -> None:
         self.numbers, self.launch, self.program = numbers, launch, program
         self.known: dict[str, Any] = {}
+
+    def turns(self, loop: Range) -> int:
+        first, end, step = map(self.value, loop)
+        return max(0, -((first - end) // step))
 
     def value(self, name: str) -> Any:
         if name not in self.known:

@@ -126,8 +126,11 @@ IR = """
     %1 = arith.extsi %0 : i32 to i64
     %2 = arith.subi %pixels, %1 : i32
     %3 = tt.get_num_programs x : i32
+    %4 = arith.divsi %2, %c3_i32 : i32
+    %5 = arith.remsi %4, %c8_i32 : i32
+    %6 = arith.addi %5, %c8_i32 : i32
     %wide = arith.muli %tile, %cst : tensor<4x4xi32>
-    %acc:2 = scf.for %i = %1 to %2 step %3 iter_args(%a = %cst) -> (tensor<64x32xf32>)  : i32 {
+    %acc:2 = scf.for %i = %1 to %6 step %3 iter_args(%a = %cst) -> (tensor<64x32xf32>)  : i32 {
       scf.if %known {
         tt.store %p, %q : tensor<64x!tt.ptr<f32>>
       } else {
@@ -140,19 +143,23 @@ mma.sync.aligned.m16n8k256.row}" {packed_element = 4 : i32, pure = true} %f : te
 -> tensor<2x8x32x4xi32, #a> loc(#l)
       } loc(#loc9)
     }
+    %h = tt.dot %g, %w, %c : tensor<64x16xbf16> * tensor<16x32xbf16> -> tensor<64x32xf32>
     tt.return
   }
 """
 
 
 def test_products_are_those_of_every_turn_of_the_loops_around_them():
-    launch = launched((5, 3), pixels=40).launch
-    in_block = 64 * 16 * 32 + 2 * 8 * 2 * 16 * 8 * 256  # of a dot, and of 16 times two of 4 values
-    turns = [len(range(y + 3, 40 - (y + 3), 5)) for y in range(3)]
+    launch = launched((2, 3), pixels=40).launch
+    dot = 64 * 16 * 32
+    in_turn = dot + 2 * 8 * 2 * 16 * 8 * 256  # a dot, and of 16 times two of 4 values
+    turns = [len(range(y + 3, (40 - (y + 3)) // 3 % 8 + 8, 2)) for y in range(3)]
     assert len(set(turns)) > 1
-    found = products.read(IR, 8)
     outermost = sum(turns) / 3
-    assert found.of(launch) == pytest.approx((in_block / 8 * 8 * 3 * outermost, outermost))
+    assert products.read(IR, 8).of(launch) == (
+        pytest.approx(in_turn * 3 * outermost + dot),
+        outermost,
+    )
 
 
 def test_a_bound_of_a_loop_that_follows_from_nothing_is_named():
