@@ -9,8 +9,8 @@ A launch takes at least as long as each of these alone:
     tensor   its multiplications by the tensor core
 
 The last three are of the multiprocessor with the most blocks. How often a loop turns follows from
-the launch: a loop with products until the launch's share of them is done, another over rows as
-often as there are blocks of rows, and any other until the launch's bytes have been moved.
+the launch: a loop with products until they are done, another over rows as often as there are blocks
+of rows, and any other until the launch's bytes have been moved.
 """
 
 import ast
@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from math import ceil, prod
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -94,13 +94,13 @@ def bound(counted: Counted, code: Code, machine: Machine, copy_gbs: float) -> Bo
         ValueError: the launch multiplies, but not on a tensor core.
     """
     launch = counted.launch
-    if counted.operations and not sum(map(multiplications, (code.outside, *code.loops))):
+    if counted.operations and not _multiplies(code):
         raise ValueError(f"{counted.name} has no tensor-core instruction to count its loop by")
     warps, programs = launch.tile.num_warps, prod(launch.grid)
     turns = tuple(_turns(counted, code))
     work = Work(code.outside)
     for loop, times in zip(code.loops, turns, strict=True):
-        work.update({name: amount * times for name, amount in loop.items()})
+        work.update({name: amount * times for name, amount in loop.work.items()})
     blocks = machine.resident(code, warps)
     most = ceil_div(programs, machine.multiprocessors)
     seconds = {"dram": counted.bytes / (copy_gbs * 1e9)}
@@ -123,23 +123,32 @@ def named_in_loops(kernel: Any) -> frozenset[str]:
     return frozenset(name.removesuffix("_ptr") for name in names if name.endswith("_ptr"))
 
 
+def _multiplies(code: Code) -> bool:
+    return any(map(multiplications, (code.outside, *(loop.work for loop in code.loops))))
+
+
 def _turns(counted: Counted, code: Code) -> Iterable[float]:
-    """How often each loop turns in a block, on average."""
+    """How often each loop turns in a block, on average.
+
+    Compilers unroll: a loop turns as often as its products ask for, and not as its source says.
+    """
     launch = counted.launch
     programs, warps = prod(launch.grid), launch.tile.num_warps
-    share = counted.operations / 2 / programs / warps - multiplications(code.outside)
-    multiplied = sum(multiplications(loop) for loop in code.loops)
-    moved = sum(loop["global"] for loop in code.loops)
+    done, outermost = code.products.of(launch)
+    left = done / warps - multiplications(code.outside)
+    left -= sum(outermost * multiplications(loop.work) for loop in code.loops if loop.around)
+    inner = sum(multiplications(loop.work) for loop in code.loops if not loop.around)
+    moved = sum(loop.work["global"] for loop in code.loops)
     for loop in code.loops:
-        if multiplications(loop):
-            # the blocks of one column of the grid are alike, and turn a whole number of times
-            columns = prod(launch.grid[1:])
-            yield max(1, ceil(round(share / multiplied * columns, 6)) / columns)
+        if loop.around:
+            yield outermost
+        elif multiplications(loop.work):
+            yield left / inner
         elif "rows" in launch.arguments:
             of = launch.arguments
             tiles = ceil_div(of["rows"], of["BLOCK_M"]) * ceil_div(of["CHANNELS"], of["BLOCK_N"])
             yield tiles / programs
-        elif loop["global"]:
+        elif loop.work["global"]:
             yield max(1, counted.bytes / programs / warps / moved)
         else:
             yield 1

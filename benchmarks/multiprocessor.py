@@ -10,7 +10,8 @@ A target is one GPU here. Nothing is measured. Most figures are the makers'. The
 
 from dataclasses import dataclass, field
 
-from benchmarks.sass import CACHE_BYTES, LANES, Code, Work
+from benchmarks.products import LANES
+from benchmarks.sass import CACHE_BYTES, Code, Work
 from tritonbnn.kernels.config import ceil_div
 from tritonbnn.kernels.targets import KILOBYTE
 

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
+from benchmarks.products import LANES, Products, read
 from tritonbnn.kernels import aot
 from tritonbnn.kernels.launch import Launch
 from tritonbnn.kernels.targets import Target
 
-LANES = 32
 CACHE_BYTES = 128
 """What the first cache, of which shared memory is a part, moves in a clock."""
 
@@ -51,6 +51,19 @@ _GROUP_SHAPE = re.compile(r"\.(64)x(\d+)x(\d+)")
 
 
 @dataclass(frozen=True)
+class Loop:
+    """A loop of the compiled code.
+
+    Attributes:
+        work: of one turn, without the loops within.
+        around: whether a loop within multiplies.
+    """
+
+    work: Work
+    around: bool = False
+
+
+@dataclass(frozen=True)
 class Code:
     """One compiled kernel.
 
@@ -58,20 +71,22 @@ class Code:
         registers: of a thread.
         spill_bytes: of a thread.
         shared_bytes: of a block.
+        products: what it multiplies.
         outside: the work outside of all loops.
-        loops: that of one turn of each loop, without the loops within.
+        loops: all of them.
     """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
+    products: Products
     outside: Work
-    loops: tuple[Work, ...]
+    loops: tuple[Loop, ...]
 
     @property
     def spills_in_loops(self) -> int:
         """Loads and stores of spilled registers in a turn of all loops: those that cost."""
-        return sum(loop["spilled"] for loop in self.loops)
+        return sum(loop.work["spilled"] for loop in self.loops)
 
 
 @dataclass(frozen=True)
@@ -86,8 +101,9 @@ def compiled(launch: Launch, target: Target) -> Code:
     """Compile a launch for a GPU of NVIDIA's and read what it does."""
     kernel = aot.compile_kernel(launch, target)
     registers, spill_bytes, listing = aot.disassemble(kernel.asm["cubin"])
-    outside, loops = _stretches(listing)
-    return Code(registers, spill_bytes, kernel.metadata.shared, outside, loops)
+    ir = kernel.asm["ttgir" if launch.kernel.is_gluon() else "ttir"]
+    products = read(ir, launch.tile.num_warps)
+    return Code(registers, spill_bytes, kernel.metadata.shared, products, *_stretches(listing))
 
 
 def multiplications(work: Work) -> int:
@@ -95,8 +111,8 @@ def multiplications(work: Work) -> int:
     return sum(work[name] for name in _OPERAND_BITS)
 
 
-def _stretches(listing: str) -> tuple[Work, tuple[Work, ...]]:
-    """The work outside of loops, and of each loop alone."""
+def _stretches(listing: str) -> tuple[Work, tuple[Loop, ...]]:
+    """The work outside of loops, and the loops."""
     instructions, loops = _read(listing)
     last = max(i for i, each in enumerate(instructions) if each.name == "EXIT")
     loops = [loop for loop in loops if loop.start <= last]
@@ -105,7 +121,11 @@ def _stretches(listing: str) -> tuple[Work, tuple[Work, ...]]:
         around = [loop for loop in loops if index in loop]
         work = bodies[min(around, key=len)] if around else outside
         work.update(dict(_work(instruction)))
-    return outside, tuple(bodies.values())
+    within = {loop: [each for each in loops if each != loop and each[0] in loop] for loop in loops}
+    return outside, tuple(
+        Loop(work, any(multiplications(bodies[each]) for each in within[loop]))
+        for loop, work in bodies.items()
+    )
 
 
 def _read(listing: str) -> tuple[list[_Instruction], list[range]]:

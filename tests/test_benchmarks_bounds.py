@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 
-from benchmarks import bounds, bounds_table, sass
+from benchmarks import bounds, bounds_table, products, sass
 from benchmarks.launches import OURS, Counted
 from benchmarks.multiprocessor import MACHINES
-from benchmarks.sass import Code, Work
+from benchmarks.products import Products
+from benchmarks.sass import Code, Loop, Work
 from tests.test_aot import run_python
 from tritonbnn import cli
 from tritonbnn.kernels.config import TileConfig
@@ -17,6 +18,7 @@ from tritonbnn.kernels.launch import Launch
 from tritonbnn.kernels.targets import TARGETS
 
 H100 = MACHINES["sm_90"]
+NONE = Products({}, ())
 
 LISTING = """
 .text._some_kernel:
@@ -55,7 +57,8 @@ LISTING = """
 
 def test_every_instruction_adds_its_work_to_the_loop_around_it():
     outside, (inner, outer) = sass._stretches(LISTING)
-    assert inner == {
+    assert (inner.around, outer.around) == (False, True)
+    assert inner.work == {
         "issue": 9,
         "HGMMA": 2 * 64 * 128 * 16 // 4,
         # operands of products, half a word, 16 bytes of every lane, four matrices, one, a spill
@@ -63,7 +66,7 @@ def test_every_instruction_adds_its_work_to_the_loop_around_it():
         "l2": 32 * 16,
         "spilled": 1,
     }
-    assert outer == {"issue": 2, "global": 32, "l1": 128}
+    assert outer.work == {"issue": 2, "global": 32, "l1": 128}
     assert outside == {
         "issue": 13,
         "xu": 1,
@@ -90,7 +93,7 @@ def test_every_instruction_adds_its_work_to_the_loop_around_it():
     ],
 )
 def test_as_many_blocks_run_at_once_as_fit(target, registers, shared, warps, expected):
-    code = Code(registers, 8, shared, Work(spilled=2), ())
+    code = Code(registers, 8, shared, NONE, Work(spilled=2), ())
     assert not code.spills_in_loops
     assert MACHINES[target].resident(code, warps) == expected
 
@@ -113,24 +116,90 @@ def launched(grid=(300, 4), warps=8, source="", operations=0, **arguments):
     return Counted(OURS, "some", 8_000, {"x": 2_000, "y": 6_000}, operations, launch)
 
 
+IR = """
+  tt.func public @_some_kernel(%x_ptr: !tt.ptr<i32> {tt.divisibility = 16 : i32}, %pixels: i32) {
+    %c0_i32 = arith.constant 0 : i32 loc(#loc)
+    %c3_i32 = arith.constant 3 : i32 loc(#loc)
+    %c8_i32 = arith.constant 8 : i32
+    %y_17 = tt.get_program_id y : i32 loc(#loc4)
+    %0 = arith.addi %y_17, %c3_i32 : i32
+    %1 = arith.extsi %0 : i32 to i64
+    %2 = arith.subi %pixels, %1 : i32
+    %3 = tt.get_num_programs x : i32
+    %4 = arith.divsi %2, %c3_i32 : i32
+    %5 = arith.remsi %4, %c8_i32 : i32
+    %6 = arith.addi %5, %c8_i32 : i32
+    %wide = arith.muli %tile, %cst : tensor<4x4xi32>
+    %acc:2 = scf.for %i = %1 to %6 step %3 iter_args(%a = %cst) -> (tensor<64x32xf32>)  : i32 {
+      scf.if %known {
+        tt.store %p, %q : tensor<64x!tt.ptr<f32>>
+      } else {
+        tt.store %p, %r : tensor<64x!tt.ptr<f32>>
+      }
+      %b = scf.for %j = %c0_i32 to %c8_i32 step %c3_i32 iter_args(%c = %a) -> (f32) : i32 {
+        %d = tt.dot %g, %w, %c : tensor<64x16xbf16> * tensor<16x32xbf16> -> tensor<64x32xf32>
+        %e = tt.elementwise_inline_asm "{mma.sync.aligned.m16n8k256.row; \
+mma.sync.aligned.m16n8k256.row}" {packed_element = 4 : i32, pure = true} %f : tensor<2x8x32x4xi32> \
+-> tensor<2x8x32x4xi32, #a> loc(#l)
+      } loc(#loc9)
+    }
+    %h = tt.dot %g, %w, %c : tensor<64x16xbf16> * tensor<16x32xbf16> -> tensor<64x32xf32>
+    tt.return
+  }
+"""
+
+
+def test_products_are_those_of_every_turn_of_the_loops_around_them():
+    launch = launched((2, 3), pixels=40).launch
+    dot = 64 * 16 * 32
+    in_turn = dot + 2 * 8 * 2 * 16 * 8 * 256  # a dot, and of 16 times two of 4 values
+    turns = [len(range(y + 3, (40 - (y + 3)) // 3 % 8 + 8, 2)) for y in range(3)]
+    assert len(set(turns)) > 1
+    outermost = sum(turns) / 3
+    assert products.read(IR, 8).of(launch) == (
+        pytest.approx(in_turn * 3 * outermost + dot),
+        outermost,
+    )
+
+
+def test_a_bound_of_a_loop_that_follows_from_nothing_is_named():
+    found = products.read(IR.replace("arith.subi", "arith.xori"), 8)
+    with pytest.raises(ValueError, match=r"depends on arith\.xori"):
+        found.of(launched(pixels=40).launch)
+    with pytest.raises(ValueError, match="depends on %pixels"):
+        products.read(IR, 8).of(launched().launch)
+
+
+def ends(turns, done):
+    """Products of one loop of so many turns."""
+    numbers = {"%0": ("arith.constant", "0"), "%1": ("arith.constant", "1")}
+    numbers["%n"] = "arith.constant", str(turns)
+    return Products(numbers, (((("%0", "%n", "%1"),), done),))
+
+
 def test_a_loop_turns_until_its_share_of_the_products_is_done():
-    """Of four columns of the grid, 9 taps in all; a block has 8 warps."""
-    loop, outside = Work(HGMMA=1000, issue=40), Work(HGMMA=500, issue=100)
-    code = Code(32, 0, 0, outside, (loop,))
-    products = 300 * 8 * (4 * 500 + 9 * 1000)
-    found = bounds.bound(launched(operations=2 * products), code, H100, 1.0)
-    assert found.turns == (9 / 4,)
+    """Of 8 warps. A turn does what two turns of the source do, and half of one is outside."""
+    loop, outside = Work(HGMMA=1000, issue=40), Work(HGMMA=250, issue=100)
+    code = Code(32, 0, 0, ends(9, 8 * 500), outside, (Loop(loop),))
+    found = bounds.bound(launched(operations=2), code, H100, 1.0)
+    assert found.turns == (4.25,)
     blocks = 10  # of 1200, on the fullest of 132 multiprocessors
-    clocks = blocks * 8 * (500 + 9 / 4 * 1000) / 2048
-    assert found.seconds["tensor"] == pytest.approx(clocks / 1.755e9)
-    assert found.seconds["issue"] == pytest.approx(blocks * 8 * (100 + 90) / 4 / 1.755e9)
+    assert found.seconds["tensor"] == pytest.approx(blocks * 8 * 9 * 500 / 2048 / 1.755e9)
+    assert found.seconds["issue"] == pytest.approx(blocks * 8 * (100 + 4.25 * 40) / 4 / 1.755e9)
     assert found.seconds["dram"] == 8e-6
     assert found.binding == "dram"
     assert found.least == 8e-6
 
 
+def test_a_loop_around_another_turns_as_its_source_says():
+    loops = Loop(Work(BMMA=300)), Loop(Work(BMMA=100, issue=7), around=True)
+    code = Code(32, 0, 0, ends(9, 8 * 1900), Work(BMMA=600), loops)
+    found = bounds.bound(launched(operations=2), code, H100, 1.0)
+    assert found.turns == ((9 * 1900 - 9 * 100 - 600) / 300, 9)
+
+
 def test_a_slow_pipe_holds_up_more_than_the_schedulers():
-    code = Code(32, 0, 0, Work(issue=100, xu=20, alu=60), ())
+    code = Code(32, 0, 0, NONE, Work(issue=100, xu=20, alu=60), ())
     found = bounds.bound(launched((132,), warps=4), code, H100, 1.0)
     assert found.seconds["issue"] == pytest.approx(20 * 8 / 1.755e9)
 
@@ -144,7 +213,7 @@ def test_a_slow_pipe_holds_up_more_than_the_schedulers():
     ],
 )
 def test_a_loop_without_products_turns_by_rows_or_by_bytes(arguments, expected):
-    code = Code(32, 0, 0, Work(issue=1), (Work({"global": 250, "issue": 1}),))
+    code = Code(32, 0, 0, NONE, Work(issue=1), (Loop(Work({"global": 250, "issue": 1})),))
     found = bounds.bound(launched((2,), warps=4, **arguments), code, H100, 1.0)
     assert found.turns == (expected,)
 
@@ -153,7 +222,7 @@ def test_a_loop_without_products_turns_by_rows_or_by_bytes(arguments, expected):
 def test_a_block_alone_overlaps_its_product_with_its_operands_only(registers, late):
     source = "for i in range(3):\n    load(x_ptr + i)\nstore(y_ptr, i)"
     counted = launched((132,), source=source, operations=2 * 132 * 8 * 1000)
-    code = Code(registers, 0, 0, Work(HGMMA=1000), ())
+    code = Code(registers, 0, 0, NONE, Work(HGMMA=1000), ())
     found = bounds.bound(counted, code, H100, 1.0)
     assert found.late == late
     product, moving = 8 * 1000 / 2048 / 1.755e9 / 0.7, 8e-6 / 0.88
@@ -162,13 +231,13 @@ def test_a_block_alone_overlaps_its_product_with_its_operands_only(registers, la
 
 def test_a_product_without_a_tensor_core_is_refused():
     with pytest.raises(ValueError, match="some has no tensor-core instruction"):
-        bounds.bound(launched(operations=2), Code(32, 0, 0, Work(issue=1), ()), H100, 1.0)
+        bounds.bound(launched(operations=2), Code(32, 0, 0, NONE, Work(issue=1), ()), H100, 1.0)
 
 
 def test_equal_launches_are_one_row_with_their_sums():
     x = torch.empty(2, 3, 5, 7, device="meta")
     counted = [launched((132,), x_ptr=x)] * 2 + [Counted("torch", "add", 8)]
-    bound = bounds.bound(counted[0], Code(32, 0, 0, Work(issue=9), ()), H100, 1.0)
+    bound = bounds.bound(counted[0], Code(32, 0, 0, NONE, Work(issue=9), ()), H100, 1.0)
     (row,) = bounds_table.rows_of(counted, [bound, bound, None])
     assert (row["kernel"], row["layer"], row["launches"], row["mb"]) == (
         "some",
@@ -214,54 +283,55 @@ for name in ("sm_80", "sm_90", "sm_120"):
             found = bounds.bound_of(counted.launch, target, 3000)
             code = found.code
             multiplied = sass.multiplications(code.outside) + sum(
-                turns * sass.multiplications(loop)
+                turns * sass.multiplications(loop.work)
                 for turns, loop in zip(found.turns, code.loops)
             )
             programs = torch.Size(counted.launch.grid).numel()
             print(json.dumps({
                 "name": name, "op": op, "stride": layer.stride, "turns": found.turns,
+                "grid": counted.launch.grid,
                 "operations": counted.operations,
                 "multiplied": multiplied * choice.tile.num_warps * programs,
                 "steps": counted.launch.arguments.get("steps"),
-                "loops": [dict(loop) for loop in code.loops],
+                "loops": [dict(loop.work) for loop in code.loops],
             }))
 """
 
 
 @pytest.fixture(scope="session")
-def products():
+def compiled():
     """Products of the default tiles, compiled."""
     return [json.loads(line) for line in run_python(COMPILED).splitlines()]
 
 
 @pytest.mark.compile
-def test_a_compiled_product_is_counted_whole(products):
-    assert len(products) == 16
-    for row in products:
-        # one bit: 9 taps of 8 words are 4.5 chunks, of which the kernel multiplies 5
-        padded = 5 / 4.5 if row["op"] == "conv_packed" else 1
+def test_a_compiled_product_is_counted_whole(compiled):
+    assert len(compiled) == 16
+    for row in compiled:
+        padded = 1
+        if row["op"] == "conv_packed":  # 9 taps of 8 words are 4.5 chunks, of which it does 5
+            padded = 5 / 4.5
+        if row["op"] == "conv_weight_grad":  # its programs have equal shares, of 64 pixels a step
+            padded = row["grid"][2] * row["steps"] * 64 / (256 * 28 * 28 / row["stride"] ** 2)
         assert 2 * row["multiplied"] == pytest.approx(row["operations"] * padded), row
 
 
 @pytest.mark.compile
-def test_a_compiled_loop_turns_as_often_as_its_source_says(products):
-    for row in products:
+def test_a_compiled_loop_turns_as_often_as_its_source_says(compiled):
+    for row in compiled:
         if not row["turns"]:
             assert (row["name"], row["op"]) == ("sm_80", "conv_packed")  # unrolled
             continue
         (turns,) = row["turns"]
         # of the input gradient, a pixel of stride 2 meets a quarter of the 9 taps of 4 chunks each
         expected = {"conv_packed": 5, "conv_input_grad": 9 * 4 / row["stride"] ** 2}
-        if row["op"] == "conv_weight_grad":  # the last program of the pixels may have fewer
-            assert row["steps"] - 1 < turns <= row["steps"], row
-        else:
-            assert turns == expected[row["op"]], row
+        assert turns == (row["steps"] or expected[row["op"]]), row
 
 
 @pytest.mark.compile
-def test_the_loop_of_the_one_bit_core_is_as_its_source_says(products):
+def test_the_loop_of_the_one_bit_core_is_as_its_source_says(compiled):
     """A third of its instructions are the core's: 32 of 86 for 3x3 and 256 channels."""
-    for row in products:
+    for row in compiled:
         if (row["op"], row["name"]) == ("conv_packed", "sm_90"):
             (loop,) = row["loops"]
             assert loop["BMMA"] == 32 * 16 * 8 * 256
