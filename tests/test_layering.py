@@ -41,7 +41,7 @@ ALLOWED = {
     "methods": {"optim", "models", "nn", "data", *JOB, *BASE},
     "tuning": {"compute", "distributed", "cli"},
     "train": {"tuning", "methods", "optim", "analysis", "models", "nn", "ops", "data", *JOB, *BASE},
-    "deploy": {"compiled", "models", "nn", "data", *BASE},
+    "deploy": {"kernels", "compute", "caches", "compiled", "models", "nn", "data", *BASE},
     "networks": {"deploy", "train", *JOB, *BASE},
     "export": {"networks", "deploy", "train", "data", *JOB, *BASE},
     "posterior": {"train", "optim", *JOB, *BASE},
