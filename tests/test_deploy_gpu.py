@@ -314,8 +314,10 @@ class Sums:
     """A network that is quick, and counts."""
 
     device, dtype = torch.device("cpu"), torch.float32
+    precisions = ()
 
     def logits(self, images):
+        Sums.precisions += (torch.backends.cudnn.conv.fp32_precision,)
         return images.float().sum((1, 2, 3))[:, None]
 
 
@@ -371,14 +373,15 @@ def test_what_no_graph_can_hold_runs_as_it_comes(captured, monkeypatch, caplog):
     ]
 
 
-def test_float32_is_not_rounded_for_a_tensor_core_and_the_setting_comes_back():
-    cudnn = torch.backends.cudnn
-    for setting in (True, False):
-        with cudnn.flags(enabled=True, allow_tf32=setting):
-            with graphs._exact():
-                assert not cudnn.allow_tf32
-                assert cudnn.enabled
-            assert cudnn.allow_tf32 == setting
+def test_float32_is_not_rounded_for_a_tensor_core(captured):
+    conv = torch.backends.cudnn.conv
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        before = conv.fp32_precision
+        for _ in range(2):
+            calls = captured.logits(torch.ones(2, 1, 1, 1))
+        assert calls.tolist() == [[1], [1]]
+        assert conv.fp32_precision == before
+    assert set(Sums.precisions) == {"ieee"}
 
 
 @pytest.mark.gpu

@@ -66,6 +66,8 @@ TOOLS = {
     "provenance",
     "shipped",
     "aot",
+    "apart",
+    "judge",
     "problems",
     "timing",
     "trial",

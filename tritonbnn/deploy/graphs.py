@@ -2,11 +2,12 @@
 
 import logging
 from collections import OrderedDict
-from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from tritonbnn.kernels.library import contract
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Graphs:
         if captured is not None:
             return captured(images)
         placed = images.to(network.device, dtype, non_blocking=True)
-        with _exact():
+        with contract():
             return network.logits(placed.contiguous(memory_format=torch.channels_last))
 
     def _capture(self, images: Tensor, dtype: torch.dtype) -> "CapturedCall | None":
@@ -97,17 +98,10 @@ class CapturedCall:
         self._graph = torch.cuda.CUDAGraph()
         # other threads of the program may go on meanwhile
         mode = {"pool": pool, "capture_error_mode": "thread_local"}
-        with _exact(), torch.cuda.graph(self._graph, **mode):
+        with contract(), torch.cuda.graph(self._graph, **mode):
             self._logits = network.logits(self._images)
 
     def __call__(self, images: Tensor) -> Tensor:
         self._images.copy_(images, non_blocking=True)
         self._graph.replay()
         return self._logits.clone()
-
-
-def _exact() -> AbstractContextManager:
-    """float32 as it is, where torch would round a convolution's operands to ten bits."""
-    cudnn: Any = torch.backends.cudnn
-    kept = {name: getattr(cudnn, name) for name in ("enabled", "benchmark", "deterministic")}
-    return cudnn.flags(**kept, allow_tf32=False)
