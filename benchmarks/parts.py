@@ -183,8 +183,9 @@ def _layers_alone(cuda: bool, tiny: bool) -> Iterator[Part]:
 
 
 def _deployed(cuda: bool, tiny: bool) -> Iterator[Part]:
-    """The packed engine on a CPU, against floats and other people's engines."""
+    """The packed engines: a GPU's beside torch's networks, a CPU's beside other engines too."""
     if cuda:
+        yield Part("deploy-gpu", ("benchmarks.deploy_gpu",), "deploy_gpu.json", minutes=5)
         return
     small = ("--only", "layers", "--rounds", "1") if tiny else ()
     yield Part("deploy", ("benchmarks.deploy", *small), "deploy.json", minutes=8, figure=True)

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import deploy, deploy_layers, deploy_networks, deploy_table
+from benchmarks import deploy, deploy_gpu, deploy_layers, deploy_networks, deploy_table
 from benchmarks.deploy_layers import MANY, ONE, UNITS
+from benchmarks.rivals import parse
 from benchmarks.tables import Device
+from tests.helpers import KERNEL_DEVICE
 from tritonbnn import cli
 from tritonbnn.deploy import Engine, plain
 
@@ -115,3 +117,23 @@ def test_the_command_measures_all_and_says_so(tmp_path, monkeypatch, capsys):
     for line in ("batch 1, threads 1: ms an image", "3x3 32@7", "the loop alone", "scratch"):
         assert line in said
     assert deploy_table.race_table(result)
+
+
+@pytest.mark.bench
+def test_the_race_on_a_gpu_is_of_one_network(tmp_path, capsys):
+    """Interpreted where there is no GPU: packed and torch answer alike, and each has its row."""
+    images = torch.randn(1, 3, 32, 32, device=KERNEL_DEVICE)
+    answers = []
+    with torch.no_grad():
+        for make, how in ((deploy_gpu.packed_call, "fp32"), (deploy_gpu.torch_call, parse("ours"))):
+            torch.manual_seed(0)
+            answers.append(make(how, images, 0.25)())
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
+    path = tmp_path / "deploy_gpu.json"
+    words = ["--width", "0.25", "--size", "32", "--batch", "1", "--rounds", "1", "--calls", "1"]
+    words += ["--device", KERNEL_DEVICE.type, "--precision", "fp32", "--rivals", "twin"]
+    assert deploy_gpu.main([*words, "--json", str(path)]) == 0
+    [point] = json.loads(path.read_text())["points"]
+    assert list(point["rivals"]) == ["packed, fp32", "twin"]
+    assert all(row["median_seconds"] > 0 for row in point["rivals"].values())
+    assert "batch 1: ms a call, images a second" in capsys.readouterr().out

@@ -139,7 +139,7 @@ def test_what_each_product_reads_is_made_once(one_bit_core):
 def test_every_family_gives_the_cpu_s_logits(name, options, shape):
     widest = 0.25 if name == "reactnet_a" else 0.3
     model = random_network(name, **{**options, "width": min(options["width"], widest)})
-    images = torch.randn(min(shape[0], 3), *shape[1:])
+    images = torch.randn(1, *shape[1:])  # more take minutes
     logits = of_gpu(fold(model))(images)
     with torch.no_grad():
         eager = model(images)
