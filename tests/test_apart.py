@@ -87,6 +87,14 @@ def test_a_choice_that_ends_its_process_is_that_choice_s_alone(
     assert autotune.tune(PACK, [config.default(PACK.key)], elsewhere).unfit == ()
 
 
+@pytest.mark.gpu
+def test_a_fault_of_the_gpu_is_that_choice_s_alone(child, elsewhere, gpu):
+    child("torch.zeros(1, device='cuda')[torch.tensor([9], device='cuda')].cpu()")
+    entry = autotune.tune(FORWARD, [DEFAULT, BAD, LAST], elsewhere)
+    assert [choice for choice, _ in entry.unfit] == [BAD]
+    assert torch.ones(1, device=gpu).item() == 1
+
+
 @pytest.mark.slow
 def test_a_new_child_compares_with_what_was_right_in_the_one_before(child, elsewhere):
     child("os.abort()", off=True)

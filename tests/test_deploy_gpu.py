@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.helpers import KERNEL_DEVICE, plus_minus
-from tests.test_aot import FIRST, run_python
+from tests.helpers import KERNEL_DEVICE, in_its_own_process, plus_minus
+from tests.test_aot import FIRST
 from tests.test_deploy import BAD_IMAGES, NETWORKS, ODD, random_network
 from tritonbnn import deploy
 from tritonbnn.cli import UserError
+from tritonbnn.compute import Compute
 from tritonbnn.deploy import gpu, graphs, order
 from tritonbnn.deploy.engine import Engine
 from tritonbnn.deploy.fold import fold
@@ -24,6 +25,7 @@ from tritonbnn.kernels import config
 from tritonbnn.kernels.config import Choice, TileConfig
 from tritonbnn.kernels.shipped import SPILLED
 from tritonbnn.kernels.targets import TARGETS
+from tritonbnn.networks import open_network
 
 KINDS = (
     {"shortcut": "identity", "kernel_size": 3},
@@ -275,6 +277,21 @@ def test_an_engine_is_loaded_from_a_file(tmp_path, monkeypatch):
         deploy.load(path, device="cuda")
 
 
+def test_the_commands_run_a_packed_file_on_the_gpu_that_they_are_given(tmp_path, monkeypatch):
+    """And in its precision: the engine is made here where it runs."""
+    asked = []
+    monkeypatch.setattr(
+        gpu, "GpuEngine", lambda packed, *how: asked.append(how) or GpuEngine(packed, KERNEL_DEVICE)
+    )
+    facts = {"name": "images", "dir": "", "channels": 2, "image_size": 4, "augment": "none"}
+    packed = small_network(classes=tuple("abcde"), transform=facts)
+    deploy.file.write(packed, tmp_path / "net.tbnn")
+    compute = Compute(torch.device("cuda", 1), "bf16")
+    model, _ = open_network(tmp_path / "net.tbnn", compute, engine="auto")
+    assert asked == [(torch.device("cuda", 1), "bf16")]
+    assert torch.equal(model(SMALL), of_gpu(packed)(SMALL))
+
+
 WITHOUT_TORCH = """
 import sys
 class Refuse:
@@ -436,7 +453,9 @@ def test_a_loaded_network_compiles(target, whole):
     core = "mma" in TARGETS[target].products
     if whole and target not in FIRST:
         pytest.skip("its kernels are those of training, which have a gate of their own")
-    rows = json.loads(run_python(COMPILED.format(target=target, whole=whole)))
+    done = in_its_own_process("-c", COMPILED.format(target=target, whole=whole))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
     products = {row[0] for row in rows if "_conv_" in row[0] or "unit_mma" in row[0]}
     assert products
     assert core == (products == {"_unit_mma_kernel"})

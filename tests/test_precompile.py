@@ -1,15 +1,13 @@
 """Kernels compiled before a step are those that its launches look for."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from benchmarks import precompile
 from benchmarks.machine import ROOT
+from tests.helpers import in_its_own_process
 from tritonbnn import cli
 from tritonbnn.kernels.targets import TARGETS
 
@@ -50,26 +48,14 @@ if __name__ == "__main__":
 """
 
 
-def run(*command, **environ):
-    """A process of its own, whose kernels are not interpreted."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, *command],
-        capture_output=True,
-        text=True,
-        env={**environment, **environ},
-        timeout=900,
-        check=False,
-    )
-
-
 @pytest.mark.compile
 def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
     """All kernels of a step on real tensors, but the one that was left out."""
     script = tmp_path / "ahead.py"
     script.write_text(AHEAD)
     root = str(ROOT)
-    done = run(str(script), TRITON_CACHE_DIR=str(tmp_path / "cache"), PYTHONPATH=root)
+    cache = str(tmp_path / "cache")
+    done = in_its_own_process(str(script), TRITON_CACHE_DIR=cache, PYTHONPATH=root)
     assert done.returncode == 0, done.stderr
     left_out, count, failed, missed, hits = json.loads(done.stdout.splitlines()[-1])
     assert failed == []

@@ -27,6 +27,9 @@ truth meanwhile."""
 SECONDS = 120
 """After which it is ended if a choice still runs. Its kernels are compiled in that time too."""
 
+GRACE_SECONDS = 10
+"""For a child to end that answers no more."""
+
 
 class ChildError(Exception):
     """The child is no more. The message is one line that says how it ended."""
@@ -114,7 +117,12 @@ class JudgeApart:
 
     def _how_it_ended(self) -> str:
         assert self._child is not None
-        code, said = self._child.wait(), self._said
+        try:
+            code = self._child.wait(GRACE_SECONDS)
+        except subprocess.TimeoutExpired:  # it hangs on its way out
+            self._child.kill()
+            code = self._child.wait()
+        said = self._said
         said.seek(0)
         lines = said.read().decode(errors="replace").strip().splitlines()
         self._end()
