@@ -390,6 +390,17 @@ def test_what_no_graph_can_hold_runs_as_it_comes(captured, monkeypatch, caplog):
     ]
 
 
+def test_a_shape_that_is_refused_is_never_captured(captured, monkeypatch):
+    def refuse(self, images):
+        raise ValueError("images of this size do not go through this network")
+
+    monkeypatch.setattr(Sums, "logits", refuse)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="this size"):
+            captured.logits(torch.ones(2, 1, 1, 1))
+    assert Replayed.made == ()
+
+
 def test_float32_is_not_rounded_for_a_tensor_core(captured):
     conv = torch.backends.cudnn.conv
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):

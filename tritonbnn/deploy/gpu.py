@@ -117,7 +117,7 @@ class GpuEngine(BaseEngine):
         if precision not in PRECISIONS:
             raise ValueError(f"precision {precision!r}: choose from {', '.join(PRECISIONS)}")
         self.precision, self.device = precision, device
-        target_of(device)
+        target_of(device)  # which raises
         self._network = GpuNetwork(packed, device, PRECISIONS[precision])
         self._graphs = Graphs(self._network)
         self._lock = threading.Lock()
@@ -140,9 +140,8 @@ class GpuEngine(BaseEngine):
             self.check_numbers(images.dtype, pixels=pixels, floats=floats)
             return self._logits(images.detach()).to(images.device)
         array = self.as_numbers(np.asarray(images))
-        array = (
-            array if array.flags.writeable else array.copy()
-        )  # torch warns of those that are not
+        if not array.flags.writeable:
+            array = array.copy()  # torch warns of an array that must not be written
         return self._logits(torch.from_numpy(array)).cpu().numpy()
 
     def memory(self) -> dict[str, int]:

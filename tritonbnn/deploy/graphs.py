@@ -57,14 +57,16 @@ class Graphs:
         captured = self._seen.pop(key, None)
         if known and captured is None and self._captures:
             captured = self._capture(images, dtype)
-        self._seen[key] = captured
+        if captured is not None:
+            logits = captured(images)
+        else:
+            placed = images.to(network.device, dtype, non_blocking=True)
+            with contract():
+                logits = network.logits(placed.contiguous(memory_format=torch.channels_last))
+        self._seen[key] = captured  # not of a shape that was refused
         if len(self._seen) > MOST_GRAPHS:
             self._seen.popitem(last=False)
-        if captured is not None:
-            return captured(images)
-        placed = images.to(network.device, dtype, non_blocking=True)
-        with contract():
-            return network.logits(placed.contiguous(memory_format=torch.channels_last))
+        return logits
 
     def _capture(self, images: Tensor, dtype: torch.dtype) -> "CapturedCall | None":
         if self._pool is None:
