@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.helpers import KERNEL_DEVICE, in_its_own_process, plus_minus
+from tests.tape import Tape
 from tests.test_aot import FIRST
 from tests.test_deploy import BAD_IMAGES, NETWORKS, ODD, random_network
 from tritonbnn import deploy
@@ -311,6 +312,14 @@ def test_a_gpu_without_torch_is_one_line():
     assert done.returncode == 2
     assert done.stderr.startswith("error: device 'cuda' needs torch and Triton: install them")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_call_reads_no_tensor_on_the_host():
+    """A graph can hold it then."""
+    network = of_gpu(packed_network(transform={"mean": [0.5] * 2, "std": [0.2] * 2}))._network
+    pixels = torch.zeros((1, 2, 4, 4), dtype=torch.uint8, device=KERNEL_DEVICE)
+    with torch.no_grad():
+        Tape().record(lambda: network.logits(pixels))
 
 
 class Replayed:

@@ -76,7 +76,8 @@ class Graphs:
         try:
             captured = CapturedCall(self._network, images.shape, dtype, self._pool)
         except RuntimeError as error:  # a library's operator that no graph can hold, or no memory
-            said = str(error).splitlines()[0]
+            first = error.__context__ or error  # a capture ends with an error of its own
+            said = str(first).strip().partition("\n")[0]
             logger.warning("packed networks run without a CUDA graph: %s", said)
             self._captures = False
             return None
@@ -98,10 +99,16 @@ class CapturedCall:
         images = torch.zeros(shape, dtype=dtype, device=network.device)
         self._images = images.contiguous(memory_format=torch.channels_last)
         self._graph = torch.cuda.CUDAGraph()
-        # other threads of the program may go on meanwhile
-        mode = {"pool": pool, "capture_error_mode": "thread_local"}
-        with contract(), torch.cuda.graph(self._graph, **mode):
+        current, stream = torch.cuda.current_stream(), torch.cuda.Stream(network.device)
+        stream.wait_stream(current)
+        with contract(), torch.cuda.stream(stream):
+            network.logits(self._images)  # libraries prepare themselves for a stream
+        # Other threads of the program may go on meanwhile.
+        mode = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+        # A capture that fails does not leave its stream, so the outer context goes back.
+        with contract(), torch.cuda.stream(current), torch.cuda.graph(self._graph, **mode):
             self._logits = network.logits(self._images)
+        current.wait_stream(stream)
 
     def __call__(self, images: Tensor) -> Tensor:
         self._images.copy_(images, non_blocking=True)
