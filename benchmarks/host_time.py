@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
-from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.launches import as_on_a_gpu
 from benchmarks.output import command
 from benchmarks.rivals import parse
+from benchmarks.stand_in import standing_in
 from benchmarks.steps import LEARNING_RATE
 from tritonbnn import cli
 from tritonbnn.files import writable, write_json
@@ -38,22 +38,6 @@ from tritonbnn.kernels.targets import Target, parse_target
 CPU = torch.device("cpu")
 BATCH, SIZE, WIDTH, CLASSES = 2, 32, 0.25, 10
 PARTS = ("forward", "backward", "update")
-
-
-class _Driver:
-    """What Triton asks its driver for at a launch, of a GPU that is not there."""
-
-    def __init__(self, target: Target) -> None:
-        self._target = GPUTarget(target.backend, target.architecture, target.warp_size)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self._target
 
 
 class _Nothing(CompiledKernel):
@@ -91,18 +75,14 @@ def launches_do_nothing(target: Target) -> Iterator[None]:
     def launched(kernel: Any, arguments: Any, tile: Any, grid: Any) -> None:
         start(kernel, grid, tile, arguments, CPU)
 
-    before = driver._active
-    driver.set_active(_Driver(target))
-    try:
-        with (
-            mock.patch.object(JITFunction, "_do_compile", _compile_nothing),
-            mock.patch.object(torch, "_fused_adam_"),
-            mock.patch.object(torch.ops.aten, "convolution_backward", _convolve_nothing),
-            as_on_a_gpu(target, launched),
-        ):
-            yield
-    finally:
-        driver._active = before
+    with (
+        standing_in(GPUTarget(target.backend, target.architecture, target.warp_size)),
+        mock.patch.object(JITFunction, "_do_compile", _compile_nothing),
+        mock.patch.object(torch, "_fused_adam_"),
+        mock.patch.object(torch.ops.aten, "convolution_backward", _convolve_nothing),
+        as_on_a_gpu(target, launched),
+    ):
+        yield
 
 
 @dataclass(frozen=True)

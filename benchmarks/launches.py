@@ -91,6 +91,28 @@ def step_launches(
     return counted
 
 
+def call_launches(make: Callable[[], Callable[[], Any]], target: Target) -> list[Counted]:
+    """What a call without gradients launches, in order: the second one, as the first prepares.
+
+    Args:
+        make: makes it, of a network and images on torch's default device.
+        target: whose default formulations and tiles our kernels take.
+    """
+    counted: list[Counted] = []
+
+    def launched(*launch: Any) -> None:
+        counted.append(of_ours(Launch(*launch)))
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode, torch.no_grad(), as_on_a_gpu(target, launched):
+        call = make()
+        call()
+        counted.clear()
+        with _Torch(counted):
+            call()
+    return counted
+
+
 def rest_of_step(model: nn.Module, batch: int, *, bf16: bool) -> list[Counted]:
     """What a step launches beside a network's forward and backward pass: the loss, and Adam.
 

@@ -1,5 +1,6 @@
 """Comparisons and inputs that several tests share."""
 
+import os
 import subprocess
 import sys
 
@@ -106,3 +107,16 @@ def assert_runs_silently(code):
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=600, check=False
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def in_its_own_process(*words, **environ):
+    """Python with these words, where kernels are not interpreted: what it said, and its code."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        env={**kept, **environ},
+        timeout=900,
+        check=False,
+    )

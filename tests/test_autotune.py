@@ -13,9 +13,10 @@ import torch
 
 from tests.helpers import KERNEL_DEVICE, OF_BOTH_STEPS
 from tritonbnn import cli, reference
-from tritonbnn.kernels import autotune, config, provenance, truth, whole
+from tritonbnn.kernels import autotune, config, judge, provenance, truth, whole
 from tritonbnn.kernels.candidates import candidates, spread
 from tritonbnn.kernels.geometry import Geometry
+from tritonbnn.kernels.judge import Judge
 from tritonbnn.kernels.problems import OPS, PLAN, Problem
 from tritonbnn.kernels.problems.network import model_layers
 from tritonbnn.kernels.targets import TARGETS
@@ -25,6 +26,7 @@ H100 = TARGETS["sm_90"]
 
 LAYER = Geometry(2, 5, 3, 33, 31, 3, 1, 1)
 FORWARD = Problem("conv_packed", LAYER, torch.float32)
+HERE = Judge(KERNEL_DEVICE, runs=1)
 UNIT = Problem(PLAN, Geometry(2, 3, 2, 33, 33, 1, 1, 0), torch.float32)
 
 
@@ -152,8 +154,8 @@ def test_the_fastest_right_candidate_wins(monkeypatch):
         return Timing(*[speed[current[0]]] * 3)
 
     monkeypatch.setattr(Problem, "run", corrupted)
-    monkeypatch.setattr(autotune, "time_callable", clock)
-    entry = autotune.tune(FORWARD, [default, wrong, right], KERNEL_DEVICE)
+    monkeypatch.setattr(judge, "time_callable", clock)
+    entry = autotune.tune(FORWARD, [default, wrong, right], HERE)
     assert (entry.choice, entry.time_us, entry.default_us) == (right, 2.0, 3.0)
 
 
@@ -171,8 +173,8 @@ def test_what_is_wrong_on_the_whole_batch_alone_is_not_chosen(monkeypatch, capsy
 
     monkeypatch.setattr(Problem, "run", corrupted)
     times = iter([2.0, 1.0])
-    monkeypatch.setattr(autotune, "time_callable", lambda *_, **__: Timing(*[next(times)] * 3))
-    assert autotune.tune(problem, [default, other], KERNEL_DEVICE).choice == default
+    monkeypatch.setattr(judge, "time_callable", lambda *_, **__: Timing(*[next(times)] * 3))
+    assert autotune.tune(problem, [default, other], HERE).choice == default
     said = {"conv_packed": "integers are not the default's", "conv_real": "reals are not near"}
     assert said[op] in capsys.readouterr().out
 
@@ -197,11 +199,11 @@ def test_the_faster_plan_wins(monkeypatch):
         return Timing(*[sign * count[0]] * 3)
 
     monkeypatch.setattr(whole, "convolved", counted)
-    monkeypatch.setattr(autotune, "time_callable", clock)
+    monkeypatch.setattr(judge, "time_callable", clock)
     plans = candidates(UNIT.key, H100)
     assert [plan.formulation for plan in plans] == ["fused", "keep", "recompute"]
     for sign, best, convolutions in ((1, "fused", 1), (-1, "recompute", 2)):
-        entry = autotune.tune(UNIT, plans, KERNEL_DEVICE)
+        entry = autotune.tune(UNIT, plans, HERE)
         assert (entry.choice.formulation, entry.time_us * sign) == (best, convolutions)
         assert entry.default_us == sign
 
@@ -216,25 +218,28 @@ def test_the_costliest_layers_come_first_and_whole_units_last(monkeypatch, tmp_p
         raise autotune.UntunableError
 
     monkeypatch.setattr(autotune, "tune", note)
-    autotune.tune_all(problems, tmp_path / "gpu.json", "test gpu", KERNEL_DEVICE, target=H100)
+    autotune.tune_all(problems, tmp_path / "gpu.json", "test gpu", HERE, target=H100)
     assert order == [("pack_signs", 5), ("pack_signs", 3), (PLAN, UNIT.layer.height)]
 
 
 def test_no_problem_is_begun_when_time_is_over(tmp_path):
     problems = [Problem("pack_signs", LAYER, torch.float32)]
-    options = {"target": H100, "limit": 1, "runs": 1, "end": time.monotonic() - 1}
+    options = {"target": H100, "limit": 1, "end": time.monotonic() - 1}
     path = tmp_path / "gpu.json"
-    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == (0, 0)
+    assert autotune.tune_all(problems, path, "test gpu", HERE, **options) == (
+        0,
+        0,
+    )
     assert not path.exists()
 
 
 @pytest.mark.usefixtures("kernels_everywhere")
 def test_a_plan_is_chosen_on_the_launchers_as_tuned(monkeypatch, tmp_path):
     path = tmp_path / "gpu.json"
-    options = {"target": H100, "limit": 2, "runs": 1}
+    options = {"target": H100, "limit": 2}
     forward = Problem("conv_packed", UNIT.layer, torch.float32)
-    monkeypatch.setattr(autotune, "time_callable", lambda call, *_, **__: Timing(1, 1, 1))
-    autotune.tune_all([forward], path, "test gpu", KERNEL_DEVICE, **options)
+    monkeypatch.setattr(judge, "time_callable", lambda call, *_, **__: Timing(1, 1, 1))
+    autotune.tune_all([forward], path, "test gpu", HERE, **options)
     path.write_text(path.read_text().replace('"int8"', '"popcount"'))
     ran = []
     run = Problem.run
@@ -244,7 +249,7 @@ def test_a_plan_is_chosen_on_the_launchers_as_tuned(monkeypatch, tmp_path):
         return run(problem, inputs)
 
     monkeypatch.setattr(Problem, "run", noted)
-    assert autotune.tune_all([UNIT], path, "test gpu", KERNEL_DEVICE, **options) == (1, 0)
+    assert autotune.tune_all([UNIT], path, "test gpu", HERE, **options) == (1, 0)
     assert set(ran) == {(PLAN, "popcount")}
     plan = config.read_table(path, "test gpu")[UNIT.key.bucketed()]
     assert plan.formulation in config.known_formulations(PLAN)
@@ -254,11 +259,17 @@ def test_a_plan_is_chosen_on_the_launchers_as_tuned(monkeypatch, tmp_path):
 def test_a_table_is_written_read_and_gone_on_with(tmp_path):
     path = tmp_path / "gpu.json"
     problems = [FORWARD, Problem("pack_signs", LAYER, torch.float32)]
-    options = {"target": H100, "limit": 2, "runs": 1}
-    assert autotune.tune_all(problems[:1], path, "test gpu", KERNEL_DEVICE, **options) == (1, 0)
-    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == (1, 0)
+    options = {"target": H100, "limit": 2}
+    assert autotune.tune_all(problems[:1], path, "test gpu", HERE, **options) == (1, 0)
+    assert autotune.tune_all(problems, path, "test gpu", HERE, **options) == (
+        1,
+        0,
+    )
     first = path.read_text()
-    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == (0, 0)
+    assert autotune.tune_all(problems, path, "test gpu", HERE, **options) == (
+        0,
+        0,
+    )
     assert path.read_text() == first
     table = config.read_table(path, "test gpu")
     assert set(table) == {problem.key.bucketed() for problem in problems}
@@ -280,31 +291,37 @@ def test_what_cannot_run_is_said_and_the_rest_is_tuned(tmp_path, monkeypatch, ca
         return run(problem, inputs)
 
     monkeypatch.setattr(Problem, "run", fragile)
-    path, options = tmp_path / "gpu.json", {"target": H100, "limit": 2, "runs": 1}
-    tuned = autotune.tune_all([FORWARD, pack], path, "test gpu", KERNEL_DEVICE, **options)
+    path, options = tmp_path / "gpu.json", {"target": H100, "limit": 2}
+    tuned = autotune.tune_all([FORWARD, pack], path, "test gpu", HERE, **options)
     assert tuned == (1, 1)
     assert set(config.read_table(path, "test gpu")) == {pack.key.bucketed()}
     said = capsys.readouterr().out + capsys.readouterr().err
     assert "cannot run: PassManager::run failed\n" in said
     assert "is wrong or cannot run" in said
     broken.clear()
-    tuned = autotune.tune_all([FORWARD, pack], path, "test gpu", KERNEL_DEVICE, **options)
+    tuned = autotune.tune_all([FORWARD, pack], path, "test gpu", HERE, **options)
     assert tuned == (1, 0)
 
 
 def test_other_versions_tune_again_and_a_broken_table_stops(tmp_path):
     path = tmp_path / "gpu.json"
-    options = {"target": H100, "limit": 1, "runs": 1}
+    options = {"target": H100, "limit": 1}
     problems = [Problem("pack_signs", LAYER, torch.float32)]
-    autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options)
+    autotune.tune_all(problems, path, "test gpu", HERE, **options)
     document = json.loads(path.read_text())
     path.write_text(json.dumps({**document, "driver": "1.0", "torch": "1.0"}))
-    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == (0, 0)
+    assert autotune.tune_all(problems, path, "test gpu", HERE, **options) == (
+        0,
+        0,
+    )
     path.write_text(json.dumps({**document, "triton": "1.0"}))
-    assert autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options) == (1, 0)
+    assert autotune.tune_all(problems, path, "test gpu", HERE, **options) == (
+        1,
+        0,
+    )
     path.write_text("{")
     with pytest.raises(cli.UserError, match=r"gpu.json: not JSON.*; mend or remove the file"):
-        autotune.tune_all(problems, path, "test gpu", KERNEL_DEVICE, **options)
+        autotune.tune_all(problems, path, "test gpu", HERE, **options)
 
 
 @pytest.mark.parametrize(

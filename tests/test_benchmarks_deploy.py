@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import deploy, deploy_layers, deploy_networks, deploy_table
+from benchmarks import deploy, deploy_gpu, deploy_layers, deploy_networks, deploy_table
 from benchmarks.deploy_layers import MANY, ONE, UNITS
+from benchmarks.rivals import parse
 from benchmarks.tables import Device
+from tests.helpers import KERNEL_DEVICE, in_its_own_process
 from tritonbnn import cli
 from tritonbnn.deploy import Engine, plain
 
@@ -115,3 +117,57 @@ def test_the_command_measures_all_and_says_so(tmp_path, monkeypatch, capsys):
     for line in ("batch 1, threads 1: ms an image", "3x3 32@7", "the loop alone", "scratch"):
         assert line in said
     assert deploy_table.race_table(result)
+
+
+@pytest.mark.bench
+def test_the_race_on_a_gpu_is_of_one_network(tmp_path, capsys):
+    """Interpreted where there is no GPU: packed and torch answer alike, and each has its row."""
+    images = torch.randn(1, 3, 32, 32, device=KERNEL_DEVICE)
+    answers = []
+    with torch.no_grad():
+        for make, how in ((deploy_gpu.packed_call, "fp32"), (deploy_gpu.torch_call, parse("ours"))):
+            torch.manual_seed(0)
+            answers.append(make(how, images, 0.25)())
+    torch.testing.assert_close(*answers, rtol=1e-4, atol=1e-4)
+    path = tmp_path / "deploy_gpu.json"
+    words = ["--width", "0.25", "--size", "32", "--batch", "1", "--rounds", "1", "--calls", "1"]
+    words += ["--device", KERNEL_DEVICE.type, "--precision", "fp32", "--rivals", "twin"]
+    assert deploy_gpu.main([*words, "--json", str(path)]) == 0
+    [point] = json.loads(path.read_text())["points"]
+    assert list(point["rivals"]) == ["packed, fp32", "twin"]
+    assert all(row["median_seconds"] > 0 for row in point["rivals"].values())
+    assert "batch 1: ms a call, images a second" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_120"])
+def test_a_packed_call_is_a_launch_or_two_a_unit(tmp_path, target):
+    """Its bytes are at least those of the stream of a unit."""
+    path = tmp_path / "counts.json"
+    words = ["--width", "0.25", "--size", "64", "--batch", "3", "--count", target]
+    done = in_its_own_process("-m", "benchmarks.deploy_gpu", *words, "--json", str(path))
+    assert done.returncode == 0, done.stderr
+    [point] = json.loads(path.read_text())["points"]
+    packed, ours = point["counts"].values()
+    core = target == "sm_80"
+    per_unit = {"unit_mma"} if core else {"conv_dot", "unit_forward"}
+    assert {name for name, count in packed["kernels"].items() if count == 26} == per_unit
+    assert packed["launches"] < 26 * len(per_unit) + 6 < ours["launches"]
+    first_unit = 2 * 2 * 8 * 32 * 32 / 1e6  # its stream is read and written, in two bytes a number
+    assert first_unit < packed["mb_per_image"] < ours["mb_per_image"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--count", "sm_75"], "sm_75 has no bfloat16, in which calls are counted"),
+        (["--count", "sm_10"], "target must be one of sm_75, "),
+        (["--device", "cpu", "--rivals", "nobody"], "unknown rival 'nobody'"),
+        (["--device", "cpu", "--size", "30"], "multiples of 32, not 30 x 30"),
+        (["--device", "cpu", "--width", "0.01"], "width 0.01 leaves no channels"),
+    ],
+)
+def test_a_mistake_on_a_gpu_is_one_line(words, message):
+    with pytest.raises(cli.UserError, match=message) as caught:
+        deploy_gpu.main(words)
+    assert "\n" not in str(caught.value)

@@ -345,19 +345,22 @@ def test_the_least_std_gives_finite_numbers(make):
     assert np.isfinite(engine(np.full((1, 3, 16, 16), 255, np.uint8))).all()
 
 
+BAD_IMAGES = [
+    (np.zeros((1, 1, 32, 32), np.float32), ValueError, r"shape \(N, 3, H, W\)"),
+    (np.zeros((3, 32, 32), np.float32), ValueError, r"shape \(N, 3, H, W\)"),
+    (np.zeros((1, 3, 32, 30), np.float32), ValueError, "multiples of 16, not 32 x 30"),
+    (np.zeros((1, 3, 0, 16), np.float32), ValueError, "multiples of 16"),
+    (np.zeros((1, 3, 32, 32), np.int32), TypeError, "uint8 or floats, not (torch.)?int32"),
+    (np.zeros((1, 3, 32, 32), np.uint8), TypeError, "no mean and std"),
+    (np.full((1, 3, 32, 32), np.nan, np.float32), ValueError, "image 0 .* not finite"),
+    (np.full((1, 3, 32, 32), 1e300), ValueError, "not finite"),
+]
+"""For a network of 3 channels and sizes that are multiples of 16, whose file has no mean."""
+
+
 @pytest.mark.parametrize(
     ("images", "error", "message"),
-    [
-        (np.zeros((1, 1, 32, 32), np.float32), ValueError, r"shape \(N, 3, H, W\)"),
-        (np.zeros((3, 32, 32), np.float32), ValueError, r"shape \(N, 3, H, W\)"),
-        (np.zeros((1, 3, 32, 30), np.float32), ValueError, "multiples of 16, not 32 x 30"),
-        (np.zeros((1, 3, 0, 16), np.float32), ValueError, "multiples of 16"),
-        (np.zeros((1, 3, 32, 32), np.int32), TypeError, "uint8 or floats, not int32"),
-        (np.zeros((1, 3, 32, 32), np.uint8), TypeError, "no mean and std"),
-        (np.full((1, 3, 32, 32), np.nan, np.float32), ValueError, "image 0 .* not finite"),
-        (np.full((1, 3, 32, 32), 1e300), ValueError, "not finite"),
-        (np.zeros((1, 3, 32768, 16), np.float32), ValueError, "size"),
-    ],
+    [*BAD_IMAGES, (np.zeros((1, 3, 32768, 16), np.float32), ValueError, "size")],
 )
 def test_bad_images_are_refused(images, error, message):
     engine = Engine(fold(random_network("reactnet_a", width=0.25, small_images=True)))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from tritonbnn.cli import UserError
 from tritonbnn.compute import Compute
 from tritonbnn.deploy import file
-from tritonbnn.deploy.engine import Engine
+from tritonbnn.deploy.engine import BaseEngine, Engine
 from tritonbnn.deploy.fold import FoldError, fold
 from tritonbnn.deploy.packed import Packed
 from tritonbnn.train.checkpoint import Checkpoint
@@ -22,15 +22,15 @@ class PackedModule(nn.Module):
     """A packed network where torch wants a module.
 
     Args:
-        packed: the network.
+        engine: that runs it.
     """
 
-    def __init__(self, packed: Packed) -> None:
+    def __init__(self, engine: BaseEngine) -> None:
         super().__init__()
-        self.engine = Engine(packed)
+        self.engine = engine
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (N, C, H, W) to logits (N, classes), on the CPU."""
+        """Images (N, C, H, W) to logits (N, classes), on the images' device."""
         return self.engine(images)
 
 
@@ -55,7 +55,7 @@ def open_network(
     if engine != "torch" and (engine == "packed" or _suits(compute)):
         _check_suits(checkpoint.path, compute)
         try:
-            return PackedModule(fold(model)).eval(), checkpoint
+            return _module(fold(model), compute), checkpoint
         except FoldError as error:
             if engine == "packed":
                 raise UserError(f"{checkpoint.path}: {error}: use --engine torch") from error
@@ -69,7 +69,8 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--engine",
         choices=ENGINES,
         default="auto",
-        help="packed is the engine that runs packed files, on a CPU in float32",
+        help="packed is the engine that runs packed files; auto takes it for them, and for what"
+        " can be packed on a CPU in float32",
     )
 
 
@@ -117,11 +118,20 @@ def _open_packed(
         "num_classes": len(packed.head_weight),
         "binary_weights": True,
     }
-    return PackedModule(packed).eval(), Checkpoint(place, {}, {"network": network, "data": data})
+    return _module(packed, compute), Checkpoint(place, {}, {"network": network, "data": data})
 
 
 def _is_size(value: object) -> bool:
     return type(value) is int and 0 < value <= 1 << 14
+
+
+def _module(packed: Packed, compute: Compute) -> nn.Module:
+    """A packed network on the engine of the device."""
+    if compute.device.type == "cpu":
+        return PackedModule(Engine(packed)).eval()
+    from tritonbnn.deploy.gpu import GpuEngine  # it needs Triton, which a CPU's engine does not
+
+    return PackedModule(GpuEngine(packed, compute.device, compute.precision)).eval()
 
 
 def _suits(compute: Compute) -> bool:
@@ -129,8 +139,8 @@ def _suits(compute: Compute) -> bool:
 
 
 def _check_suits(place: Path, compute: Compute) -> None:
-    if not _suits(compute):
+    if compute.device.type == "cpu" and compute.precision != "fp32":
         raise UserError(
-            f"{place}: the packed engine runs on a CPU in float32:"
-            " use --device cpu --precision fp32, or --engine torch with a run"
+            f"{place}: the packed engine runs on a CPU in float32: use --precision fp32, or"
+            " --engine torch with a run"
         )

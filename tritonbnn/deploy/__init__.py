@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from tritonbnn.cli import UserError
 from tritonbnn.deploy import file
-from tritonbnn.deploy.engine import Engine, Prediction, load
+from tritonbnn.deploy.engine import BaseEngine, Engine, Prediction, load
 from tritonbnn.deploy.packed import Packed
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["FORMATS", "Engine", "Prediction", "export", "load"]
+__all__ = ["FORMATS", "BaseEngine", "Engine", "Prediction", "export", "load"]
 
 FORMATS = {"packed": file.SUFFIX, "onnx": ".onnx", "c": ".c", "html": ".html"}
 """What a trained network can be written as, and how such a file's name ends."""

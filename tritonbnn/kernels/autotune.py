@@ -2,7 +2,8 @@
 
 ``python -m tritonbnn.kernels.autotune`` writes a table into the user's cache folder, where training
 looks for it; ``--ship`` writes the package's own. What an interrupted run had finished is kept, and
-the same command goes on. Without a GPU, ``--compile-only --target sm_90`` ranks the candidates by
+the same command goes on. Choices run in a process of its own, and one that ends or hangs it is
+skipped and noted. Without a GPU, ``--compile-only --target sm_90`` ranks the candidates by
 what the compiler makes of them.
 """
 
@@ -16,14 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
-from triton.errors import TritonError
-from triton.runtime import OutOfResources
 
 from tritonbnn import cli
 from tritonbnn.files import writable, write_json
 from tritonbnn.kernels import aot, config, shipped
+from tritonbnn.kernels.apart import JudgeApart
 from tritonbnn.kernels.candidates import candidates, spread
 from tritonbnn.kernels.commands import (
     LIMIT_HELP,
@@ -32,18 +31,11 @@ from tritonbnn.kernels.commands import (
     positive,
 )
 from tritonbnn.kernels.config import ONE_BIT
+from tritonbnn.kernels.judge import Judges, UnfitError
 from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.problems import OPS, PLAN, STEP_OPS, Problem
 from tritonbnn.kernels.provenance import versions
 from tritonbnn.kernels.targets import TARGETS, Target, parse_target, target_of
-from tritonbnn.kernels.timing import time_callable
-from tritonbnn.kernels.truth import error_of
-
-CHECK_BATCH = 2
-"""Images that a candidate is compared with the truth on, which float64 takes long to find."""
-
-NEAR = 1 / 64
-"""How far reals of the whole batch may be from the default's, relative in the norm."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +46,17 @@ class Entry:
     choice: config.Choice
     time_us: float
     default_us: float
+    unfit: tuple[tuple[config.Choice, str], ...] = ()
+    """Choices that were wrong or could not run, and why."""
 
     def as_json(self) -> dict[str, Any]:
+        unfit = [{**asdict(choice), "reason": reason} for choice, reason in self.unfit]
         return {
             "key": asdict(self.key),
             **asdict(self.choice),
             "time_us": round(self.time_us, 2),
             "default_us": round(self.default_us, 2),
+            **({"unfit": unfit} if unfit else {}),
         }
 
 
@@ -71,20 +67,15 @@ class UntunableError(Exception):
 def tune(
     problem: Problem,
     choices: Iterable[config.Choice],
-    device: torch.device,
-    runs: int = 30,
+    judge: Judges,
     table: config.Table | None = None,
 ) -> Entry:
     """Check and time the choices, the default first among them, and return the fastest.
 
-    A choice is checked on a few images against the truth. On all that are timed, where the compiler
-    may know more of the sizes, it must have the default's integers, and reals near the default's.
-
     Args:
         problem: a launcher, or a whole unit.
         choices: what it may run as.
-        device: where.
-        runs: timed runs.
+        judge: who checks and times them.
         table: what the launchers inside a whole unit run as; None for the defaults.
 
     Raises:
@@ -92,45 +83,22 @@ def tune(
     """
     choices = list(choices)
     default = choices[0]
-    small = problem.with_batch(min(CHECK_BATCH, problem.layer.batch))
-    small_inputs, inputs = small.inputs(device), problem.inputs(device)
-    times, usual = {}, None
+    times, unfit = {}, []
+    try:
+        judge.begin(problem, table or {})
+    except UnfitError as error:
+        raise UntunableError(f"{problem.key} cannot be tuned: {error}") from error
     for choice in choices:
-        with config.using({**(table or {}), problem.key.bucketed(): choice}):
-            try:
-                wrong = error_of(small, small_inputs, small.run(small_inputs))
-                results = problem.run(inputs)
-                usual = results if usual is None else usual
-                wrong = wrong or _difference(results, usual)
-                if wrong:
-                    tqdm.write(f"{problem.op} as {choice} is wrong: {wrong}")
-                    continue
-                timing = time_callable(lambda: problem.run(inputs), device, runs=runs)
-            except OutOfResources:
-                continue  # the count that pruned it before compiling was too kind
-            except (TritonError, RuntimeError) as error:  # a compiler's, or the device's
-                said = (str(error).strip() or repr(error)).splitlines()[0]
-                tqdm.write(f"{problem.op} as {choice} cannot run: {said}")
-                continue
-        times[choice] = timing.p50
+        try:
+            times[choice] = judge.time(choice)
+        except UnfitError as error:
+            if str(error):
+                tqdm.write(f"{problem.op} as {choice} {error}")
+                unfit.append((choice, str(error)))
     if default not in times:
         raise UntunableError(f"the default of {problem.key} is wrong or cannot run: {default}")
     best = min(times, key=lambda choice: (times[choice], choice))
-    return Entry(problem.key.bucketed(), best, times[best], times[default])
-
-
-def _difference(results: tuple[Tensor, ...], usual: tuple[Tensor, ...]) -> str:
-    """Why results are not those of the default; "" if they are."""
-    for result, expected in zip(results, usual, strict=True):
-        if not result.is_floating_point():
-            count = int((result != expected).sum())
-            if count:
-                return f"{count} integers are not the default's"
-            continue
-        allowed = NEAR * expected.float().norm()
-        if not (result.float() - expected.float()).norm() <= allowed:  # a NaN is wrong too
-            return "its reals are not near the default's"
-    return ""
+    return Entry(problem.key.bucketed(), best, times[best], times[default], tuple(unfit))
 
 
 def read_entries(path: Path, head: dict[str, Any]) -> dict[config.ProblemKey, dict[str, Any]]:
@@ -161,11 +129,10 @@ def tune_all(
     problems: list[Problem],
     path: Path,
     gpu: str,
-    device: torch.device,
+    judge: Judges,
     *,
     target: Target,
     limit: int | None = None,
-    runs: int = 30,
     end: float = math.inf,
 ) -> tuple[int, int]:
     """Tune what the table at ``path`` misses, and write it after every problem.
@@ -176,7 +143,7 @@ def tune_all(
     Returns:
         How many problems were tuned, and how many could not be.
     """
-    tuned = 0
+    tuned, device = 0, judge.device
     head = {"gpu": gpu, **versions(device)}
     entries = read_entries(path, head)
     todo = {problem.key.bucketed(): problem for problem in problems}
@@ -189,7 +156,7 @@ def tune_all(
         choices = _runnable(candidates(problem.key, target), problem.key, target, device)
         table = dict(config.parse_entry(entry) for entry in entries.values())
         try:
-            entries[key] = tune(problem, spread(choices, limit), device, runs, table).as_json()
+            entries[key] = tune(problem, spread(choices, limit), judge, table).as_json()
         except UntunableError as error:
             failed += 1
             tqdm.write(str(error))
@@ -260,15 +227,16 @@ def main(argv: list[str]) -> int:
     if arguments.gpu not in ("auto", gpu):
         raise cli.UserError(f"this GPU is {gpu!r}, not {arguments.gpu!r}")
     path = _table(arguments, gpu)
-    tuned, failed = tune_all(
-        problems,
-        path,
-        gpu,
-        device,
-        target=target_of(device),
-        limit=arguments.limit,
-        end=time.monotonic() + 60 * arguments.minutes,
-    )
+    with JudgeApart(device) as judge:
+        tuned, failed = tune_all(
+            problems,
+            path,
+            gpu,
+            judge,
+            target=target_of(device),
+            limit=arguments.limit,
+            end=time.monotonic() + 60 * arguments.minutes,
+        )
     print(f"tuned {tuned} of {len(problems)} problems, {failed} could not be: {path}")
     return int(failed > 0)
 
