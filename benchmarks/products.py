@@ -21,7 +21,9 @@ PROGRAMS = 64
 
 _DEFINITION = re.compile(r"\s*(%\w+) = (arith\.\w+|tt\.get_\w+) ?(.*?) : i\d+(?: to i\d+)?$")
 _FOR = re.compile(r"scf\.for %\w+ = (%\w+) to (%\w+) step (%\w+)")
-_DOT = re.compile(r"tt\.dot .* : tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x")
+_DOT = re.compile(
+    r"(?:tt\.dot|ttng\.warp_group_dot) .* : tensor<(\d+)x(\d+)x[^*]* \* [!.\w]+<\d+x(\d+)x"
+)
 _ASM = re.compile(r'tt\.elementwise_inline_asm "(.*?)" \{.*packed_element = (\d+)')
 _MMA = re.compile(r"mma\.sync\.aligned\.m(\d+)n(\d+)k(\d+)")
 _RESULT = re.compile(r"-> tensor<((?:\d+x)+)\w+(?:, [^<>]*)?>$")
