@@ -101,7 +101,9 @@ def _unit_mma_kernel(
     cut: gl.constexpr,
     SHORTCUT: gl.constexpr,
 ):
-    """z = PReLU((y - mean) scale + offset + shortcut + shift_mid) + shift_out, and z's signs.
+    """z = PReLU((y - mean) scale + (offset + shift_mid) + shortcut) + shift_out, and z's signs.
+
+    In this order, for two vectors are added once a thread, not once an element.
 
     Operands of y as :func:`tritonbnn.kernels.mma_tile.signed_sums` takes them, the others as the
     epilogue of :mod:`tritonbnn.kernels.unit` does.
@@ -112,10 +114,12 @@ def _unit_mma_kernel(
     known = out < shape.out_channels
     mask = (pixel < pixels)[:, None] & known
     t = (y.to(gl.float32) - per_channel(mean_ptr, out, known)) * per_channel(scale_ptr, out, known)
-    t += per_channel(offset_ptr, out, known)
+    offset = per_channel(offset_ptr, out, known)
+    if slope_ptr is not None:
+        offset += per_channel(shift_mid_ptr, out, known)
+    t += offset
     t += block_shortcut(stream_ptr, block_p, pixel, out, mask, shape, cut, SHORTCUT)
     if slope_ptr is not None:
-        t += per_channel(shift_mid_ptr, out, known)
         t = gl.where(t > 0, t, t * per_channel(slope_ptr, out, known))
         t += per_channel(shift_out_ptr, out, known)
     z = t.to(z_ptr.dtype.element_ty)

@@ -62,9 +62,9 @@ def _through_activation(
     positive = gl.full(LAYOUT.shape, True, gl.int1, LAYOUT)
     du, low = grad, gl.full(LAYOUT.shape, 0.0, gl.float32, LAYOUT)
     if slope_ptr is not None:
-        t = centred * per_channel(scale_ptr, out, known) + per_channel(offset_ptr, out, known)
+        offset = per_channel(offset_ptr, out, known) + per_channel(shift_mid_ptr, out, known)
+        t = centred * per_channel(scale_ptr, out, known) + offset
         t += block_shortcut(stream_ptr, block_p, pixel, out, mask, shape, cut, SHORTCUT)
-        t += per_channel(shift_mid_ptr, out, known)
         positive = t > 0
         du = gl.where(positive, grad, grad * per_channel(slope_ptr, out, known))
         low = gl.where(positive, 0.0, t) * grad
