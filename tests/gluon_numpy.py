@@ -255,6 +255,11 @@ def _language(program, grid, num_warps):
     )
 
 
+def _range(*bounds):
+    """A loop's counter is a number of the kernel's, as program_id is."""
+    return (Array(np.int32(step)) for step in range(*map(operator.index, bounds)))
+
+
 def _plain(function, language, known):
     """A jit function's Python, and that of those it calls, in another language."""
     namespace = function.fn.__globals__
@@ -262,6 +267,7 @@ def _plain(function, language, known):
         mine = known[id(namespace)] = {
             **namespace,
             **dict.fromkeys(("gl", "tl"), language),
+            "range": _range,
             **{
                 name: getattr(language, name) for name in ("async_copy", "hopper", "thread_barrier")
             },

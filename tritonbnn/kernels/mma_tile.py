@@ -104,6 +104,23 @@ def _taps_inside(row, column, shape: gl.constexpr):
 
 
 @gluon.jit
+def _windows(pixel, shape: gl.constexpr):
+    """The first word of each pixel's window, int64, and its taps inside the image."""
+    WORDS: gl.constexpr = (shape.channels + 31) // 32
+    start, inside = pixel, pixel  # a window of one tap asks for no taps
+    if shape.kernel_size > 1 or shape.stride > 1:
+        row = pixel // shape.out_width % shape.out_height * shape.stride - shape.padding
+        column = pixel % shape.out_width * shape.stride - shape.padding
+        if shape.stride > 1:
+            image = pixel // (shape.out_width * shape.out_height)
+            start = (image * shape.height + row) * shape.width + column
+        else:  # images are as large as before
+            start = pixel - shape.padding * (shape.width + 1)
+        inside = _taps_inside(row, column, shape)
+    return start.to(gl.int64) * WORDS, inside
+
+
+@gluon.jit
 def _window_words(x_ptr, start, inside, position, shape: gl.constexpr):
     """The words of x at ``position`` among a window's; 0 outside the image and beyond K."""
     WORDS: gl.constexpr = (shape.channels + 31) // 32
@@ -205,6 +222,18 @@ def block_of_program(shape: gl.constexpr, cut: gl.constexpr):
 
 
 @gluon.jit
+def place_of_block(block_p, cut: gl.constexpr, channels: gl.constexpr):
+    """Where a block's pixels begin in a tensor (pixels, channels), and its rows from there, int64.
+
+    The beginning is one number, and a row within a block is small: addresses take fewer
+    instructions than by rows of the whole tensor.
+    """
+    BLOCK_P: gl.constexpr = cut.warps_p * cut.tiles_p * 8
+    row = gl.arange(0, BLOCK_P, gl.SliceLayout(1, output_layout(cut))).to(gl.int64)[:, None]
+    return block_p.to(gl.int64) * (BLOCK_P * channels), row
+
+
+@gluon.jit
 def signed_sums(
     x_ptr, weight_ptr, base_ptr, pixels, block_p, block_o, shape: gl.constexpr, cut: gl.constexpr
 ):
@@ -230,11 +259,7 @@ def signed_sums(
     tile = steps_along(cut.warps_p, 0, X) * cut.tiles_p + steps_along(cut.tiles_p, 1, X)
     lane = steps_along(32, 2, X)
     pixel = gl.minimum(block_p * BLOCK_P + tile * 8 + lane // 4, pixels - 1)
-    row = pixel // shape.out_width % shape.out_height * shape.stride - shape.padding
-    column = pixel % shape.out_width * shape.stride - shape.padding
-    image = pixel // (shape.out_width * shape.out_height)
-    start = ((image * shape.height + row) * shape.width + column).to(gl.int64) * WORDS
-    inside = _taps_inside(row, column, shape)
+    start, inside = _windows(pixel, shape)
     position = lane % 4 * 4 + steps_along(4, 3, X)
 
     tile = block_o * cut.warps_o + steps_along(cut.warps_o, 0, W)

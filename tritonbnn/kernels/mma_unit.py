@@ -22,7 +22,7 @@ from tritonbnn.kernels.launch import launch
 from tritonbnn.kernels.mma import channel_blocks, product_arguments
 from tritonbnn.kernels.mma_pack import store_bits
 from tritonbnn.kernels.mma_sums import no_sums, store_sums, thread_sums
-from tritonbnn.kernels.mma_tile import block_of_program, signed_sums
+from tritonbnn.kernels.mma_tile import block_of_program, place_of_block, signed_sums
 from tritonbnn.kernels.unit import per_channel, shortcut_value
 from tritonbnn.kernels.weight import Fragments
 from tritonbnn.layout import empty_channels_last
@@ -59,6 +59,29 @@ def _moments_mma_kernel(
 
 
 @gluon.jit
+def block_shortcut(
+    stream_ptr,
+    block_p,
+    pixel,
+    out,
+    mask,
+    shape: gl.constexpr,
+    cut: gl.constexpr,
+    SHORTCUT: gl.constexpr,
+):
+    """shortcut(stream) of a block's pixels and channels, in float32."""
+    if SHORTCUT == "pool":
+        row = pixel.to(gl.int64)[:, None]
+    else:
+        HALVES: gl.constexpr = 2 if SHORTCUT == "repeat" else 1
+        start, row = place_of_block(block_p, cut, shape.out_channels // HALVES)
+        stream_ptr += start
+    return shortcut_value(
+        stream_ptr, row, out, mask, shape.out_channels, shape.out_height, shape.out_width, SHORTCUT
+    )
+
+
+@gluon.jit
 def _unit_mma_kernel(
     x_ptr,
     weight_ptr,
@@ -78,28 +101,30 @@ def _unit_mma_kernel(
     cut: gl.constexpr,
     SHORTCUT: gl.constexpr,
 ):
-    """z = PReLU((y - mean) scale + offset + shortcut + shift_mid) + shift_out, and z's signs.
+    """z = PReLU((y - mean) scale + (offset + shift_mid) + shortcut) + shift_out, and z's signs.
+
+    In this order, for two vectors are added once a thread, not once an element.
 
     Operands of y as :func:`tritonbnn.kernels.mma_tile.signed_sums` takes them, the others as the
     epilogue of :mod:`tritonbnn.kernels.unit` does.
     """
     block_p, block_o, _ = block_of_program(shape, cut)
     y, pixel, out = signed_sums(x_ptr, weight_ptr, base_ptr, pixels, block_p, block_o, shape, cut)
-    row = pixel.to(gl.int64)[:, None]
     out = out[None, :]
     known = out < shape.out_channels
-    mask = (row < pixels) & known
+    mask = (pixel < pixels)[:, None] & known
     t = (y.to(gl.float32) - per_channel(mean_ptr, out, known)) * per_channel(scale_ptr, out, known)
-    t += per_channel(offset_ptr, out, known)
-    t += shortcut_value(
-        stream_ptr, row, out, mask, shape.out_channels, shape.out_height, shape.out_width, SHORTCUT
-    )
+    offset = per_channel(offset_ptr, out, known)
     if slope_ptr is not None:
-        t += per_channel(shift_mid_ptr, out, known)
+        offset += per_channel(shift_mid_ptr, out, known)
+    t += offset
+    t += block_shortcut(stream_ptr, block_p, pixel, out, mask, shape, cut, SHORTCUT)
+    if slope_ptr is not None:
         t = gl.where(t > 0, t, t * per_channel(slope_ptr, out, known))
         t += per_channel(shift_out_ptr, out, known)
     z = t.to(z_ptr.dtype.element_ty)
-    gl.store(z_ptr + (row * shape.out_channels + out), z, mask=mask)
+    start, row = place_of_block(block_p, cut, shape.out_channels)
+    gl.store(z_ptr + start + (row * shape.out_channels + out), z, mask=mask)
     if signs_ptr is not None:
         s = z.to(gl.float32)
         if next_shift_ptr is not None:

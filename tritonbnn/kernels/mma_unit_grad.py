@@ -18,15 +18,21 @@ from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import launch
 from tritonbnn.kernels.mma_pack import store_bits
 from tritonbnn.kernels.mma_sums import no_sums, store_sums, thread_sums
-from tritonbnn.kernels.mma_tile import block_of_program, output_layout, signed_sums
-from tritonbnn.kernels.mma_unit import Product
-from tritonbnn.kernels.unit import Vectors, per_channel, shortcut_value
+from tritonbnn.kernels.mma_tile import (
+    block_of_program,
+    output_layout,
+    place_of_block,
+    signed_sums,
+)
+from tritonbnn.kernels.mma_unit import Product, block_shortcut
+from tritonbnn.kernels.unit import Vectors, per_channel
 from tritonbnn.layout import empty_pixels
 
 
 @gluon.jit
 def _through_activation(
     y,
+    block_p,
     pixel,
     out,
     grad_ptr,
@@ -45,28 +51,20 @@ def _through_activation(
 
     Tensors as in the forward pass, t what the PReLU is of. Where nothing is, gradients are 0.
     """
-    row, out = pixel.to(gl.int64)[:, None], out[None, :]
+    start, row = place_of_block(block_p, cut, shape.out_channels)
+    out = out[None, :]
     known = out < shape.out_channels
-    mask = (row < pixels) & known
-    grad = gl.load(grad_ptr + (row * shape.out_channels + out), mask=mask, other=0.0)
+    mask = (pixel < pixels)[:, None] & known
+    grad = gl.load(grad_ptr + start + (row * shape.out_channels + out), mask=mask, other=0.0)
     grad = grad.to(gl.float32)
     centred = y.to(gl.float32) - per_channel(mean_ptr, out, known)
     LAYOUT: gl.constexpr = output_layout(cut)
     positive = gl.full(LAYOUT.shape, True, gl.int1, LAYOUT)
     du, low = grad, gl.full(LAYOUT.shape, 0.0, gl.float32, LAYOUT)
     if slope_ptr is not None:
-        t = centred * per_channel(scale_ptr, out, known) + per_channel(offset_ptr, out, known)
-        t += shortcut_value(
-            stream_ptr,
-            row,
-            out,
-            mask,
-            shape.out_channels,
-            shape.out_height,
-            shape.out_width,
-            SHORTCUT,
-        )
-        t += per_channel(shift_mid_ptr, out, known)
+        offset = per_channel(offset_ptr, out, known) + per_channel(shift_mid_ptr, out, known)
+        t = centred * per_channel(scale_ptr, out, known) + offset
+        t += block_shortcut(stream_ptr, block_p, pixel, out, mask, shape, cut, SHORTCUT)
         positive = t > 0
         du = gl.where(positive, grad, grad * per_channel(slope_ptr, out, known))
         low = gl.where(positive, 0.0, t) * grad
@@ -108,6 +106,7 @@ def _activation_sums_mma_kernel(
         )
         grad, centred, _, du, low = _through_activation(
             y,
+            block_p,
             pixel,
             out,
             grad_ptr,
@@ -164,6 +163,7 @@ def _unit_grad_mma_kernel(
     y, pixel, out = signed_sums(x_ptr, weight_ptr, base_ptr, pixels, block_p, block_o, shape, cut)
     _, _, positive, du, _ = _through_activation(
         y,
+        block_p,
         pixel,
         out,
         grad_ptr,
@@ -178,19 +178,20 @@ def _unit_grad_mma_kernel(
         cut,
         SHORTCUT,
     )
-    row, out = pixel.to(gl.int64)[:, None], out[None, :]
+    start, row = place_of_block(block_p, cut, shape.out_channels)
+    out = out[None, :]
     known = out < shape.out_channels
-    mask = (row < pixels) & known
+    mask = (pixel < pixels)[:, None] & known
     place = row * shape.out_channels + out
     du = du.to(dy_ptr.dtype.element_ty)
     if du_ptr is not None:
-        gl.store(du_ptr + place, du, mask=mask)
+        gl.store(du_ptr + start + place, du, mask=mask)
     if positive_ptr is not None:
         store_bits(positive & known, positive_ptr, pixels, block_p, block_o, shape, cut)
     dy = y.to(gl.float32) * per_channel(a_scale_ptr, out, known)
     dy += per_channel(constant_ptr, out, known)
     dy += du.to(gl.float32) * per_channel(du_scale_ptr, out, known)
-    gl.store(dy_ptr + place, dy.to(dy_ptr.dtype.element_ty), mask=mask)
+    gl.store(dy_ptr + start + place, dy.to(dy_ptr.dtype.element_ty), mask=mask)
 
 
 def activation_sums_mma(
