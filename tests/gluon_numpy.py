@@ -20,13 +20,13 @@ from triton.runtime.interpreter import InterpretedFunction
 from tests.warpgroup_numpy import SharedMemory, run_assembly
 from tritonbnn.kernels import (
     conv,
-    conv_grad,
     mma,
     mma_operands,
     mma_peak,
     mma_unit,
     mma_unit_grad,
     mma_warpgroup,
+    weight_grad,
     weight_grad_warpgroup,
 )
 
@@ -310,5 +310,5 @@ def emulate(monkeypatch):
 
     for module in (mma, mma_peak, mma_unit, mma_unit_grad, mma_warpgroup, weight_grad_warpgroup):
         monkeypatch.setattr(module, "launch", launch)
-    for module in (conv, conv_grad, mma_operands):
+    for module in (conv, mma_operands, weight_grad):
         monkeypatch.setattr(module, "has_one_bit_core", lambda *_: True)

@@ -13,7 +13,7 @@ from tests.helpers import (
 )
 from tests.test_conv import PROBLEMS
 from tritonbnn import eager, kernels, reference
-from tritonbnn.kernels import config, conv_grad
+from tritonbnn.kernels import config, input_grad, weight_grad
 from tritonbnn.kernels.binarize import Skipped
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.layout import channels_last
@@ -85,7 +85,7 @@ def test_pixels_split_over_programs_give_the_same_sum(monkeypatch):
     packed = eager.pack_signs(problem.x).to(KERNEL_DEVICE)
     grad = problem.grad.to(KERNEL_DEVICE)
     arguments = {"channels": 33, "kernel_size": 3, **problem.geometry}
-    monkeypatch.setattr(conv_grad, "MIN_STEPS", 1)
+    monkeypatch.setattr(weight_grad, "MIN_STEPS", 1)
     tile = config.TileConfig(32, 64, 16, 4, 1)
     with config.using(config.Choice("dot", tile)):
         first = kernels.conv_weight_grad(grad, packed, **arguments)
@@ -137,7 +137,7 @@ def test_signs_and_slope_give_the_skipped_gradient(shortcut, channels, formulati
     with config.using(config.Choice(formulation, config.TileConfig(16, 32, 32, 4, 1))):
         for skipped in (Skipped(du), Skipped(given, packed, slope)):
             passed = (dy, real, geometry, stream, None, skipped, shortcut)
-            results.append(conv_grad.stream_grad(*passed))
+            results.append(input_grad.stream_grad(*passed))
     for whole, by_signs in zip(*results, strict=True):
         assert torch.equal(whole, by_signs)
 

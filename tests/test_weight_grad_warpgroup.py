@@ -7,7 +7,7 @@ from tests.conftest import HAS_GPU
 from tests.helpers import KERNEL_DEVICE, gradient
 from tests.test_conv import operands
 from tritonbnn import eager, kernels
-from tritonbnn.kernels import config, conv_grad, targets
+from tritonbnn.kernels import config, targets, weight_grad
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.config import Choice, TileConfig
 from tritonbnn.kernels.geometry import Geometry
@@ -67,6 +67,6 @@ def test_what_is_not_trusted_is_the_librarys(monkeypatch):
     layer = Geometry(2, 5, 3, 64, 8, 3, 1, 1)
     with config.using(H100):
         for trusted, formulation in ((True, "warpgroup"), (False, "library")):
-            monkeypatch.setattr(conv_grad, "has_one_bit_core", lambda *_, known=trusted: known)
-            found = conv_grad._weight_grad_choice(layer, torch.bfloat16, torch.device("meta"))
+            monkeypatch.setattr(weight_grad, "has_one_bit_core", lambda *_, known=trusted: known)
+            found = weight_grad._choice(layer, torch.bfloat16, torch.device("meta"))
             assert found.formulation == formulation

@@ -14,9 +14,9 @@ from tritonbnn import checks
 from tritonbnn.contract import Averages, Gradients, Kept, Options, Statistics
 from tritonbnn.kernels.binarize import Skipped
 from tritonbnn.kernels.conv import conv_real, convolved, product_choice
-from tritonbnn.kernels.conv_grad import stream_grad, weight_grad
 from tritonbnn.kernels.cut import block_tiles
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
+from tritonbnn.kernels.input_grad import stream_grad
 from tritonbnn.kernels.launch import KERNEL_DTYPES, check_kernel_dtype
 from tritonbnn.kernels.mma_operands import on_one_bit_core
 from tritonbnn.kernels.pack import pack_signs
@@ -24,6 +24,7 @@ from tritonbnn.kernels.unit import Vectors, contiguous, epilogue, moment_sums
 from tritonbnn.kernels.unit_grad import activation_backward, norm_backward
 from tritonbnn.kernels.unit_norm import batch_norm, given_norm, norm_grads
 from tritonbnn.kernels.weight import Numbers, expand, fragments_of, prepare, scaled
+from tritonbnn.kernels.weight_grad import weight_grad
 from tritonbnn.layout import channels_last, flat_pixels
 from tritonbnn.packed import PackedWeight
 
