@@ -17,12 +17,16 @@ ELEMENTWISE = (
     ("unit_activation_backward", "unit_norm_backward", "sign_backward"),
 )
 KERNEL_TESTS = ("pack", "matmul", "binarize", "rprelu", "conv", "conv_grad", "unit", "ops")
+GLUON_TESTS = ("weight", "mma", "mma_unit", "mma_warpgroup", "weight_grad_warpgroup")
+"""Of kernels that a CPU emulates."""
+
 SWEPT = "ours+bf16,expert+bf16+channels_last,obvious+bf16+channels_last,twin+bf16+channels_last"
 FIRST = "ours+bf16,expert+bf16+channels_last+compile"
 MAX_AUTOTUNE = "ours+bf16,expert+bf16+channels_last+max-autotune"
 EAGER = (
-    "ours+bf16,ours,ours-recompute+bf16,expert,expert+bf16+channels_last,"
-    "expert+bf16+channels_last+compile,twin+bf16+channels_last+compile,obvious"
+    "ours+bf16,ours+bf16+graph,ours,ours-recompute+bf16,expert,expert+bf16+channels_last,"
+    "expert+bf16+channels_last+compile,expert+bf16+channels_last+compile+graph,"
+    "twin+bf16+channels_last+compile,obvious"
 )
 """On a GPU, all but the compiler's own search: that has a part of its own."""
 
@@ -119,7 +123,8 @@ def _first(cuda: bool, tiny: bool) -> Iterator[Part]:
 
 def _tests(cuda: bool, tiny: bool) -> Iterator[Part]:
     options = ("-q", "-p", "no:cacheprovider")
-    files = tuple(f"tests/test_{name}.py" for name in (("matmul",) if tiny else KERNEL_TESTS))
+    names = ("matmul",) if tiny else (*KERNEL_TESTS, *(GLUON_TESTS if cuda else ()))
+    files = tuple(f"tests/test_{name}.py" for name in names)
     # Most of their time goes into compiling, and what is compiled stays on disk for the next turn.
     turns = {"turns": 3, "tuned": False}
     yield Part("tests-kernels", ("pytest", *options, *files), minutes=6, **turns)

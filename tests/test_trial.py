@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers import KERNEL_DEVICE
 from tritonbnn import cli
-from tritonbnn.kernels import conv, trial, verdicts
+from tritonbnn.kernels import conv, mma_unit_grad, trial, verdicts
 from tritonbnn.kernels.geometry import Geometry
 
 CPU = torch.device("cpu")
@@ -63,6 +63,23 @@ def test_what_is_exact_is_found_so_and_a_wrong_sum_is_not(formulation, monkeypat
     assert len(found["wrong"]) == min(found["tried"], trial.SHOWN)
     assert "33" in found["wrong"][0]
     assert "error 2 where 0 is allowed" in found["wrong"][0]
+
+
+def test_units_that_convolve_within_their_passes_are_tried_too(one_bit_core, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # so that a CPU's tensors have kernels
+    units = (Geometry(2, 4, 6, 33, 33, 3, 2, 1), Geometry(1, 3, 3, 20, 40, 1, 1, 0))
+    found = trial.try_here("mma", KERNEL_DEVICE, (), units)
+    assert found == {"tried": 2, "wrong": []}
+    right = mma_unit_grad.unit_grad_mma
+
+    def without_its_mean(*arguments, **options):
+        skipped, dy = right(*arguments, **options)
+        return skipped, dy + 0.01
+
+    monkeypatch.setattr(mma_unit_grad, "unit_grad_mma", without_its_mean)
+    found = trial.try_here("mma", KERNEL_DEVICE, (), units)
+    assert len(found["wrong"]) == 2
+    assert "in a unit: " in found["wrong"][0]
 
 
 @pytest.mark.parametrize(

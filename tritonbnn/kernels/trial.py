@@ -4,9 +4,9 @@
     python -m tritonbnn.kernels.trial mma popcount --json FILE
 
 A formulation of the packed convolution is exact if all its sums are, in every shipped tile, on
-layers of odd sizes; one of the weight's gradient, if it is as near to float64 as eager torch is.
-Training asks the same before it uses one that is not Triton's own
-(:mod:`tritonbnn.kernels.verdicts`).
+layers of odd sizes. One of the weight's gradient must be as near to float64 as eager torch is. So
+must whole units, whose passes do the convolution themselves. Training asks the same before it uses
+what is not Triton's own (:mod:`tritonbnn.kernels.verdicts`).
 """
 
 import json
@@ -22,7 +22,7 @@ from tritonbnn.files import writable, write_json
 from tritonbnn.kernels import config, verdicts
 from tritonbnn.kernels.commands import kernel_device
 from tritonbnn.kernels.geometry import Geometry
-from tritonbnn.kernels.problems import Problem
+from tritonbnn.kernels.problems import PLAN, Problem
 from tritonbnn.kernels.shipped import shipped_choices
 from tritonbnn.kernels.targets import Target, target_of
 from tritonbnn.kernels.truth import error_of
@@ -43,6 +43,14 @@ LAYERS = (
 )
 """Words that are full and not, borders, a stride, and every size of a tile."""
 
+UNITS = (
+    Geometry(2, 9, 7, 33, 33, 3, 1, 1),
+    Geometry(3, 8, 6, 96, 96, 3, 2, 1),
+    Geometry(2, 5, 7, 40, 80, 1, 1, 0),
+    Geometry(2, 7, 7, 512, 512, 1, 1, 0),
+)
+"""Every shortcut."""
+
 
 def operation(formulation: str) -> str:
     """What a formulation is of."""
@@ -55,9 +63,12 @@ def formulations(target: Target) -> tuple[str, ...]:
 
 
 def cases(
-    formulation: str, device: torch.device, layers: tuple[Geometry, ...] = LAYERS
-) -> Iterator[tuple[Problem, config.Choice]]:
-    """Every problem of the trial, in every shipped tile of the formulation."""
+    formulation: str,
+    device: torch.device,
+    layers: tuple[Geometry, ...] = LAYERS,
+    units: tuple[Geometry, ...] = UNITS,
+) -> Iterator[tuple[Problem, config.Choice | config.Table]]:
+    """Every problem of the trial, in every shipped tile of the formulation, and what it runs as."""
     target = target_of(device)
     op = operation(formulation)
     for layer in layers:
@@ -66,10 +77,18 @@ def cases(
             for choice in shipped_choices(problem, target):
                 if choice.formulation == formulation:
                     yield problem, choice
+    for layer in units if formulation == "mma" else ():
+        problem, product = Problem(PLAN, layer, torch.float32), layer.key(OP, "int32")
+        plan = config.default(problem.key, "fused")
+        table = {problem.key: plan, product: config.default(product, formulation)}
+        yield problem, {key.bucketed(): choice for key, choice in table.items()}
 
 
 def try_here(
-    formulation: str, device: torch.device, layers: tuple[Geometry, ...] = LAYERS
+    formulation: str,
+    device: torch.device,
+    layers: tuple[Geometry, ...] = LAYERS,
+    units: tuple[Geometry, ...] = UNITS,
 ) -> dict[str, Any]:
     """Run the trial in this process, which it may end.
 
@@ -77,13 +96,14 @@ def try_here(
         How many cases were tried, and the first that are wrong, as texts.
     """
     tried, wrong = 0, []
-    for problem, choice in cases(formulation, device, layers):
+    for problem, forced in cases(formulation, device, layers, units):
         inputs = problem.inputs(device)
-        with config.using(choice):
+        with config.using(forced):
             error = error_of(problem, inputs, problem.run(inputs))
         tried += 1
         if error:
-            wrong.append(f"{problem.layer} in {choice.tile}: {error}")
+            where = forced.tile if isinstance(forced, config.Choice) else "a unit"
+            wrong.append(f"{problem.layer} in {where}: {error}")
     return {"tried": tried, "wrong": wrong[:SHOWN]}
 
 
