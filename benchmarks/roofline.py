@@ -67,9 +67,10 @@ def unit_launches(layer: Geometry, dtype: str, step: int, plan: str) -> Iterator
         backward   activation A + 3 B; norm A + 2 B; weight B; input and sign 4 B      2 A + 10 B
         recompute  the convolution again, in backward                                  A
         fused      the convolution within four passes, without any A: statistics 0;
-                   epilogue 2 B; sums 2 B; activation and norm 4 B; as above 5 B      13 B
+                   epilogue 2 B; sums 2 B; activation and norm 3 B; as above 5 B      12 B
 
-    With real weights "fused" is "recompute".
+    With real weights "fused" is "recompute". Behind a pool it stores du, of which otherwise a bit
+    is written and read.
 
     Args:
         layer: its convolution.
@@ -91,13 +92,17 @@ def unit_launches(layer: Geometry, dtype: str, step: int, plan: str) -> Iterator
     products = 2 * layer.pixels * taps * layer.channels
     operands = "signs" if step == 2 else dtype
     convolution = Launch(FORWARD, signs + weight + a, products, operands)
+    bits = 0
 
     if plan == "fused" and step == 2:
+        du = z
+        if layer.stride == 1:
+            du = bits = next_signs
         for images in (
             0,  # statistics
             x + z + next_signs,  # epilogue
             z + x,  # the activation's sums: reads gradient and stream
-            z + x + z + z,  # activation and norm: writes du and dy
+            z + x + du + z,  # activation and norm: writes du or its bits, and dy
         ):
             yield Launch(FORWARD, signs + weight + images, products, operands)
     else:
@@ -109,8 +114,8 @@ def unit_launches(layer: Geometry, dtype: str, step: int, plan: str) -> Iterator
         yield Launch(ELEMENTWISE, z + a + x + z)  # activation: reads gradient, a, stream, writes du
         yield Launch(ELEMENTWISE, z + a + z)  # norm: reads du and a, writes dy
     yield Launch(GRADIENTS, z + signs + taps * layer.channels * PARAMETER_BYTES, products, dtype)
-    # input: reads dy, and past its product the stream and du; writes dx
-    yield Launch(GRADIENTS, z + weight + x + z + x, products, dtype)
+    # input: reads dy, and past its product the stream and du, or gradient and bits; writes dx
+    yield Launch(GRADIENTS, z + weight + x + z + bits + x, products, dtype)
 
 
 def network_launches(

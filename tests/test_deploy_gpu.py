@@ -351,7 +351,7 @@ class Sums:
 def captured(monkeypatch):
     """Calls whose captures are of the CPU."""
     monkeypatch.setattr(graphs, "CapturedCall", Replayed)
-    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(graphs, "Recorder", lambda device: None)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 100 * len(Replayed.made))
     Replayed.made = ()

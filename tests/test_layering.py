@@ -9,7 +9,7 @@ import tritonbnn
 from tests.helpers import assert_runs_silently
 
 ROOT = Path(tritonbnn.__file__).parent
-BASE = {"bits", "layout", "checks", "cli", "contract", "files", "settings", "window"}
+BASE = {"bits", "layout", "checks", "cli", "contract", "files", "recorder", "settings", "window"}
 JOB = {"compute", "distributed", "meeting", "stop"}
 ALLOWED = {
     "bits": set(),
@@ -18,6 +18,7 @@ ALLOWED = {
     "window": set(),
     "checks": {"bits"},
     "cli": set(),
+    "recorder": set(),
     "files": {"cli"},
     "settings": {"cli"},
     "reference": set(),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonbnn.kernels.library import contract
+from tritonbnn.recorder import Recorder
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ class Graphs:
     def __init__(self, network: Network) -> None:
         self._network = network
         self._seen: OrderedDict[Any, CapturedCall | None] = OrderedDict()
-        self._pool: Any = None
+        self._recorder: Recorder | None = None
         self._captures = network.device.type == "cuda"
         self.bytes_kept = 0
 
@@ -69,15 +70,14 @@ class Graphs:
         return logits
 
     def _capture(self, images: Tensor, dtype: torch.dtype) -> "CapturedCall | None":
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
+        if self._recorder is None:
+            self._recorder = Recorder(self._network.device)
         torch.cuda.empty_cache()  # as a capture begins
         before = torch.cuda.memory_reserved(self._network.device)
         try:
-            captured = CapturedCall(self._network, images.shape, dtype, self._pool)
+            captured = CapturedCall(self._network, images.shape, dtype, self._recorder)
         except RuntimeError as error:  # a library's operator that no graph can hold, or no memory
-            first = error.__context__ or error  # a capture ends with an error of its own
-            said = str(first).strip().partition("\n")[0]
+            said = str(error).strip().partition("\n")[0]
             logger.warning("packed networks run without a CUDA graph: %s", said)
             self._captures = False
             return None
@@ -92,25 +92,24 @@ class CapturedCall:
         network: which has run for such images before, so that all is compiled.
         shape: of the images.
         dtype: uint8 or the stream's.
-        pool: of memory that a network's graphs share, for only one runs at a time.
+        recorder: of all of the network's graphs.
     """
 
-    def __init__(self, network: Network, shape: torch.Size, dtype: torch.dtype, pool: Any) -> None:
+    def __init__(
+        self, network: Network, shape: torch.Size, dtype: torch.dtype, recorder: Recorder
+    ) -> None:
         images = torch.zeros(shape, dtype=dtype, device=network.device)
+        self._network = network
         self._images = images.contiguous(memory_format=torch.channels_last)
-        self._graph = torch.cuda.CUDAGraph()
-        current, stream = torch.cuda.current_stream(), torch.cuda.Stream(network.device)
-        stream.wait_stream(current)
-        with contract(), torch.cuda.stream(stream):
-            network.logits(self._images)  # libraries prepare themselves for a stream
-        # Other threads of the program may go on meanwhile.
-        mode = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
-        # A capture that fails does not leave its stream, so the outer context goes back.
-        with contract(), torch.cuda.stream(current), torch.cuda.graph(self._graph, **mode):
-            self._logits = network.logits(self._images)
-        current.wait_stream(stream)
+        with recorder.aside():
+            self._work()
+        self._replay = recorder.record(self._work)
+
+    def _work(self) -> None:
+        with contract():
+            self._logits = self._network.logits(self._images)
 
     def __call__(self, images: Tensor) -> Tensor:
         self._images.copy_(images, non_blocking=True)
-        self._graph.replay()
+        self._replay()
         return self._logits.clone()

@@ -61,20 +61,23 @@ def _moments_mma_kernel(
 @gluon.jit
 def block_shortcut(
     stream_ptr,
-    block_p,
+    start,
+    row,
     pixel,
     out,
     mask,
     shape: gl.constexpr,
-    cut: gl.constexpr,
     SHORTCUT: gl.constexpr,
 ):
-    """shortcut(stream) of a block's pixels and channels, in float32."""
+    """shortcut(stream) of a block's pixels and channels, in float32.
+
+    ``row`` counts pixels from that whose first channel is element ``start`` of the output.
+    """
     if SHORTCUT == "pool":
         row = pixel.to(gl.int64)[:, None]
+    elif SHORTCUT == "repeat":
+        stream_ptr += start // 2
     else:
-        HALVES: gl.constexpr = 2 if SHORTCUT == "repeat" else 1
-        start, row = place_of_block(block_p, cut, shape.out_channels // HALVES)
         stream_ptr += start
     return shortcut_value(
         stream_ptr, row, out, mask, shape.out_channels, shape.out_height, shape.out_width, SHORTCUT
@@ -101,9 +104,7 @@ def _unit_mma_kernel(
     cut: gl.constexpr,
     SHORTCUT: gl.constexpr,
 ):
-    """z = PReLU((y - mean) scale + (offset + shift_mid) + shortcut) + shift_out, and z's signs.
-
-    In this order, for two vectors are added once a thread, not once an element.
+    """z = PReLU((y - mean) scale + offset + shortcut + shift_mid) + shift_out, and z's signs.
 
     Operands of y as :func:`tritonbnn.kernels.mma_tile.signed_sums` takes them, the others as the
     epilogue of :mod:`tritonbnn.kernels.unit` does.
@@ -114,16 +115,14 @@ def _unit_mma_kernel(
     known = out < shape.out_channels
     mask = (pixel < pixels)[:, None] & known
     t = (y.to(gl.float32) - per_channel(mean_ptr, out, known)) * per_channel(scale_ptr, out, known)
-    offset = per_channel(offset_ptr, out, known)
+    t += per_channel(offset_ptr, out, known)
+    start, row = place_of_block(block_p, cut, shape.out_channels)
+    t += block_shortcut(stream_ptr, start, row, pixel, out, mask, shape, SHORTCUT)
     if slope_ptr is not None:
-        offset += per_channel(shift_mid_ptr, out, known)
-    t += offset
-    t += block_shortcut(stream_ptr, block_p, pixel, out, mask, shape, cut, SHORTCUT)
-    if slope_ptr is not None:
+        t += per_channel(shift_mid_ptr, out, known)
         t = gl.where(t > 0, t, t * per_channel(slope_ptr, out, known))
         t += per_channel(shift_out_ptr, out, known)
     z = t.to(z_ptr.dtype.element_ty)
-    start, row = place_of_block(block_p, cut, shape.out_channels)
     gl.store(z_ptr + start + (row * shape.out_channels + out), z, mask=mask)
     if signs_ptr is not None:
         s = z.to(gl.float32)

@@ -32,7 +32,8 @@ from tritonbnn.layout import empty_pixels
 @gluon.jit
 def _through_activation(
     y,
-    block_p,
+    start,
+    row,
     pixel,
     out,
     grad_ptr,
@@ -49,9 +50,9 @@ def _through_activation(
 ):
     """grad, y - mean, t > 0, du = t > 0 ? grad : slope grad, and min(t, 0) grad.
 
-    Tensors as in the forward pass, t what the PReLU is of. Where nothing is, gradients are 0.
+    Tensors as in the forward pass, t what the PReLU is of; start and row as in
+    :func:`tritonbnn.kernels.mma_unit.block_shortcut`. Where nothing is, gradients are 0.
     """
-    start, row = place_of_block(block_p, cut, shape.out_channels)
     out = out[None, :]
     known = out < shape.out_channels
     mask = (pixel < pixels)[:, None] & known
@@ -62,9 +63,9 @@ def _through_activation(
     positive = gl.full(LAYOUT.shape, True, gl.int1, LAYOUT)
     du, low = grad, gl.full(LAYOUT.shape, 0.0, gl.float32, LAYOUT)
     if slope_ptr is not None:
-        offset = per_channel(offset_ptr, out, known) + per_channel(shift_mid_ptr, out, known)
-        t = centred * per_channel(scale_ptr, out, known) + offset
-        t += block_shortcut(stream_ptr, block_p, pixel, out, mask, shape, cut, SHORTCUT)
+        t = centred * per_channel(scale_ptr, out, known) + per_channel(offset_ptr, out, known)
+        t += block_shortcut(stream_ptr, start, row, pixel, out, mask, shape, SHORTCUT)
+        t += per_channel(shift_mid_ptr, out, known)
         positive = t > 0
         du = gl.where(positive, grad, grad * per_channel(slope_ptr, out, known))
         low = gl.where(positive, 0.0, t) * grad
@@ -106,7 +107,8 @@ def _activation_sums_mma_kernel(
         )
         grad, centred, _, du, low = _through_activation(
             y,
-            block_p,
+            0,  # from a block's beginning, addresses would take more registers than there are
+            pixel.to(gl.int64)[:, None],
             pixel,
             out,
             grad_ptr,
@@ -161,9 +163,11 @@ def _unit_grad_mma_kernel(
     """
     block_p, block_o, _ = block_of_program(shape, cut)
     y, pixel, out = signed_sums(x_ptr, weight_ptr, base_ptr, pixels, block_p, block_o, shape, cut)
+    start, row = place_of_block(block_p, cut, shape.out_channels)
     _, _, positive, du, _ = _through_activation(
         y,
-        block_p,
+        start,
+        row,
         pixel,
         out,
         grad_ptr,
@@ -178,7 +182,6 @@ def _unit_grad_mma_kernel(
         cut,
         SHORTCUT,
     )
-    start, row = place_of_block(block_p, cut, shape.out_channels)
     out = out[None, :]
     known = out < shape.out_channels
     mask = (pixel < pixels)[:, None] & known
