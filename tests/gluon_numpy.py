@@ -97,6 +97,9 @@ class Array:
     def __index__(self):
         return int(self.data)
 
+    def __bool__(self):
+        return bool(self.data)
+
 
 def _binary(function):
     def method(self, other):

@@ -130,7 +130,13 @@ def test_the_backward_passes_are_those_of_the_unit(one_bit_core, shortcut, activ
     torch.testing.assert_close(dy.cpu(), usual_dy, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("shortcut", ["identity", "pool", "repeat", "tensor"])
+@pytest.mark.parametrize(
+    "shortcut",
+    [
+        "pool",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("identity", "repeat", "tensor")),
+    ],
+)
 def test_a_whole_unit_runs_on_it(one_bit_core, monkeypatch, shortcut):
     if not HAS_GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")

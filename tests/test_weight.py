@@ -71,7 +71,7 @@ def test_packed_signs_expand_to_the_same_numbers(unwritten_memory, shape):
 
 
 @pytest.mark.parametrize("cut", [Cut(1, 4, 4, 2), Cut(2, 1, 2, 1)], ids=str)
-@pytest.mark.parametrize("shape", [(70, 33, 3, 3), (3, 1, 1, 1), (17, 544, 1, 1), (2, 64, 3, 3)])
+@pytest.mark.parametrize("shape", [(20, 33, 3, 3), (3, 1, 1, 1), (17, 544, 1, 1)])
 def test_fragments_hold_every_word_where_a_lane_reads_it(unwritten_memory, shape, cut):
     w = random_weight(shape)
     packed, alpha, fragments = weights.prepare(w, cut=cut)
