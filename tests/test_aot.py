@@ -33,8 +33,11 @@ ELSEWHERE = {
 }
 """Kernels that no layer's default launches."""
 
-WARPGROUP_KERNELS = {"_conv_warpgroup_kernel", "_matrices_kernel", "_ones_kernel"}
-"""What sm_90 alone has."""
+WARPGROUP_KERNELS = {
+    *("_conv_warpgroup_kernel", "_matrices_kernel", "_ones_kernel"),
+    *("_conv_weight_grad_hopper_kernel", "_unpack_kernel"),  # and what the library is given there
+}
+"""What sm_90 alone launches."""
 
 
 def run_shipped(*arguments):
@@ -148,9 +151,10 @@ def test_the_one_bit_core_is_fed_by_wide_loads(rows):
         busy, loads = row["tensor_core"], row["wide_loads"]
         assert set(busy) == {"BMMA"}
         assert row["shared_bytes"] == row["shuffles"] == 0  # every lane keeps what it has
-        # A chunk of 4 x 4 tiles is 32 instructions, 8 loads of the weight and 4 of the image.
+        # A chunk of 4 x 4 tiles is 32 instructions, 8 loads of the weight and 4 of the image; and 8
+        # that count ones.
         if "32>32" not in row["layer"]:
-            assert loads >= busy["BMMA"] * 12 // 32
+            assert loads >= busy["BMMA"] * 12 // 40
     loops = [row["loop"] for row in products if "STG" not in row["loop"]]  # others are unrolled
     assert loops
     assert all(loop["BMMA"] / sum(loop.values()) > 0.3 for loop in loops)

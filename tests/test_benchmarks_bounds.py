@@ -310,7 +310,7 @@ def test_a_compiled_product_is_counted_whole(compiled):
     for row in compiled:
         padded = 1
         if row["op"] == "conv_packed":  # 9 taps of 8 words are 4.5 chunks, of which it does 5
-            padded = 5 / 4.5
+            padded = 5 / 4.5 * 40 / 32  # and for each 4 tiles of the weight one of ones
         if row["op"] == "conv_weight_grad":  # its programs have equal shares, of 64 pixels a step
             padded = row["grid"][2] * row["steps"] * 64 / (256 * 28 * 28 / row["stride"] ** 2)
         assert 2 * row["multiplied"] == pytest.approx(row["operations"] * padded), row
@@ -330,11 +330,11 @@ def test_a_compiled_loop_turns_as_often_as_its_source_says(compiled):
 
 @pytest.mark.compile
 def test_the_loop_of_the_one_bit_core_is_as_its_source_says(compiled):
-    """A third of its instructions are the core's: 32 of 86 for 3x3 and 256 channels."""
+    """Nearly half of its instructions are the core's: 40 of 91 for 3x3 and 256 channels."""
     for row in compiled:
         if (row["op"], row["name"]) == ("conv_packed", "sm_90"):
             (loop,) = row["loops"]
-            assert loop["BMMA"] == 32 * 16 * 8 * 256
+            assert loop["BMMA"] == 40 * 16 * 8 * 256
             assert 80 <= loop["issue"] <= 96
             assert loop["global"] == 12 * 512  # 8 loads of the weight and 4 of the image
 

@@ -1,7 +1,7 @@
 """The forward convolution, and the packed product, on the one-bit tensor core.
 
-Prediction, nothing has been measured yet: a block of 128 pixels and 64 channels is 32 of the
-core's instructions a chunk in a loop of 86 (sm_90, 3x3, 256 channels), at 1/8 instruction a clock
+Prediction, nothing has been measured yet: a block of 128 pixels and 64 channels is 40 of the
+core's instructions a chunk in a loop of 91 (sm_90, 3x3, 256 channels), at 1/8 instruction a clock
 and scheduler a loop bound by the core. At batch 256 an H100 would be bound by the int16 result
 where C <= 128 and by the core where C >= 512; a product of 8192 cubed would take 145 us at its
 peak and 90 us of memory for the int32 result.
