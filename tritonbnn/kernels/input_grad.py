@@ -60,38 +60,23 @@ def _finish_input_grad(
     if BLOCK_N > AT_ONCE:
         HALF: tl.constexpr = BLOCK_N // 2
         lower, upper = tl.split(tl.permute(tl.reshape(acc, (PIXELS, 2, HALF)), (0, 2, 1)))
-        _finish_input_grad(
-            lower,
-            first,
-            target,
-            exists,
-            block,
-            dx_ptr,
-            stream_ptr,
-            shift_ptr,
-            residual_ptr,
-            positive_ptr,
-            slope_ptr,
-            sums_ptr,
-            shape,
-            SHORTCUT,
-        )
-        _finish_input_grad(
-            upper,
-            first + HALF,
-            target,
-            exists,
-            block,
-            dx_ptr,
-            stream_ptr,
-            shift_ptr,
-            residual_ptr,
-            positive_ptr,
-            slope_ptr,
-            sums_ptr,
-            shape,
-            SHORTCUT,
-        )
+        for half in tl.static_range(2):
+            _finish_input_grad(
+                lower if half == 0 else upper,
+                first + half * HALF,
+                target,
+                exists,
+                block,
+                dx_ptr,
+                stream_ptr,
+                shift_ptr,
+                residual_ptr,
+                positive_ptr,
+                slope_ptr,
+                sums_ptr,
+                shape,
+                SHORTCUT,
+            )
     else:
         channel = first + tl.arange(0, BLOCK_N)
         known = channel < CHANNELS
