@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks.steps import training_step
 from benchmarks.traffic import Operators
-from tritonbnn.kernels import config, conv, mma_operands, weight_grad
+from tritonbnn.kernels import config, conv, input_grad, mma_operands, weight_grad
 from tritonbnn.kernels.launch import Launch, launching_by
 from tritonbnn.kernels.targets import Target
 from tritonbnn.ops.backend import VARIABLE
@@ -146,12 +146,13 @@ def as_on_a_gpu(target: Target, call: Callable[..., None]) -> Iterator[None]:
     environment = {VARIABLE: "triton", "TRITON_INTERPRET": "1"}
 
     def trusted(device: torch.device, formulation: str = "mma") -> bool:
-        return formulation in (*target.products, *target.weight_grads)
+        return formulation in (*target.products, *target.weight_grads, *target.input_grads)
 
     with (
         mock.patch.dict(os.environ, environment),
         mock.patch.object(conv, "has_one_bit_core", trusted),
         mock.patch.object(weight_grad, "has_one_bit_core", trusted),
+        mock.patch.object(input_grad, "has_one_bit_core", trusted),
         mock.patch.object(mma_operands, "has_one_bit_core", trusted),
         through_dispatcher(always=False),
         config.using(target),

@@ -1,6 +1,6 @@
 """Run a Gluon kernel's own Python in numpy, with the one-bit tensor core as PTX defines it.
 
-A bfloat16 is a float32 here, and is only read.
+A bfloat16 is a float32 here, rounded where a kernel rounds.
 
 Triton's interpreter has no Gluon and no inline assembly. Tensors here are arrays; what a thread
 holds is read from the layouts, where a kernel makes a difference of it: at inline assembly.
@@ -13,13 +13,16 @@ from types import FunctionType, SimpleNamespace
 
 import numpy as np
 import torch
+from triton import language as tl
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.runtime.interpreter import InterpretedFunction
 
-from tests.warpgroup_numpy import SharedMemory, run_assembly
+from tests.warpgroup_numpy import SharedMemory, run_assembly, run_bits
 from tritonbnn.kernels import (
     conv,
+    input_grad,
+    input_grad_warpgroup,
     mma,
     mma_operands,
     mma_peak,
@@ -78,6 +81,9 @@ class Array:
         return self.data.shape
 
     def to(self, dtype, bitcast=False):
+        if not bitcast and dtype == BFLOAT16:
+            rounded = torch.from_numpy(np.array(self.data, np.float32)).bfloat16().float()
+            return Array(rounded.numpy(), self.layout)
         if not bitcast:
             return Array(self.data.astype(dtype), self.layout)
         bits = self.data.astype(np.uint16)
@@ -92,7 +98,11 @@ class Array:
         return Array(self.data.transpose(order))
 
     def __getitem__(self, index):
-        return Array(self.data[index])
+        layout = self.layout
+        for new in index if isinstance(index, tuple) else ():
+            if new is None and isinstance(layout, gl.SliceLayout):
+                layout = layout.parent
+        return Array(self.data[index], layout)
 
     def __index__(self):
         return int(self.data)
@@ -119,6 +129,9 @@ for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Array, f"__{_name}__", _binary(getattr(operator, _name)))
 for _name in ("add", "mul"):
     setattr(Array, f"__r{_name}__", _binary(getattr(operator, _name)))
+for _name in ("sub", "and_", "rshift"):
+    swapped = partial(lambda function, x, y: function(y, x), getattr(operator, _name))
+    setattr(Array, f"__r{_name.strip('_')}__", _binary(swapped))
 
 
 class Pointer:
@@ -188,12 +201,17 @@ def inline_asm_elementwise(num_warps, shared, asm, constraints, args, dtype, is_
     assert isinstance(layout, gl.DistributedLinearLayout)
     flat = places(layout)
     assert len(flat) == num_warps
+    halves = dtype in (BFLOAT16, np.float16)
     operands = []
     for arg in args:
         values = arg.data if isinstance(arg, Array) else np.int32(arg)
         values = np.broadcast_to(values, layout.shape).reshape(-1)[flat]
         values = values.reshape(*flat.shape[:2], -1, pack)  # warp, lane, group, element
-        operands += list(np.moveaxis(values, (3, 1), (0, 3)))  # element: warp, group, lane
+        values = np.moveaxis(values, (3, 1), (0, 3))  # element, warp, group, lane
+        if halves and values.dtype.kind == "f":  # two numbers of 16 bits in a register
+            values = _bits_of(values, dtype)
+            values = (values[::2] | values[1::2] << 16).view(np.int32)
+        operands += list(values)
     kinds = getattr(constraints, "value", constraints).split(",")
     results = sum(kind.startswith("=") for kind in kinds)
     assert len(kinds) == results + len(operands)
@@ -206,6 +224,11 @@ def inline_asm_elementwise(num_warps, shared, asm, constraints, args, dtype, is_
     if any("wgmma" in line for line in lines):
         run_assembly(lines, registers, shared)
         lines = []
+    if halves:
+        found = run_bits(lines, registers).view(np.uint32)
+        result = np.stack([_numbers_of(found & 0xFFFF, dtype), _numbers_of(found >> 16, dtype)])
+        dtype = result.dtype
+        lines = []
     for line in lines:
         assert "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc" in line
         d, a, b, c = (
@@ -213,10 +236,24 @@ def inline_asm_elementwise(num_warps, shared, asm, constraints, args, dtype, is_
         )
         a, b, c = (np.stack([registers[n] for n in group], axis=-1) for group in (a, b, c))
         registers |= zip(d, np.moveaxis(mma_m16n8k256(a, b, c), -1, 0), strict=True)
-    result = np.stack([registers[n] for n in range(results)])  # element, warp, group, lane
+    if not halves:
+        result = np.stack([registers[n] for n in range(results)])  # element, warp, group, lane
     values = np.empty(np.prod(layout.shape), dtype)
     values[flat.reshape(-1)] = np.moveaxis(result, (0, 3), (3, 1)).reshape(-1)
     return Array(values.reshape(layout.shape), layout)
+
+
+def _bits_of(values, dtype):
+    """The bits of numbers of 16 bits, as uint32."""
+    if dtype == BFLOAT16:
+        return values.astype(np.float32).view(np.uint32) >> 16
+    return values.astype(np.float16).view(np.uint16).astype(np.uint32)
+
+
+def _numbers_of(bits, dtype):
+    if dtype == BFLOAT16:
+        return (bits << 16).view(np.float32)
+    return bits.astype(np.uint16).view(np.float16)
 
 
 def _language(program, grid, num_warps):
@@ -248,8 +285,10 @@ def _language(program, grid, num_warps):
         convert_layout=lambda x, layout: Array(x.data, layout),
         where=_where,
         sum=lambda x, axis: Array(x.data.sum(axis, dtype=x.data.dtype)),
-        minimum=lambda x, y: Array(np.minimum(x.data, y), x.layout),
-        maximum=lambda x, y: Array(np.maximum(x.data, y), x.layout),
+        minimum=lambda x, y: Array(np.minimum(x.data, getattr(y, "data", y)), x.layout),
+        maximum=lambda x, y, **_: Array(np.maximum(x.data, y), x.layout),
+        abs=lambda x: Array(np.abs(x.data), x.layout),
+        PropagateNan=tl.PropagateNan,
         split=lambda x: tuple(Array(each) for each in np.moveaxis(x.data, -1, 0)),
         load=load,
         store=store,
@@ -289,13 +328,17 @@ def _memory(tensor):
 
 def run(kernel, grid, num_warps, arguments):
     """Run every program of a kernel on CPU tensors, in place."""
-    arguments = {
+    given = {
         name: _pointer(value) if isinstance(value, torch.Tensor) else value
         for name, value in arguments.items()
     }
     grid = grid if isinstance(grid, tuple) else (grid,)
     for program in np.ndindex(*grid):
-        _plain(kernel, _language(program, grid, num_warps), {})(**arguments)
+        _plain(kernel, _language(program, grid, num_warps), {})(**given)
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.dtype == torch.bfloat16:
+            memory = value.as_strided((value.numel(),), (1,))
+            memory.copy_(torch.from_numpy(given[name].elements))
 
 
 def _pointer(tensor):
@@ -311,7 +354,8 @@ def emulate(monkeypatch):
     def launch(kernel, programs, tile, **arguments):
         run(kernel, programs, tile.num_warps, arguments)
 
-    for module in (mma, mma_peak, mma_unit, mma_unit_grad, mma_warpgroup, weight_grad_warpgroup):
+    products = mma, mma_warpgroup, input_grad_warpgroup, weight_grad_warpgroup
+    for module in (*products, mma_peak, mma_unit, mma_unit_grad):
         monkeypatch.setattr(module, "launch", launch)
-    for module in (conv, mma_operands, weight_grad):
+    for module in (conv, input_grad, mma_operands, weight_grad):
         monkeypatch.setattr(module, "has_one_bit_core", lambda *_: True)

@@ -53,7 +53,14 @@ def wgmma_m64nk256(a, descriptor, memory, d):
 
 def _multiplied(a, b, acc, is_async):
     """acc + a b, of numbers."""
-    return acc + type(acc)(a.data.astype(np.float32) @ b)
+    return acc + type(acc)(a.data.astype(np.float32) @ np.asarray(b))
+
+
+class _View(np.ndarray):
+    """Of shared memory."""
+
+    def permute(self, order):
+        return self.transpose(order)
 
 
 class SharedMemory:
@@ -70,7 +77,7 @@ class SharedMemory:
             self.words = np.full(np.prod(shape), JUNK, np.int32)
         else:  # numbers of 16 bits
             self.words = np.full(np.prod(shape), np.nan, np.float32)
-        views = self.words.reshape(shape)
+        views = self.words.reshape(shape).view(_View)
         return SimpleNamespace(index=lambda stage: views[int(stage)], store=self.store)
 
     def store(self, value):
@@ -170,3 +177,29 @@ def run_assembly(lines, registers, memory):
             target, *operands = rest.split(", ")
             named[target] = _INTEGER[opcode](*map(value, operands))
     assert not waiting, "accumulators are read before they are there"
+
+
+_BITS = {
+    "shl.b32": np.left_shift,
+    "and.b32": np.bitwise_and,
+    "xor.b32": np.bitwise_xor,
+}
+
+
+def run_bits(lines, registers):
+    """The first register after a program of instructions on 32 bits.
+
+    Args:
+        lines: the instructions.
+        registers: by number, int32.
+    """
+    named = {f"${number}": value for number, value in registers.items()}
+    for line in lines:
+        opcode, _, rest = line.partition(" ")
+        if opcode == ".reg":
+            continue
+        target, *operands = rest.split(", ")
+        values = (named[name] if name in named else np.uint32(int(name, 0)) for name in operands)
+        values = (np.asarray(value).astype(np.uint32) for value in values)
+        named[target] = _BITS[opcode](*values).view(np.int32)
+    return named["$0"]

@@ -30,7 +30,7 @@ from tritonbnn.kernels.commands import (
     named_problems,
     positive,
 )
-from tritonbnn.kernels.config import ONE_BIT
+from tritonbnn.kernels.config import BELOW_TRITON
 from tritonbnn.kernels.judge import Judges, UnfitError
 from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.problems import OPS, PLAN, STEP_OPS, Problem
@@ -173,7 +173,7 @@ def _runnable(
     found = [
         choice
         for choice in choices
-        if choice.formulation not in ONE_BIT or has_one_bit_core(device, choice.formulation)
+        if choice.formulation not in BELOW_TRITON or has_one_bit_core(device, choice.formulation)
     ]
     default = config.on_common_cores(key, target)
     return found if choices[0] in found else list(dict.fromkeys((default, *found)))

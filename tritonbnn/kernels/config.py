@@ -30,13 +30,16 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 ONE_BIT = ("mma", "wgmma")
 """Formulations on the one-bit tensor core: what a compiler makes of them is its version's."""
 
+BELOW_TRITON = (*ONE_BIT, "warpgroup")
+"""Formulations in a language below Triton's, which a GPU may have and not be trusted with."""
+
 logger = logging.getLogger(__name__)
 
 FORMULATIONS = {
     "unit_plan": ("keep", "recompute", "fused"),
     "conv_packed": ("int8", "popcount", "mma", "wgmma"),
     "conv_real": ("dot", "library"),
-    "conv_input_grad": ("dot", "library"),
+    "conv_input_grad": ("dot", "library", "warpgroup"),
     "conv_weight_grad": ("dot", "library", "warpgroup"),
 }
 """Of the operations that have several, the default first. All others are computed directly."""
@@ -176,6 +179,7 @@ def _choose(key: ProblemKey, device: torch.device) -> Choice:
 
 
 _forced: Callable[[ProblemKey], Choice] | None = None
+_stand_in: Target | None = None
 
 
 @contextmanager
@@ -184,8 +188,8 @@ def using(forced: Choice | Table | Target) -> Iterator[None]:
 
     For a target it is the target's default, whatever the tensors are on.
     """
-    global _forced
-    previous = _forced
+    global _forced, _stand_in
+    previous = _forced, _stand_in
 
     @cache
     def chosen(key: ProblemKey) -> Choice:
@@ -195,11 +199,16 @@ def using(forced: Choice | Table | Target) -> Iterator[None]:
             return default(key.bucketed(), target=forced)
         return look_up(key, forced)
 
-    _forced = chosen
+    _forced, _stand_in = chosen, forced if isinstance(forced, Target) else None
     try:
         yield
     finally:
-        _forced = previous
+        _forced, _stand_in = previous
+
+
+def choose_default(key: ProblemKey, formulation: str, device: torch.device) -> Choice:
+    """A formulation's default on a device, for what its table's choice cannot do."""
+    return default(key.bucketed(), formulation, _stand_in or target_of(device))
 
 
 def look_up(key: ProblemKey, table: Table, target: Target = ANY) -> Choice:
@@ -222,6 +231,8 @@ def formulations(op: str, target: Target) -> tuple[str, ...]:
         return tuple(sorted(known, key="fused".__ne__))
     if "library" in known and not target.matrices:
         return ("library",)
+    if op == "conv_input_grad":
+        return target.input_grads
     return target.weight_grads if op == "conv_weight_grad" else known
 
 
@@ -257,6 +268,9 @@ def takes(formulation: str, key: ProblemKey) -> bool:
     """
     if formulation == "wgmma":
         return (key.kernel_size, key.stride) == (1, 1)
+    if formulation == "warpgroup" and key.op == "conv_input_grad":
+        whole = key.channels % 8 == key.out_channels % 8 == 0
+        return whole and key.dtype != "float32" and (key.stride == 1 or key.kernel_size == 3)
     if formulation == "warpgroup":
         packed = key.batch * key.height * key.width * words(key.channels)
         narrow = key.dtype != "float32" and packed < 2**31  # addresses in an image are int32
@@ -265,8 +279,8 @@ def takes(formulation: str, key: ProblemKey) -> bool:
 
 
 def on_common_cores(key: ProblemKey, target: Target) -> Choice:
-    """The default without the one-bit core, which a GPU may have and not be trusted with."""
-    names = (name for name in formulations(key.op, target) if name not in ONE_BIT)
+    """The default without what is below Triton."""
+    names = (name for name in formulations(key.op, target) if name not in BELOW_TRITON)
     return default(key, next(names), target)
 
 
@@ -295,6 +309,11 @@ def default_tile(key: ProblemKey, formulation: str) -> TileConfig:
     if formulation == "wgmma":
         columns = min(256, max(32, power_of_two(key.out_channels)))
         return TileConfig(128, columns, 512 if key.channels <= 512 else 1024, 8, 3)
+    if formulation == "warpgroup" and key.op == "conv_input_grad":
+        channels = 128 if key.channels > 64 else 64
+        # where images move and little is multiplied, registers are better than pixels
+        short = key.kernel_size == 1 and key.out_channels < 256
+        return TileConfig((64 if short else 128) * 128 // channels, channels, 64, 4, 4)
     if formulation == "warpgroup":
         channels = 128 if key.channels > 64 else 64
         outputs = min(256, max(64, power_of_two(key.out_channels)))

@@ -4,7 +4,7 @@ One operand is real, so this is a real GEMM: products in the gradient's dtype (f
 float32), sums in float32. Nothing is added atomically, so results are the same every time.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -24,6 +24,8 @@ from tritonbnn.kernels.config import ceil_div
 from tritonbnn.kernels.geometry import Geometry, check_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
 from tritonbnn.kernels.library import convolution_backward
+from tritonbnn.kernels.mma_operands import has_one_bit_core
+from tritonbnn.kernels.sign_words import CHANNELS, sign_words
 from tritonbnn.kernels.tiles import tile_of
 from tritonbnn.kernels.weight import scaled
 from tritonbnn.layout import channels_last, empty_channels_last, empty_pixels
@@ -206,42 +208,70 @@ def conv_input_grad(
     """The gradient to the +-1 input: the twin of :func:`tritonbnn.eager.conv_input_grad`."""
     check_kernel_dtype("grad", grad.dtype)
     checks.check_same_device(grad=grad, weight=weight, alpha=alpha)
-    real = _real_weight(weight, alpha, channels, grad.dtype)
-    out_channels, _, kernel_size, _ = real.shape
+    given = _given_weight(weight, alpha, channels, grad.dtype)
+    out_channels, kernel_size = weight.shape[0], weight.shape[2]
     geometry = Geometry(
         grad.shape[0], height, width, channels, out_channels, kernel_size, stride, padding
     )
     check_geometry(geometry)
     checks.check_shape("grad", grad, geometry.output_shape)
-    return input_grad(grad, real, geometry)
+    return input_grad(grad, given, geometry)
 
 
-def input_grad(grad: Tensor, real: Tensor, geometry: Geometry) -> Tensor:
+class Binary(NamedTuple):
+    """A weight that is ``alpha`` times its signs.
+
+    Attributes:
+        packed: (O, k, k, words) int32, contiguous.
+        alpha: (O,), rounded to the gradient's dtype before it is multiplied.
+    """
+
+    packed: Tensor
+    alpha: Tensor
+
+
+def reads_signs(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a binary weight's signs are multiplied as they are, and not expanded to numbers."""
+    return _choice(geometry, dtype, device, binary=True).formulation == "warpgroup"
+
+
+def _choice(
+    geometry: Geometry, dtype: torch.dtype, device: torch.device, *, binary: bool
+) -> config.Choice:
+    """What the input's gradient runs as: the table's choice, if weight and device have it."""
+    key = geometry.key("conv_input_grad", config.dtype_name(dtype))
+    choice = config.choose(key, device)
+    if choice.formulation != "warpgroup":
+        return choice
+    taken = binary and config.takes("warpgroup", key) and geometry.padding == key.kernel_size // 2
+    if taken and has_one_bit_core(device, "warpgroup"):
+        return choice
+    return config.choose_default(key, "dot", device)
+
+
+def input_grad(grad: Tensor, weight: Tensor | Binary, geometry: Geometry) -> Tensor:
     """The gradient to the input, unchecked.
 
     Args:
         grad: (N, O, H', W').
-        real: the weight as numbers, (O, C, kh, kw) in ``grad``'s dtype and channels_last memory.
+        weight: as numbers, (O, C, kh, kw) in ``grad``'s dtype and channels_last memory, or binary.
         geometry: of the convolution.
     """
-    batch, channels = geometry.batch, geometry.channels
-    height, width = geometry.height, geometry.width
-    choice = config.choose(
-        geometry.key("conv_input_grad", config.dtype_name(grad.dtype)), grad.device
-    )
-    shape = (batch, channels, height, width)
-    if choice.formulation == "library":
-        like = empty_channels_last(shape, grad.dtype, grad.device)
-        return convolution_backward(grad, like, real, geometry, [True, False, False])[0]
+    binary = isinstance(weight, Binary)
+    choice = _choice(geometry, grad.dtype, grad.device, binary=binary)
+    shape = (geometry.batch, geometry.channels, geometry.height, geometry.width)
     dx = empty_channels_last(shape, grad.dtype, grad.device)
+    if choice.formulation == "library":
+        real = _numbers(weight, geometry, grad.dtype)
+        return convolution_backward(grad, dx, real, geometry, [True, False, False])[0]
     if dx.numel():
-        _launch_input_grad(channels_last(grad), real, dx, geometry, choice.tile)
+        _launch_input_grad(channels_last(grad), weight, dx, geometry, choice)
     return dx
 
 
 def stream_grad(
     grad: Tensor,
-    real: Tensor,
+    weight: Tensor | Binary,
     geometry: Geometry,
     stream: Tensor,
     shift: Tensor | None,
@@ -255,7 +285,7 @@ def stream_grad(
 
     Args:
         grad: (N, O, H', W').
-        real: as :func:`input_grad` takes it, as are the first three.
+        weight: as :func:`input_grad` takes it, as are the first three.
         geometry: likewise.
         stream: (N, C, H, W) in channels_last memory.
         shift: (C,), what is added before the sign, or None.
@@ -265,43 +295,45 @@ def stream_grad(
     Returns:
         dx; and shares of the shift's gradient, float32, to be added over all but the last axis.
     """
-    key = geometry.key("conv_input_grad", config.dtype_name(grad.dtype))
-    choice = config.choose(key, grad.device)
+    binary = isinstance(weight, Binary)
+    choice = _choice(geometry, grad.dtype, grad.device, binary=binary)
     if choice.formulation == "library" or not stream.numel():
-        signs_grad = input_grad(grad, real, geometry)
+        signs_grad = input_grad(grad, weight, geometry)
         return sign_gradients(signs_grad, stream, skipped, shift, shortcut)
     dx = empty_pixels(stream, grad.dtype)
+    sign = {"stream_ptr": stream, "shift_ptr": shift, **skipped_arguments(skipped)}
     sums = _launch_input_grad(
-        channels_last(grad),
-        real,
-        dx,
-        geometry,
-        choice.tile,
-        stream_ptr=stream,
-        shift_ptr=shift,
-        **skipped_arguments(skipped),
-        SHORTCUT=shortcut,
+        channels_last(grad), weight, dx, geometry, choice, **sign, SHORTCUT=shortcut
     )
     return dx, sums
 
 
-def _real_weight(weight: Tensor, alpha: Tensor | None, channels: int, dtype: torch.dtype) -> Tensor:
-    """The weight as numbers, (O, C, kh, kw) in ``dtype`` and channels_last memory."""
+def _given_weight(
+    weight: Tensor, alpha: Tensor | None, channels: int, dtype: torch.dtype
+) -> Tensor | Binary:
+    """The weight as :func:`input_grad` takes it, checked."""
     if alpha is None:
         if weight.shape[1] != channels:
             raise ValueError(f"weight must have {channels} input channels, not {weight.shape[1]}")
         return channels_last(weight.to(dtype))
     checks.check_packed("weight", weight, channels)
     checks.check_per_channel(weight.shape[0], alpha=alpha)
-    return scaled(weight, alpha, channels, dtype)[0]
+    return Binary(weight.contiguous(), alpha)
+
+
+def _numbers(weight: Tensor | Binary, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+    """The weight as numbers, (O, C, kh, kw) in ``dtype`` and channels_last memory."""
+    if isinstance(weight, Binary):
+        return scaled(*weight, geometry.channels, dtype)[0]
+    return weight
 
 
 def _launch_input_grad(
     grad: Tensor,
-    weight: Tensor,
+    weight: Tensor | Binary,
     dx: Tensor,
     geometry: Geometry,
-    tile: config.TileConfig,
+    choice: config.Choice,
     **sign: Any,
 ) -> Tensor:
     """Run the kernel; ``sign`` is what it takes beside to go on through the sign.
@@ -309,21 +341,28 @@ def _launch_input_grad(
     Returns:
         Shares of the shift's gradient, (blocks, C); of no block where the kernel ends at the signs.
     """
-    stride = geometry.stride
+    stride, tile = geometry.stride, choice.tile
     rows, columns = ceil_div(geometry.height, stride), ceil_div(geometry.width, stride)
     programs = ceil_div(geometry.batch * rows * columns, tile.block_m)
     blocks = programs * stride * stride if sign else 0
     sums = torch.empty((blocks, geometry.channels), dtype=torch.float32, device=dx.device)
     none = {"stream_ptr": None, "shift_ptr": None, **skipped_arguments(None), "SHORTCUT": ""}
+    further = {"dx_ptr": dx, **(sign or none), "sums_ptr": sums if sign else None}
+    if choice.formulation == "warpgroup":
+        from tritonbnn.kernels.input_grad_warpgroup import input_grad_warpgroup  # it needs Gluon
+
+        assert isinstance(weight, Binary)
+        tiles = tile.block_n // CHANNELS
+        signs = sign_words(*weight, geometry.channels, grad.dtype, tiles)
+        input_grad_warpgroup(grad, signs, geometry, tile, further)
+        return sums
     launch(
         _conv_input_grad_kernel,
         (programs * ceil_div(geometry.channels, tile.block_n), stride * stride),
         tile,
         grad_ptr=grad,
-        weight_ptr=weight,
-        dx_ptr=dx,
-        **(sign or none),
-        sums_ptr=sums if sign else None,
+        weight_ptr=_numbers(weight, geometry, grad.dtype),
+        **further,
         batch=geometry.batch,
         shape=geometry.shape,
         BLOCK_M=tile.block_m,

@@ -32,6 +32,7 @@ class Target:
         most_stages: of a product's loop that the compiler has registers for.
         weight_grads: formulations of the weight's gradient that exist here, and are not the
             library's alone, the default first (by ``benchmarks.count``).
+        input_grads: the same of the input's gradient.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Target:
     narrow: bool = False
     most_stages: int = 3
     weight_grads: tuple[str, ...] = ("dot", "library")
+    input_grads: tuple[str, ...] = ("dot", "library")
 
 
 def _cuda(capability: int, models: str, kilobytes: int, *products: str, **facts: Any) -> Target:
@@ -70,6 +72,7 @@ TARGETS = {
         _cuda(
             *(90, "H100, H200", 227, "mma", "int8", "popcount", "wgmma"),
             weight_grads=("warpgroup", "library", "dot"),
+            input_grads=("warpgroup", "dot", "library"),
         ),
         _cuda(100, "B200", 227, "int8", "popcount"),
         _cuda(120, "RTX 5090", 99, "int8", "popcount", most_stages=2),

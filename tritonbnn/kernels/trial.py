@@ -4,14 +4,15 @@
     python -m tritonbnn.kernels.trial mma popcount --json FILE
 
 A formulation of the packed convolution is exact if all its sums are, in every shipped tile, on
-layers of odd sizes. One of the weight's gradient must be as near to float64 as eager torch is. So
-must whole units, whose passes do the convolution themselves. Training asks the same before it uses
-what is not Triton's own (:mod:`tritonbnn.kernels.verdicts`).
+layers of odd sizes. One of its gradients must be as near to float64 as eager torch is. So must
+whole units, whose passes do the convolution themselves or go on from its gradient. Training asks
+the same before it uses what is not Triton's own (:mod:`tritonbnn.kernels.verdicts`).
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,9 @@ from tritonbnn.kernels.truth import error_of
 
 OP = "conv_packed"
 KNOWN = (*config.known_formulations(OP), "warpgroup")
+UNIT_PLANS = {"mma": "fused", "warpgroup": "keep"}
+"""Formulations that whole units are tried with, and their plan."""
+
 SHOWN = 3
 """Wrong cases that are told of."""
 
@@ -47,19 +51,21 @@ UNITS = (
     Geometry(2, 9, 7, 33, 33, 3, 1, 1),
     Geometry(3, 8, 6, 96, 96, 3, 2, 1),
     Geometry(2, 5, 7, 40, 80, 1, 1, 0),
+    Geometry(2, 5, 6, 72, 72, 3, 1, 1),
     Geometry(2, 7, 7, 512, 512, 1, 1, 0),
 )
 """Every shortcut."""
 
 
-def operation(formulation: str) -> str:
+def operations(formulation: str) -> tuple[str, ...]:
     """What a formulation is of."""
-    return "conv_weight_grad" if formulation == "warpgroup" else OP
+    return ("conv_weight_grad", "conv_input_grad") if formulation == "warpgroup" else (OP,)
 
 
 def formulations(target: Target) -> tuple[str, ...]:
     """All that exist on a target and can be tried."""
-    return (*target.products, *(name for name in target.weight_grads if name == "warpgroup"))
+    below = dict.fromkeys((*target.weight_grads, *target.input_grads))
+    return (*target.products, *(name for name in below if name == "warpgroup"))
 
 
 def cases(
@@ -69,19 +75,27 @@ def cases(
     units: tuple[Geometry, ...] = UNITS,
 ) -> Iterator[tuple[Problem, config.Choice | config.Table]]:
     """Every problem of the trial, in every shipped tile of the formulation, and what it runs as."""
-    target = target_of(device)
-    op = operation(formulation)
-    for layer in layers:
-        problem = Problem(op, layer, torch.float32 if op == OP else torch.bfloat16)
+    target, dtype = target_of(device), _dtype(formulation)
+    for op, layer in product(operations(formulation), layers):
+        problem = Problem(op, layer, dtype)
         if config.takes(formulation, problem.key):
             for choice in shipped_choices(problem, target):
                 if choice.formulation == formulation:
                     yield problem, choice
-    for layer in units if formulation == "mma" else ():
-        problem, product = Problem(PLAN, layer, torch.float32), layer.key(OP, "int32")
-        plan = config.default(problem.key, "fused")
-        table = {problem.key: plan, product: config.default(product, formulation)}
-        yield problem, {key.bucketed(): choice for key, choice in table.items()}
+    for layer in units if formulation in UNIT_PLANS else ():
+        problem = Problem(PLAN, layer, dtype)
+        table = {problem.key: config.default(problem.key, UNIT_PLANS[formulation])}
+        for op in operations(formulation):
+            key = layer.key(op, "int32" if op == OP else config.dtype_name(dtype))
+            if config.takes(formulation, key):
+                table[key] = config.default(key, formulation)
+        if len(table) > 1:
+            yield problem, {key.bucketed(): choice for key, choice in table.items()}
+
+
+def _dtype(formulation: str) -> torch.dtype:
+    """Of a trial's images."""
+    return torch.bfloat16 if formulation == "warpgroup" else torch.float32
 
 
 def try_here(

@@ -16,7 +16,7 @@ from tritonbnn.kernels.binarize import Skipped
 from tritonbnn.kernels.conv import conv_real, convolved, product_choice
 from tritonbnn.kernels.cut import block_tiles
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
-from tritonbnn.kernels.input_grad import stream_grad
+from tritonbnn.kernels.input_grad import Binary, reads_signs, stream_grad
 from tritonbnn.kernels.launch import KERNEL_DTYPES, check_kernel_dtype
 from tritonbnn.kernels.mma_operands import on_one_bit_core
 from tritonbnn.kernels.pack import pack_signs
@@ -207,21 +207,23 @@ def backward(
     stream = x if residual is None else channels_last(residual)
     shift_in, *activation = contiguous(shift_in, shift_mid, slope)
     past = (grad, stream, tuple(activation), gamma.contiguous(), kept, options)
-    real = None
+    factor: Tensor | Binary | None = None
     if _in_one(options, geometry, x.device):
         # behind a pool four pixels would each compute it again, to save a quarter of the bytes
         stored = residual is not None or options.shortcut == "pool"
-        passed = _through_product(signs, weight, *past, geometry, stored=stored)
-        skipped, dy, grads, real = passed
+        passed = _through_product(
+            signs, weight, *past, geometry, stored=stored, wants_input=wants_input
+        )
+        skipped, dy, grads, factor = passed
     else:
         skipped, dy, grads = _through_norm(_kept(kept, signs, weight, geometry, x.dtype), *past)
     dx = dweight = dshift_in = None
     if wants_input:
-        real = _real_weight(weight, kept, dy.dtype) if real is None else real
+        factor = _factor(weight, kept, dy.dtype) if factor is None else factor
         added = skipped if residual is None else None
-        dx, shares = stream_grad(dy, real, geometry, x, shift_in, added, options.shortcut)
+        dx, shares = stream_grad(dy, factor, geometry, x, shift_in, added, options.shortcut)
         dshift_in = None if shift_in is None else shares.view(-1, shares.shape[-1]).sum(0)
-    del real
+    del factor
     if wants_weight:  # after the expanded weight is gone, which may be as large
         signed = isinstance(weight, PackedWeight)  # of +1 and -1, none of which is above 1
         clip = weight if options.binary_weight and not signed else None
@@ -278,10 +280,12 @@ def _through_product(
     geometry: Geometry,
     *,
     stored: bool,
-) -> tuple[Skipped, Tensor, Tensor, Tensor]:
-    """As :func:`_through_norm`, and the weight as numbers, with the convolution done twice.
+    wants_input: bool,
+) -> tuple[Skipped, Tensor, Tensor, Tensor | None]:
+    """As :func:`_through_norm`, with the convolution done twice.
 
-    Unless the gradient to u is to be ``stored``, there are signs in place of it.
+    Unless the gradient to u is to be ``stored``, there are signs in place of it. The weight as
+    numbers comes too, where the input's gradient asks for them.
     """
     from tritonbnn.kernels.mma_unit import half_tile, product_of  # it needs Gluon
     from tritonbnn.kernels.mma_unit_grad import activation_sums_mma, unit_grad_mma
@@ -290,9 +294,12 @@ def _through_product(
     assert kept.alpha is not None
     vectors, shortcut = kept.vectors.contiguous(), options.shortcut
     tile = half_tile(geometry)
-    forms = (geometry.channels, grad.dtype, block_tiles(tile))
-    real, fragments = scaled(kept.packed, kept.alpha, *forms)
-    assert fragments is not None
+    cut, real = block_tiles(tile), None
+    if wants_input and not reads_signs(geometry, grad.dtype, grad.device):
+        real, fragments = scaled(kept.packed, kept.alpha, geometry.channels, grad.dtype, cut)
+        assert fragments is not None
+    else:
+        fragments = fragments_of(kept.packed, geometry.channels, cut)
     product = product_of(signs, fragments, geometry, tile)
     operands = (product, grad, stream, _affine(vectors), activation)
     sums = activation_sums_mma(*operands, geometry, shortcut)
@@ -303,8 +310,8 @@ def _through_product(
     return skipped, dy, grads, real
 
 
-def _real_weight(weight: Tensor, kept: Kept, dtype: torch.dtype) -> Tensor:
-    """As numbers, (O, C, kh, kw) in ``dtype`` and channels_last memory."""
+def _factor(weight: Tensor, kept: Kept, dtype: torch.dtype) -> Tensor | Binary:
+    """The weight as the input's gradient takes it."""
     if kept.packed is None or kept.alpha is None:
         return channels_last(weight.to(dtype))
-    return scaled(kept.packed, kept.alpha, weight.shape[1], dtype)[0]
+    return Binary(kept.packed.contiguous(), kept.alpha)
