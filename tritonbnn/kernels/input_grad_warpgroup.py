@@ -110,7 +110,6 @@ def _weight(words_ptr, scales_ptr, place, chunk, SUMS: gl.constexpr, TILES: gl.c
     words = words.reshape([4, 8, 4, TILES]).permute(3, 0, 1, 2)
     words = gl.convert_layout(words, _only(LAYOUT, 0, 1, 3, 5))
 
-    DTYPE: gl.constexpr = scales_ptr.dtype.element_ty
     LANES: gl.constexpr = scales_layout()
     member = gl.arange(0, 4, gl.SliceLayout(1, LANES))[:, None]
     own = gl.arange(0, 16, gl.SliceLayout(0, LANES))[None, :]
@@ -128,7 +127,7 @@ def _weight(words_ptr, scales_ptr, place, chunk, SUMS: gl.constexpr, TILES: gl.c
             15 - upper * 8 - step,
             scales[None, None, None, None],
         ],
-        DTYPE,
+        scales_ptr.dtype.element_ty,
         is_pure=True,
         pack=2,
     )
