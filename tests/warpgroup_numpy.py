@@ -1,10 +1,12 @@
 """The warpgroup's one-bit tensor core in numpy: shared memory, copies into it, its assembly.
 
-What lies in shared memory counts for the instruction only once its copy was waited for, fenced and
-seen at a barrier; until then, and from the moment that the next copy is asked for, there is junk.
+What lies in shared memory counts for the instruction only once its copy was waited for, and since
+then all threads met and the two proxies too, in any order; until then, and from the moment that the
+next copy is asked for, there is junk.
 """
 
 import re
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -68,7 +70,7 @@ class SharedMemory:
 
     def __init__(self):
         self.words = None
-        self.asked, self.groups, self.landed, self.fenced = [], [], [], []
+        self.asked, self.groups, self.landed, self.met = [], [], [], {"fence": [], "barrier": []}
 
     def allocate(self, dtype, shape, layout):
         assert self.words is None, "one allocation begins at 0, several do not"
@@ -97,27 +99,27 @@ class SharedMemory:
         while len(self.groups) > outstanding:
             self.landed += self.groups.pop(0)
 
-    def fence(self):
-        self.fenced += self.landed
-        self.landed = []
-
-    def barrier(self):
-        for view, values in self.fenced:
+    def meet(self, by):
+        """All threads at a barrier, or the two proxies at a fence."""
+        other = "fence" if by == "barrier" else "barrier"
+        for view, values in self.met[other]:
             view[:] = values
-        self.fenced = []
+        self.met[other] = []
+        self.met[by] += self.landed
+        self.landed = []
 
     def language(self):
         """What a kernel knows of it: methods of gl, async_copy and hopper."""
         return {
             "allocate_shared_memory": self.allocate,
-            "thread_barrier": self.barrier,
+            "thread_barrier": partial(self.meet, "barrier"),
             "async_copy": SimpleNamespace(
                 async_copy_global_to_shared=self.copy,
                 commit_group=self.commit,
                 wait_group=self.wait,
             ),
             "hopper": SimpleNamespace(
-                fence_async_shared=self.fence,
+                fence_async_shared=partial(self.meet, "fence"),
                 warpgroup_mma=_multiplied,
                 warpgroup_mma_wait=lambda outstanding, deps: deps[0],
             ),

@@ -180,8 +180,8 @@ def _conv_warpgroup_kernel(
     acc = gl.full([32 * WARPS, BLOCK_N // (8 * STEPS), STEPS // 2, 2, 4], 0, gl.int32, LAYOUT)
     for chunk in range(CHUNKS):
         async_copy.wait_group(STAGES - 2)
-        hopper.fence_async_shared()  # what was copied, to the tensor core, of every thread
-        thread_barrier()
+        thread_barrier()  # every thread's copies are there; Triton adds one unless it comes next
+        hopper.fence_async_shared()  # to the tensor core
         ahead = chunk + (STAGES - 1)
         # Two conditions, for the compiler fails on a branch that is never taken.
         if CHUNKS >= STAGES:  # noqa: SIM102
