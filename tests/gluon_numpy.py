@@ -129,7 +129,7 @@ for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Array, f"__{_name}__", _binary(getattr(operator, _name)))
 for _name in ("add", "mul"):
     setattr(Array, f"__r{_name}__", _binary(getattr(operator, _name)))
-for _name in ("sub", "and_", "rshift"):
+for _name in ("sub", "and_", "lshift", "rshift"):
     swapped = partial(lambda function, x, y: function(y, x), getattr(operator, _name))
     setattr(Array, f"__r{_name.strip('_')}__", _binary(swapped))
 
@@ -148,6 +148,11 @@ class Pointer:
         return Pointer(self.elements, self.offset[index], self.dtype.element_ty)
 
     __radd__ = __add__
+
+    def to(self, dtype, bitcast):
+        """To elements of another size."""
+        assert bitcast
+        return Pointer(self.elements.view(dtype), self.offset)
 
     def addresses(self, mask):
         """The flat addresses, and where they are meant; an address meant must exist."""
@@ -267,6 +272,8 @@ def _language(program, grid, num_warps):
         DistributedLinearLayout=gl.DistributedLinearLayout,
         int1=np.bool_,
         uint8=np.uint8,
+        uint16=np.uint16,
+        pointer_type=lambda dtype: dtype,
         int32=np.int32,
         DotOperandLayout=gl.DotOperandLayout,
         NVMMADistributedLayout=gl.NVMMADistributedLayout,
@@ -289,6 +296,7 @@ def _language(program, grid, num_warps):
         maximum=lambda x, y, **_: Array(np.maximum(x.data, y), x.layout),
         abs=lambda x: Array(np.abs(x.data), x.layout),
         PropagateNan=tl.PropagateNan,
+        join=lambda x, y: Array(np.stack((x.data, y.data), axis=-1)),
         split=lambda x: tuple(Array(each) for each in np.moveaxis(x.data, -1, 0)),
         load=load,
         store=store,

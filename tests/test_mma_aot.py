@@ -116,3 +116,33 @@ for launch, expected in ((multiply, stages), (peak, 256 * 256)):
         assert busy["BGMMA"] % 4 == 0
     assert moves[0] == moves[2] == 0
     assert moves[1] > 0
+
+
+def test_a_stage_of_the_warpgroup_has_the_barriers_that_it_needs():
+    """One, after which all copies are there, and nobody reads the stage that is asked for next.
+
+    Of the weight's gradient Triton knows what reads shared memory, but not which stage of it, and
+    has one more. Its signs are made of few instructions.
+    """
+    code = """
+import json, torch
+from tritonbnn.kernels import aot, config, shipped
+from tritonbnn.kernels.targets import TARGETS
+from tritonbnn.kernels.geometry import Geometry
+target = TARGETS["sm_90"]
+for op, formulation, layer in (
+    ("conv_packed", "wgmma", Geometry(8192, 1, 1, 65536, 8192, 1, 1, 0)),
+    ("conv_weight_grad", "warpgroup", Geometry(256, 14, 14, 512, 512, 3, 1, 1)),
+    ("conv_weight_grad", "warpgroup", Geometry(256, 28, 28, 256, 256, 3, 2, 1)),
+):
+    problem = shipped.Problem(op, layer, torch.bfloat16)
+    choice = config.default(problem.key, formulation, target)
+    made = [aot.compile_launch(each, target) for each in shipped.launches_of(problem, choice)]
+    (multiplies,) = (each for each in made if each.tensor_core)
+    print(json.dumps([multiplies.loop["BAR"], multiplies.spill_bytes, multiplies.loop.total()]))
+"""
+    packed, flat, strided = map(json.loads, run_python(code).splitlines())
+    assert [packed[0], flat[0], strided[0]] == [1, 2, 2]
+    assert packed[1] == flat[1] == strided[1] == 0
+    assert flat[2] < 230  # a lane's 32 signs by 40, and 4 for each of its 16 halves of a word
+    assert strided[2] < 290

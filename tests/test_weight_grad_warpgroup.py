@@ -7,6 +7,7 @@ from tests.conftest import HAS_GPU
 from tests.helpers import KERNEL_DEVICE, gradient
 from tests.test_conv import operands
 from tritonbnn import eager, kernels
+from tritonbnn.checks import conv_output_size
 from tritonbnn.kernels import config, targets, weight_grad
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.config import Choice, TileConfig
@@ -31,13 +32,18 @@ def warpgroup(one_bit_core):
         ((2, 160, 5, 9, 264, 3, 1), LARGE),
         ((5, 64, 6, 7, 8, 1, 1), SMALL),
         ((1, 1, 1, 1, 8, 3, 1), SMALL),
+        ((3, 33, 8, 12, 40, 3, 2), SMALL),
+        ((2, 160, 7, 9, 264, 3, 2), LARGE),
+        ((3, 40, 9, 7, 16, 3, 2), SMALL),
+        ((2, 32, 5, 8, 8, 1, 2), SMALL),
     ],
 )
 def test_it_is_that_of_eager_torch(warpgroup, problem, tile, dtype):
-    batch, channels, height, width, outputs, k, _ = problem
-    window = {"channels": channels, "kernel_size": k, "stride": 1, "padding": k // 2}
+    batch, channels, height, width, outputs, k, stride = problem
+    window = {"channels": channels, "kernel_size": k, "stride": stride, "padding": k // 2}
     x = operands(problem)[2]
-    grad = gradient(batch, outputs, height, width, dtype=dtype)
+    size = conv_output_size(height, width, k, stride, k // 2)
+    grad = gradient(batch, outputs, *size, dtype=dtype)
     with config.using(Choice("warpgroup", tile)):
         found = kernels.conv_weight_grad(grad.to(KERNEL_DEVICE), x.to(KERNEL_DEVICE), **window)
     exact = eager.conv_weight_grad(grad.double(), x, **window)
@@ -50,9 +56,10 @@ def test_it_is_that_of_eager_torch(warpgroup, problem, tile, dtype):
     [
         (Geometry(256, 14, 14, 512, 512, 3, 1, 1), "bfloat16", "warpgroup"),
         (Geometry(256, 14, 14, 512, 512, 3, 1, 1), "float32", "library"),
-        (Geometry(256, 14, 14, 512, 512, 3, 2, 1), "bfloat16", "library"),
+        (Geometry(256, 14, 14, 512, 512, 3, 2, 1), "bfloat16", "warpgroup"),
         (Geometry(256, 14, 14, 512, 510, 1, 1, 0), "bfloat16", "library"),
-        (Geometry(256, 14, 14, 32, 64, 1, 1, 0), "bfloat16", "library"),
+        (Geometry(256, 14, 14, 32, 64, 1, 1, 0), "bfloat16", "warpgroup"),
+        (Geometry(256, 14, 14, 32, 32, 3, 1, 1), "bfloat16", "library"),
     ],
 )
 def test_what_it_does_not_take_is_the_librarys(layer, dtype, formulation):
