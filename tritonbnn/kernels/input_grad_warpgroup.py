@@ -352,14 +352,16 @@ def _conv_input_grad_hopper_kernel(
     acc = gl.full([TILES * 64, BLOCK_N], 0.0, gl.float32, SUMS)
     for index in range(steps):
         async_copy.wait_group(STAGES - 2)
-        hopper.fence_async_shared()  # what was copied, to the tensor core, of every thread
-        thread_barrier()
+        thread_barrier()  # every thread's copies are there; Triton adds one unless it comes next
+        hopper.fence_async_shared()  # to the tensor core
+        stage = stages.index(index % STAGES).permute((1, 0))
+        running = hopper.warpgroup_mma(weight, stage, acc, is_async=True)
+        # Triton puts a barrier here, for it does not know one stage from another. None is needed:
+        # this is the stage of the step before, which nobody reads since the barrier above.
         ahead = index + (STAGES - 1)
         _, y, x = _tap(ahead // CHUNKS, y_class, x_class, shape)
         stage = stages.index(ahead % STAGES)
         _copy_gradient(grad_ptr, stage, inside, first, y, x, ahead % CHUNKS, ahead < steps, shape)
-        stage = stages.index(index % STAGES).permute((1, 0))
-        running = hopper.warpgroup_mma(weight, stage, acc, is_async=True)
         ahead = gl.minimum(index + 1, steps - 1)  # what no step needs is made too
         tap, _, _ = _tap(ahead // CHUNKS, y_class, x_class, shape)
         place = (tap * CHUNKS + ahead % CHUNKS) * BLOCKS + block_c
