@@ -1,8 +1,11 @@
 """The one way a launcher starts a kernel."""
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -82,9 +85,9 @@ def launch(
         )
 
 
-_compiled: dict[tuple[Any, ...], Any] = {}
+_runners: dict[tuple[Any, ...], Callable[..., None]] = {}
 
-MOST_COMPILED = 8192
+MOST_REMEMBERED = 8192
 """Launches that are remembered: more than a run with a few batch sizes has."""
 
 
@@ -98,21 +101,50 @@ def start(
     """Start a kernel on the current device.
 
     Triton looks at every argument to find what it has compiled, which takes the host 20
-    microseconds. What a launch compiled to is remembered here by a key of its own. It is finer than
+    microseconds. What starts a launch is remembered here by a key of its own. It is finer than
     Triton's: numbers by their values, tensors by dtype and by whether their address is a multiple
     of 16. On AMD's GPUs Triton looks at a tensor's size too, and is asked each time.
+
+    Raises:
+        TypeError: a tensor is an argument whose name does not end in ``_ptr``.
     """
-    values = [arguments[name] for name in kernel.arg_names]
-    kinds = [(v.dtype, v.data_ptr() % 16) if isinstance(v, Tensor) else v for v in values]
-    key = (kernel.fn, tile.num_warps, tile.num_stages, device, *kinds)
-    compiled = None if torch.version.hip else _compiled.get(key)
-    if compiled is not None:
-        compiled[(*grid, 1, 1)[:3]](*values)
+    ordered, pointers, constants = _readers(kernel.fn)
+    key = [kernel.fn, grid, tile.num_warps, tile.num_stages, device, *constants(arguments)]
+    for tensor in pointers(arguments):
+        if tensor is None:
+            key.append(None)
+        else:
+            key.append(tensor.dtype)
+            key.append(tensor.data_ptr() % 16)
+    known = tuple(key)
+    runner = None if torch.version.hip else _runners.get(known)
+    if runner is not None:
+        runner(*ordered(arguments))
         return
-    if len(_compiled) >= MOST_COMPILED:
-        _compiled.clear()
+    if any(isinstance(value, Tensor) for value in constants(arguments)):
+        raise TypeError(f"tensors of {kernel.__name__} must be arguments named *_ptr")
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages}
-    _compiled[key] = kernel[grid](**arguments, **options)
+    compiled = kernel[grid](**arguments, **options)
+    if len(_runners) >= MOST_REMEMBERED:
+        _runners.clear()
+    _runners[known] = compiled[(*grid, 1, 1)[:3]]
+
+
+_Reader = Callable[[dict[str, Any]], tuple[Any, ...]]
+
+
+@cache
+def _readers(function: Callable[..., None]) -> tuple[_Reader, _Reader, _Reader]:
+    """What takes from arguments by name those of a kernel in order, its pointers, and the rest."""
+    names = tuple(inspect.signature(function).parameters)
+    pointers = tuple(name for name in names if name.endswith("_ptr"))
+    return _reader(names), _reader(pointers), _reader(tuple(n for n in names if n not in pointers))
+
+
+def _reader(names: tuple[str, ...]) -> _Reader:
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda arguments: tuple(arguments[name] for name in names)  # else no tuple, but the one
 
 
 def _interpret(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any]) -> None:
