@@ -103,9 +103,9 @@ def test_the_backward_passes_are_those_of_the_unit(one_bit_core, shortcut, activ
     after = (mid, slope) if activated else (None, None)
     tile = half_tile(geometry)
     product = product_of(x, fragments_of(weight, channels, block_tiles(tile)), geometry, tile)
-    passed = (product, grad, stream, tuple(norm), after)
+    passed = (product, grad, stream, torch.stack(norm), after)
     sums = mma_unit_grad.activation_sums_mma(*passed, geometry, shortcut)
-    last = (*passed, (du_scale, a_scale, constant), geometry, shortcut)
+    last = (*passed, torch.stack((du_scale, a_scale, constant)), geometry, shortcut)
     (du, *nothing), dy = mma_unit_grad.unit_grad_mma(*last, stored=True)
     skipped, dy_again = mma_unit_grad.unit_grad_mma(*last, stored=False)
     assert nothing == [None, None]

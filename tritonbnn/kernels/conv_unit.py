@@ -6,6 +6,7 @@ and read again.
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tritonbnn import checks
@@ -15,7 +16,7 @@ from tritonbnn.kernels.cut import block_tiles
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype
 from tritonbnn.kernels.mma_operands import on_one_bit_core
-from tritonbnn.kernels.unit import channel_moments, moments_of, unit_forward
+from tritonbnn.kernels.unit import channel_moments, contiguous, moments_of, unit_forward
 from tritonbnn.kernels.weight import fragments_of
 from tritonbnn.layout import channels_last
 
@@ -69,7 +70,9 @@ def conv_unit_forward(
     return unit_mma(
         _product(x, weight, geometry, unit_tile(geometry)),
         channels_last(stream),
-        named,
+        torch.stack((mean, scale, offset)),
+        contiguous(shift_mid, slope, shift_out),
+        *contiguous(next_shift),
         geometry,
         shortcut=shortcut,
         pack=pack,

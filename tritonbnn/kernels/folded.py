@@ -15,7 +15,7 @@ from tritonbnn.kernels.conv import convolved, product_choice
 from tritonbnn.kernels.cut import block_tiles
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.mma_operands import on_one_bit_core
-from tritonbnn.kernels.unit import epilogue
+from tritonbnn.kernels.unit import contiguous, epilogue
 from tritonbnn.kernels.weight import Fragments, Numbers, expand, fragments_of
 from tritonbnn.kernels.whole import NUMBERS
 
@@ -52,6 +52,7 @@ class FoldedUnit:
 
     def __post_init__(self) -> None:
         self._zeros = torch.zeros_like(self.scale)
+        self._affine = torch.stack((self._zeros, self.scale, self.constant))
         if self.slope is None and self.shift_out is not None:
             self.slope = torch.ones_like(self.scale)
         if self.slope is not None and self.shift_out is None:
@@ -84,7 +85,7 @@ class FoldedUnit:
     def tensors(self) -> Iterator[Tensor]:
         """All that the unit holds."""
         vectors = (self.scale, self.constant, self.slope, self.shift_out, self.next_shift)
-        held = (self.weight, self._zeros, *vectors, *(self._numbers or ()))
+        held = (self.weight, self._zeros, self._affine, *vectors, *(self._numbers or ()))
         held += () if self._fragments is None else (self._fragments.words, self._fragments.base)
         yield from {id(tensor): tensor for tensor in held if tensor is not None}.values()
 
@@ -96,13 +97,14 @@ class FoldedUnit:
         if self._fragments is None:  # a tile's cut knows of the channels alone, which stay
             self._fragments = fragments_of(self.weight, self.channels, block_tiles(tile))
         product = product_of(signs, self._fragments, geometry, tile)
-        vectors: dict[str, Tensor | None] = {
-            "mean": self._zeros,
-            "scale": self.scale,
-            "offset": self.constant,
-            "shift_mid": None if self.slope is None else self._zeros,
-            "slope": self.slope,
-            "shift_out": self.shift_out,
-            "next_shift": self.next_shift,
-        }
-        return unit_mma(product, stream, vectors, geometry, shortcut=self.shortcut, pack=self.pack)
+        activation = (None if self.slope is None else self._zeros, self.slope, self.shift_out)
+        return unit_mma(
+            product,
+            stream,
+            self._affine,
+            contiguous(*activation),
+            *contiguous(self.next_shift),
+            geometry,
+            shortcut=self.shortcut,
+            pack=self.pack,
+        )

@@ -23,7 +23,7 @@ from tritonbnn.kernels.mma import channel_blocks, product_arguments
 from tritonbnn.kernels.mma_pack import store_bits
 from tritonbnn.kernels.mma_sums import no_sums, store_sums, thread_sums
 from tritonbnn.kernels.mma_tile import block_of_program, place_of_block, signed_sums
-from tritonbnn.kernels.unit import per_channel, shortcut_value
+from tritonbnn.kernels.unit import Vectors, per_channel, shortcut_value
 from tritonbnn.kernels.weight import Fragments
 from tritonbnn.layout import empty_channels_last
 
@@ -85,14 +85,28 @@ def block_shortcut(
 
 
 @gluon.jit
+def centred(y, affine_ptr, out, known):
+    """y - mean, in float32; operands as :func:`normalised` takes them."""
+    return y.to(gl.float32) - per_channel(affine_ptr, out, known)
+
+
+@gluon.jit
+def normalised(y, affine_ptr, out, known, shape: gl.constexpr):
+    """y scale + offset, of a y that :func:`centred` returned.
+
+    affine (3 or more, O) float: mean, scale and offset, as a BatchNorm has them.
+    """
+    y = y * per_channel(affine_ptr + shape.out_channels, out, known)
+    return y + per_channel(affine_ptr + 2 * shape.out_channels, out, known)
+
+
+@gluon.jit
 def _unit_mma_kernel(
     x_ptr,
     weight_ptr,
     base_ptr,
     stream_ptr,
-    mean_ptr,
-    scale_ptr,
-    offset_ptr,
+    affine_ptr,
     shift_mid_ptr,
     slope_ptr,
     shift_out_ptr,
@@ -106,16 +120,15 @@ def _unit_mma_kernel(
 ):
     """z = PReLU((y - mean) scale + offset + shortcut + shift_mid) + shift_out, and z's signs.
 
-    Operands of y as :func:`tritonbnn.kernels.mma_tile.signed_sums` takes them, the others as the
-    epilogue of :mod:`tritonbnn.kernels.unit` does.
+    Operands of y as :func:`tritonbnn.kernels.mma_tile.signed_sums` takes them; affine as
+    :func:`normalised` takes it; the others as the epilogue of :mod:`tritonbnn.kernels.unit` does.
     """
     block_p, block_o, _ = block_of_program(shape, cut)
     y, pixel, out = signed_sums(x_ptr, weight_ptr, base_ptr, pixels, block_p, block_o, shape, cut)
     out = out[None, :]
     known = out < shape.out_channels
     mask = (pixel < pixels)[:, None] & known
-    t = (y.to(gl.float32) - per_channel(mean_ptr, out, known)) * per_channel(scale_ptr, out, known)
-    t += per_channel(offset_ptr, out, known)
+    t = normalised(centred(y, affine_ptr, out, known), affine_ptr, out, known, shape)
     start, row = place_of_block(block_p, cut, shape.out_channels)
     t += block_shortcut(stream_ptr, start, row, pixel, out, mask, shape, SHORTCUT)
     if slope_ptr is not None:
@@ -198,7 +211,9 @@ def moments_mma(product: Product, geometry: Geometry) -> Tensor:
 def unit_mma(
     product: Product,
     stream: Tensor,
-    vectors: dict[str, Tensor | None],
+    affine: Tensor,
+    activation: Vectors,
+    next_shift: Tensor | None,
     geometry: Geometry,
     *,
     shortcut: str,
@@ -209,11 +224,14 @@ def unit_mma(
     Args:
         product: the convolution.
         stream: channels innermost.
-        vectors: (O,) each, by name; those of the activation None together.
+        affine: (3 or more, O), contiguous: mean, scale and offset, and what else is kept there.
+        activation: shift_mid, slope and shift_out, (O,), contiguous, or three times None.
+        next_shift: (O,), contiguous, or None.
         geometry: of the convolution.
         shortcut: "identity", "pool" or "repeat".
         pack: whether the signs are wanted.
     """
+    shift_mid, slope, shift_out = activation
     n, channels, height, width = geometry.output_shape
     z = empty_channels_last(geometry.output_shape, stream.dtype, stream.device)
     shape = (n, height, width, words(channels) if pack else 0)
@@ -224,7 +242,11 @@ def unit_mma(
         product.tile,
         **product.arguments,
         stream_ptr=stream,
-        **{f"{name}_ptr": None if v is None else v.contiguous() for name, v in vectors.items()},
+        affine_ptr=affine,
+        shift_mid_ptr=shift_mid,
+        slope_ptr=slope,
+        shift_out_ptr=shift_out,
+        next_shift_ptr=next_shift,
         z_ptr=z,
         signs_ptr=signs if pack else None,
         SHORTCUT=shortcut,

@@ -24,7 +24,7 @@ from tritonbnn.kernels.mma_tile import (
     place_of_block,
     signed_sums,
 )
-from tritonbnn.kernels.mma_unit import Product, block_shortcut
+from tritonbnn.kernels.mma_unit import Product, block_shortcut, centred, normalised
 from tritonbnn.kernels.unit import Vectors, per_channel
 from tritonbnn.layout import empty_pixels
 
@@ -38,9 +38,7 @@ def _through_activation(
     out,
     grad_ptr,
     stream_ptr,
-    mean_ptr,
-    scale_ptr,
-    offset_ptr,
+    affine_ptr,
     shift_mid_ptr,
     slope_ptr,
     pixels,
@@ -58,18 +56,18 @@ def _through_activation(
     mask = (pixel < pixels)[:, None] & known
     grad = gl.load(grad_ptr + start + (row * shape.out_channels + out), mask=mask, other=0.0)
     grad = grad.to(gl.float32)
-    centred = y.to(gl.float32) - per_channel(mean_ptr, out, known)
+    distance = centred(y, affine_ptr, out, known)
     LAYOUT: gl.constexpr = output_layout(cut)
     positive = gl.full(LAYOUT.shape, True, gl.int1, LAYOUT)
     du, low = grad, gl.full(LAYOUT.shape, 0.0, gl.float32, LAYOUT)
     if slope_ptr is not None:
-        t = centred * per_channel(scale_ptr, out, known) + per_channel(offset_ptr, out, known)
+        t = normalised(distance, affine_ptr, out, known, shape)
         t += block_shortcut(stream_ptr, start, row, pixel, out, mask, shape, SHORTCUT)
         t += per_channel(shift_mid_ptr, out, known)
         positive = t > 0
         du = gl.where(positive, grad, grad * per_channel(slope_ptr, out, known))
         low = gl.where(positive, 0.0, t) * grad
-    return grad, centred, positive, du, low
+    return grad, distance, positive, du, low
 
 
 @gluon.jit
@@ -79,9 +77,7 @@ def _activation_sums_mma_kernel(
     base_ptr,
     grad_ptr,
     stream_ptr,
-    mean_ptr,
-    scale_ptr,
-    offset_ptr,
+    affine_ptr,
     shift_mid_ptr,
     slope_ptr,
     sums_ptr,
@@ -105,7 +101,7 @@ def _activation_sums_mma_kernel(
         y, pixel, out = signed_sums(
             x_ptr, weight_ptr, base_ptr, pixels, block_p, block_o, shape, cut
         )
-        grad, centred, _, du, low = _through_activation(
+        grad, distance, _, du, low = _through_activation(
             y,
             0,  # from a block's beginning, addresses would take more registers than there are
             pixel.to(gl.int64)[:, None],
@@ -113,9 +109,7 @@ def _activation_sums_mma_kernel(
             out,
             grad_ptr,
             stream_ptr,
-            mean_ptr,
-            scale_ptr,
-            offset_ptr,
+            affine_ptr,
             shift_mid_ptr,
             slope_ptr,
             pixels,
@@ -124,7 +118,7 @@ def _activation_sums_mma_kernel(
             SHORTCUT,
         )
         sum_du += thread_sums(du, cut)
-        sum_du_y += thread_sums(du * centred, cut)
+        sum_du_y += thread_sums(du * distance, cut)
         sum_slope += thread_sums(low, cut)
         sum_grad += thread_sums(grad, cut)
     store_sums(sum_du, sums_ptr, 4 * first, block_o, shape, cut)
@@ -140,14 +134,10 @@ def _unit_grad_mma_kernel(
     base_ptr,
     grad_ptr,
     stream_ptr,
-    mean_ptr,
-    scale_ptr,
-    offset_ptr,
+    affine_ptr,
     shift_mid_ptr,
     slope_ptr,
-    du_scale_ptr,
-    a_scale_ptr,
-    constant_ptr,
+    coefficients_ptr,
     du_ptr,
     positive_ptr,
     dy_ptr,
@@ -158,8 +148,9 @@ def _unit_grad_mma_kernel(
 ):
     """du = t > 0 ? grad : slope grad, and dy = du_scale du + a_scale y + constant.
 
-    Operands as :func:`_activation_sums_mma_kernel` takes them. du_ptr and positive_ptr may be None.
-    positive (N H' W', words) int32 has the packed bits of t > 0, which with grad give du.
+    Operands as :func:`_activation_sums_mma_kernel` takes them; coefficients (3, O) float32, in that
+    order. du_ptr and positive_ptr may be None. positive (N H' W', words) int32 has the packed bits
+    of t > 0, which with grad give du.
     """
     block_p, block_o, _ = block_of_program(shape, cut)
     y, pixel, out = signed_sums(x_ptr, weight_ptr, base_ptr, pixels, block_p, block_o, shape, cut)
@@ -172,9 +163,7 @@ def _unit_grad_mma_kernel(
         out,
         grad_ptr,
         stream_ptr,
-        mean_ptr,
-        scale_ptr,
-        offset_ptr,
+        affine_ptr,
         shift_mid_ptr,
         slope_ptr,
         pixels,
@@ -191,9 +180,9 @@ def _unit_grad_mma_kernel(
         gl.store(du_ptr + start + place, du, mask=mask)
     if positive_ptr is not None:
         store_bits(positive & known, positive_ptr, pixels, block_p, block_o, shape, cut)
-    dy = y.to(gl.float32) * per_channel(a_scale_ptr, out, known)
-    dy += per_channel(constant_ptr, out, known)
-    dy += du.to(gl.float32) * per_channel(du_scale_ptr, out, known)
+    dy = y.to(gl.float32) * per_channel(coefficients_ptr + shape.out_channels, out, known)
+    dy += per_channel(coefficients_ptr + 2 * shape.out_channels, out, known)
+    dy += du.to(gl.float32) * per_channel(coefficients_ptr, out, known)
     gl.store(dy_ptr + start + place, dy.to(dy_ptr.dtype.element_ty), mask=mask)
 
 
@@ -201,7 +190,7 @@ def activation_sums_mma(
     product: Product,
     grad: Tensor,
     stream: Tensor,
-    norm: Vectors,
+    affine: Tensor,
     activation: Vectors,
     geometry: Geometry,
     shortcut: str,
@@ -212,7 +201,7 @@ def activation_sums_mma(
         product: the convolution.
         grad: (N, O, H', W') in channels_last memory, as are the next ones.
         stream: of the shortcut.
-        norm: mean, scale and offset, contiguous.
+        affine: (3 or more, O), contiguous: mean, scale and offset, and what else is kept there.
         activation: shift_mid and slope, contiguous, or twice None.
         geometry: of the convolution.
         shortcut: "identity", "pool" or "repeat".
@@ -225,7 +214,7 @@ def activation_sums_mma(
         programs * product.channel_blocks,
         product.tile,
         **product.arguments,
-        **_activation_arguments(grad, stream, norm, activation, shortcut),
+        **_activation_arguments(grad, stream, affine, activation, shortcut),
         sums_ptr=sums,
     )
     return sums
@@ -235,9 +224,9 @@ def unit_grad_mma(
     product: Product,
     grad: Tensor,
     stream: Tensor,
-    norm: Vectors,
+    affine: Tensor,
     activation: Vectors,
-    coefficients: Vectors,
+    coefficients: Tensor,
     geometry: Geometry,
     shortcut: str,
     *,
@@ -249,14 +238,13 @@ def unit_grad_mma(
         product: as :func:`activation_sums_mma` takes it, as are the others.
         grad: likewise.
         stream: likewise.
-        norm: likewise.
+        affine: likewise.
         activation: likewise.
-        coefficients: du_scale, a_scale and constant, contiguous.
+        coefficients: (3, O), contiguous: du_scale, a_scale and constant.
         geometry: likewise.
         shortcut: likewise.
         stored: that to u is wanted as a tensor, not as the signs that give it.
     """
-    du_scale, a_scale, constant = coefficients
     _, slope = activation
     dy = empty_pixels(grad, grad.dtype)
     du = positive = None
@@ -271,10 +259,8 @@ def unit_grad_mma(
         product.pixel_blocks * product.channel_blocks,
         product.tile,
         **product.arguments,
-        **_activation_arguments(grad, stream, norm, activation, shortcut),
-        du_scale_ptr=du_scale,
-        a_scale_ptr=a_scale,
-        constant_ptr=constant,
+        **_activation_arguments(grad, stream, affine, activation, shortcut),
+        coefficients_ptr=coefficients,
         du_ptr=du,
         positive_ptr=positive,
         dy_ptr=dy,
@@ -285,16 +271,13 @@ def unit_grad_mma(
 
 
 def _activation_arguments(
-    grad: Tensor, stream: Tensor, norm: Vectors, activation: Vectors, shortcut: str
+    grad: Tensor, stream: Tensor, affine: Tensor, activation: Vectors, shortcut: str
 ) -> dict[str, Tensor | str | None]:
-    mean, scale, offset = norm
     shift_mid, slope = activation
     return {
         "grad_ptr": grad,
         "stream_ptr": stream,
-        "mean_ptr": mean,
-        "scale_ptr": scale,
-        "offset_ptr": offset,
+        "affine_ptr": affine,
         "shift_mid_ptr": shift_mid,
         "slope_ptr": slope,
         "SHORTCUT": shortcut,

@@ -100,11 +100,9 @@ def forward(
             product = product_of(signs, fragments, geometry, half_tile(geometry))
             sums = moments_mma(product, geometry)
         vectors, found = _norm(sums, None, geometry, alpha, gamma, beta, statistics, options)
-        centre, scale, offset = _affine(vectors)
-        named = {"mean": centre, "scale": scale, "offset": offset, "shift_mid": shift_mid}
-        named |= {"slope": slope, "shift_out": shift_out, "next_shift": next_shift}
         product = product_of(signs, fragments, geometry, tile)
-        z, next_signs = unit_mma(product, stream, named, geometry, shortcut=shortcut, pack=pack)
+        passed = (stream, vectors, (shift_mid, slope, shift_out), next_shift)
+        z, next_signs = unit_mma(product, *passed, geometry, shortcut=shortcut, pack=pack)
     else:
         if options.binary_weight:
             choice = product_choice(geometry, x.device)
@@ -301,12 +299,10 @@ def _through_product(
     else:
         fragments = fragments_of(kept.packed, geometry.channels, cut)
     product = product_of(signs, fragments, geometry, tile)
-    operands = (product, grad, stream, _affine(vectors), activation)
+    operands = (product, grad, stream, vectors, activation)
     sums = activation_sums_mma(*operands, geometry, shortcut)
     grads, coefficients = norm_grads(sums, vectors, kept.alpha, gamma, options.group)
-    skipped, dy = unit_grad_mma(
-        *operands, coefficients.unbind(0), geometry, shortcut, stored=stored
-    )
+    skipped, dy = unit_grad_mma(*operands, coefficients, geometry, shortcut, stored=stored)
     return skipped, dy, grads, real
 
 
