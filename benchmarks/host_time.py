@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.host_time --model reactnet_a --step 2
 
 A step runs in Python as on a GPU, down to Triton's own launch of every kernel, which is where it
-ends: nothing is compiled, and no driver is called. Fused Adam and the library's convolutions of our
-kernels start nothing either. Torch's other operators run on the CPU, on so few numbers that they
+ends: nothing is compiled, and no driver is called. Fused Adam, the count of its steps, which is one
+launch too, and the library's convolutions of our kernels start nothing either. Torch's other operators run on the CPU, on so few numbers that they
 cost little but their call. A driver's launch, some 2 us each, comes on top.
 """
 
@@ -79,6 +79,7 @@ def launches_do_nothing(target: Target) -> Iterator[None]:
         standing_in(GPUTarget(target.backend, target.architecture, target.warp_size)),
         mock.patch.object(JITFunction, "_do_compile", _compile_nothing),
         mock.patch.object(torch, "_fused_adam_"),
+        mock.patch.object(torch, "_foreach_add_"),
         mock.patch.object(torch.ops.aten, "convolution_backward", _convolve_nothing),
         as_on_a_gpu(target, launched),
     ):
