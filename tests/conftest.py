@@ -97,15 +97,18 @@ def one_bit_core(monkeypatch, unwritten_memory):
 
 @pytest.fixture
 def unwritten_memory(monkeypatch):
-    """Fill what the package gets from ``torch.empty``, so that an unwritten element is seen."""
-    empty = torch.empty
+    """Fill what the package gets uninitialised, so that an unwritten element is seen."""
 
-    def filled(*args, **kwargs):
-        tensor = empty(*args, **kwargs)
-        if not sys._getframe(1).f_globals.get("__name__", "").startswith("tritonbnn."):
-            return tensor
-        if tensor.is_floating_point():
-            return tensor.fill_(torch.nan)
-        return tensor.fill_(max(SENTINEL, torch.iinfo(tensor.dtype).min))
+    def filling(empty):
+        def filled(*args, **kwargs):
+            tensor = empty(*args, **kwargs)
+            if not sys._getframe(1).f_globals.get("__name__", "").startswith("tritonbnn."):
+                return tensor
+            if tensor.is_floating_point():
+                return tensor.fill_(torch.nan)
+            return tensor.fill_(max(SENTINEL, torch.iinfo(tensor.dtype).min))
 
-    monkeypatch.setattr(torch, "empty", filled)
+        return filled
+
+    for name in ("empty", "empty_like", "empty_strided"):
+        monkeypatch.setattr(torch, name, filling(getattr(torch, name)))

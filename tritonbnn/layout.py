@@ -19,13 +19,15 @@ def empty_channels_last(
     shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """An uninitialised (N, C, H, W) tensor in channels_last memory."""
-    return torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+    _, c, h, w = shape
+    # torch.empty is slow to find the strides of a memory format
+    return torch.empty_strided(shape, (h * w * c, 1, w * c, c), dtype=dtype, device=device)
 
 
 def empty_pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor of ``x``'s shape, (N, C, H, W) or (M, C), channels innermost."""
     memory = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=memory)
+    return torch.empty_like(x, dtype=dtype, memory_format=memory)
 
 
 def flat_pixels(x: Tensor) -> Tensor:

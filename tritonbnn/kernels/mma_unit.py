@@ -5,9 +5,9 @@ bf16 stream, 4 in place of the 10 where an int16 output is written and read twic
 core's operations. A prediction: nothing has been measured yet.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -144,8 +144,7 @@ def _unit_mma_kernel(
         store_bits((s >= 0) & known, signs_ptr, pixels, block_p, block_o, shape, cut)
 
 
-@dataclass(frozen=True)
-class Product:
+class Product(NamedTuple):
     """A convolution that several kernels compute anew, each with what follows it.
 
     Attributes:

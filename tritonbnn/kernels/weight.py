@@ -342,12 +342,13 @@ def _launch_filters(
     """Write what is given, of ``weight``, or else of ``packed`` and ``alpha``."""
     if not packed.numel():
         return
+    out_channels = packed.shape[0]
     out, channel, tap = (0, 0, 0) if weight is None else strides(weight)
     block = min(_TILE.block_m, power_of_two(packed.shape[-1]))
     at_once = min(_MOST_FILTERS, _TILE.block_m // block)
     launch(
         _filter_kernel,
-        ceil_div(len(packed) if fragments is None else 16 * len(fragments.words), at_once),
+        ceil_div(out_channels if fragments is None else 16 * fragments.words.shape[0], at_once),
         _TILE,
         weight_ptr=weight,
         packed_ptr=packed,
@@ -359,10 +360,10 @@ def _launch_filters(
         stride_out=out,
         stride_channel=channel,
         stride_tap=tap,
-        OUT_CHANNELS=len(packed),
+        OUT_CHANNELS=out_channels,
         CHANNELS=channels,
         KERNEL_SIZE=packed.shape[1] if packed.dim() == 4 else 1,
-        BORDERS=1 if fragments is None else len(fragments.base),
+        BORDERS=1 if fragments is None else fragments.base.shape[0],
         TILES_O=1 if fragments is None else fragments.tiles_o,
         SCALED=values is not None,
         FILTERS=at_once,
@@ -388,8 +389,8 @@ def summed(partial: Tensor, clip: Tensor | None, shape: tuple[int, int, int, int
         clip = in_a_row(clip)
         grad = torch.empty_like(clip, dtype=torch.float32)
     if grad.numel():
-        of_clip = (0, 0, 0) if clip is None else strides(clip)
-        names = ("out", "channel", "tap")
+        weight_out, weight_channel, weight_tap = (0, 0, 0) if clip is None else strides(clip)
+        grad_out, grad_channel, grad_tap = strides(grad)
         launch(
             _weight_sum_kernel,
             ceil_div(grad.numel(), _SUM_TILE.block_m),
@@ -399,8 +400,12 @@ def summed(partial: Tensor, clip: Tensor | None, shape: tuple[int, int, int, int
             grad_ptr=grad,
             splits=splits,
             count=rows * channels,
-            **{f"weight_{n}": stride for n, stride in zip(names, of_clip, strict=True)},
-            **{f"grad_{n}": stride for n, stride in zip(names, strides(grad), strict=True)},
+            weight_out=weight_out,
+            weight_channel=weight_channel,
+            weight_tap=weight_tap,
+            grad_out=grad_out,
+            grad_channel=grad_channel,
+            grad_tap=grad_tap,
             CHANNELS=channels,
             TAPS=rows // shape[0],
             BLOCK=_SUM_TILE.block_m,

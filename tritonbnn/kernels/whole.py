@@ -37,8 +37,8 @@ NUMBERS = "int8"
 
 def takes(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
     """Whether the kernels have a unit of these operands: none of them is float64."""
-    tensors = (x, weight, *others)
-    return all(tensor is None or tensor.dtype in KERNEL_DTYPES for tensor in tensors)
+    dtypes = [tensor.dtype for tensor in (x, weight, *others) if tensor is not None]
+    return all(map(KERNEL_DTYPES.__contains__, dtypes))
 
 
 def moves(averages: Averages, channels: int, device: torch.device) -> bool:
