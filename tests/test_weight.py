@@ -122,3 +122,15 @@ def test_splits_are_summed_and_clipped(unwritten_memory, shape, splits, layout):
     bare = weights.summed(partial, None, shape)
     assert (bare - total).abs().max() <= 1e-6 * partial.abs().max() * splits
     assert bare.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_one_split_may_be_the_librarys_own_gradient(unwritten_memory):
+    out, channels, k, _ = shape = SHAPES[0]
+    partial = torch.randn(1, out * k * k, channels).to(KERNEL_DEVICE, torch.bfloat16)
+    w = random_weight(shape)
+    bare = weights.summed(partial, None, shape)
+    assert bare.dtype == torch.float32
+    assert torch.equal(bare.permute(0, 2, 3, 1).reshape(partial.shape), partial.float())
+    clipped = weights.summed(partial, w, shape)
+    assert clipped.dtype == torch.float32
+    assert torch.equal(clipped, torch.where(w.abs() > 1, 0.0, bare))

@@ -194,7 +194,7 @@ def _weight_sum_kernel(
 ):
     """grad = the sum over splits of partial, but 0 where abs(weight) > 1.
 
-    partial (splits, O TAPS C) float32; weight (O, C, TAPS) float of any strides, or None for no
+    partial (splits, O TAPS C) float; weight (O, C, TAPS) float of any strides, or None for no
     clip; grad the same shape, float32, of any strides. count is O TAPS C.
     """
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -202,7 +202,7 @@ def _weight_sum_kernel(
     total = tl.zeros((BLOCK,), tl.float32)
     for split in range(splits):
         first = partial_ptr + tl.cast(split, tl.int64) * count
-        total += tl.load(first + index, mask=mask, other=0.0)
+        total += tl.load(first + index, mask=mask, other=0.0).to(tl.float32)
     channel = (index % CHANNELS).to(tl.int64)
     tap = index // CHANNELS % TAPS
     out = (index // (CHANNELS * TAPS)).to(tl.int64)
@@ -372,17 +372,17 @@ def _launch_filters(
 
 
 def summed(partial: Tensor, clip: Tensor | None, shape: tuple[int, int, int, int]) -> Tensor:
-    """The gradient to a weight from its splits: summed, and clipped in the weight's layout.
+    """The gradient to a weight from its splits, float32: summed, and clipped in its layout.
 
     Args:
-        partial: (splits, O kh kw, C) float32.
+        partial: (splits, O kh kw, C) float.
         clip: the latent weight, where the gradient is 0 at abs(w) > 1 (AdamBNN 1.3); None for no
             clip, and channels_last memory.
         shape: (O, C, kh, kw).
     """
     splits, rows, channels = partial.shape
     if clip is None and splits == 1:
-        return from_flat(partial[0], shape)
+        return from_flat(partial[0], shape).to(torch.float32)
     if clip is None:
         grad = empty_channels_last(shape, torch.float32, partial.device)
     else:

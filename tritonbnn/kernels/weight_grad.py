@@ -108,7 +108,7 @@ def weight_grad(grad: Tensor, x: Tensor, geometry: Geometry, *, clip: Tensor | N
         signs_of_x = unpack_signs(x, channels, grad.dtype)
         mask = [False, True, False]
         found = convolution_backward(grad, signs_of_x, real, geometry, mask)[1]
-        partial = flat_pixels(channels_last(found.to(torch.float32)))[None]
+        partial = flat_pixels(channels_last(found))[None]
         return summed(partial, clip, shape)
     tile = choice.tile
     blocks = ceil_div(geometry.pixels, tile.block_k)
