@@ -16,9 +16,8 @@ from tritonbnn import eager, kernels, ops
 from tritonbnn.checks import shortcut_input_shape
 from tritonbnn.kernels import config, mma_unit_grad
 from tritonbnn.kernels.config import Choice, TileConfig
-from tritonbnn.kernels.cut import block_tiles
 from tritonbnn.kernels.geometry import Geometry
-from tritonbnn.kernels.mma_unit import half_tile, product_of
+from tritonbnn.kernels.mma_unit import half_blocks, product_of
 from tritonbnn.kernels.weight import fragments_of
 from tritonbnn.layout import channels_last
 
@@ -101,8 +100,8 @@ def test_the_backward_passes_are_those_of_the_unit(one_bit_core, shortcut, activ
         v.to(KERNEL_DEVICE) for v in vectors(8, outputs)
     )
     after = (mid, slope) if activated else (None, None)
-    tile = half_tile(geometry)
-    product = product_of(x, fragments_of(weight, channels, block_tiles(tile)), geometry, tile)
+    blocks = half_blocks(geometry)
+    product = product_of(x, fragments_of(weight, channels, blocks.cut), blocks)
     passed = (product, grad, stream, torch.stack(norm), after)
     sums = mma_unit_grad.activation_sums_mma(*passed, geometry, shortcut)
     last = (*passed, torch.stack((du_scale, a_scale, constant)), geometry, shortcut)

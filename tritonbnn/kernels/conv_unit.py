@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from tritonbnn import checks
-from tritonbnn.kernels.config import TileConfig
 from tritonbnn.kernels.conv import conv_packed
-from tritonbnn.kernels.cut import block_tiles
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype
 from tritonbnn.kernels.mma_operands import on_one_bit_core
@@ -27,9 +25,9 @@ def conv_moments(
     """Moments of a convolution: the twin of :func:`tritonbnn.eager.conv_moments`."""
     geometry = _checked(x, weight, channels, stride, padding)
     if on_one_bit_core(geometry, x.device):
-        from tritonbnn.kernels.mma_unit import half_tile, moments_mma  # it needs Gluon
+        from tritonbnn.kernels.mma_unit import half_blocks, moments_mma  # it needs Gluon
 
-        product = _product(x, weight, geometry, half_tile(geometry))
+        product = _product(x, weight, geometry, half_blocks(geometry))
         return moments_of(moments_mma(product, geometry), geometry.pixels)
     return channel_moments(_convolution(x, weight, geometry))
 
@@ -58,7 +56,7 @@ def conv_unit_forward(
     if not on_one_bit_core(geometry, x.device):
         a = _convolution(x, weight, geometry)
         return unit_forward(a, stream, *vectors, shortcut=shortcut, pack=pack)
-    from tritonbnn.kernels.mma_unit import unit_mma, unit_tile  # it needs Gluon
+    from tritonbnn.kernels.mma_unit import unit_blocks, unit_mma  # it needs Gluon
 
     check_kernel_dtype("stream", stream.dtype)
     expected = checks.shortcut_input_shape(geometry.output_shape, shortcut)
@@ -68,7 +66,7 @@ def conv_unit_forward(
     checks.check_per_channel(geometry.out_channels, **named)
     checks.check_same_device(x=x, stream=stream, **named)
     return unit_mma(
-        _product(x, weight, geometry, unit_tile(geometry)),
+        _product(x, weight, geometry, unit_blocks(geometry)),
         channels_last(stream),
         torch.stack((mean, scale, offset)),
         contiguous(shift_mid, slope, shift_out),
@@ -86,11 +84,11 @@ def _checked(x: Tensor, weight: Tensor, channels: int, stride: int, padding: int
     return checked_geometry(x, channels, weight.shape[0], weight.shape[1], stride, padding)
 
 
-def _product(x: Tensor, weight: Tensor, geometry: Geometry, tile: TileConfig) -> Any:
+def _product(x: Tensor, weight: Tensor, geometry: Geometry, blocks: Any) -> Any:
     from tritonbnn.kernels.mma_unit import product_of  # it needs Gluon
 
-    fragments = fragments_of(weight.contiguous(), geometry.channels, block_tiles(tile))
-    return product_of(x.contiguous(), fragments, geometry, tile)
+    fragments = fragments_of(weight.contiguous(), geometry.channels, blocks.cut)
+    return product_of(x.contiguous(), fragments, blocks)
 
 
 def _convolution(x: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:

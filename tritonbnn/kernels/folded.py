@@ -12,7 +12,6 @@ from torch import Tensor
 
 from tritonbnn.checks import sum_dtype
 from tritonbnn.kernels.conv import convolved, product_choice
-from tritonbnn.kernels.cut import block_tiles
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.mma_operands import on_one_bit_core
 from tritonbnn.kernels.unit import contiguous, epilogue
@@ -91,12 +90,12 @@ class FoldedUnit:
 
     def _fused(self, signs: Tensor, stream: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
         """On the one-bit core, y never written."""
-        from tritonbnn.kernels.mma_unit import product_of, unit_mma, unit_tile  # it needs Gluon
+        from tritonbnn.kernels.mma_unit import product_of, unit_blocks, unit_mma  # it needs Gluon
 
-        tile = unit_tile(geometry)
-        if self._fragments is None:  # a tile's cut knows of the channels alone, which stay
-            self._fragments = fragments_of(self.weight, self.channels, block_tiles(tile))
-        product = product_of(signs, self._fragments, geometry, tile)
+        blocks = unit_blocks(geometry)
+        if self._fragments is None:  # a cut knows of the channels alone, which stay
+            self._fragments = fragments_of(self.weight, self.channels, blocks.cut)
+        product = product_of(signs, self._fragments, blocks)
         activation = (None if self.slope is None else self._zeros, self.slope, self.shift_out)
         return unit_mma(
             product,

@@ -62,7 +62,7 @@ def conv_mma(
     """
     cut = block_tiles(tile)
     fragments = fragments_of(weight, geometry.channels, cut)
-    product = product_arguments(x, fragments, geometry, tile)
+    product = product_operands(x, fragments) | product_constants(geometry, tile)
     programs = ceil_div(geometry.pixels, tile.block_m) * channel_blocks(geometry, tile)
     launch(_conv_mma_kernel, programs, tile, **product, alpha_ptr=alpha, y_ptr=y)
 
@@ -72,22 +72,16 @@ def channel_blocks(geometry: Geometry, tile: TileConfig) -> int:
     return ceil_div(geometry.out_channels, tile.block_n)
 
 
-def product_arguments(
-    x: Tensor, fragments: Fragments, geometry: Geometry, tile: TileConfig
-) -> dict[str, Any]:
+def product_operands(x: Tensor, fragments: Fragments) -> dict[str, Any]:
     """What a kernel on the one-bit tensor core multiplies.
 
     Args:
-        x: as in :func:`conv_mma`, as are the others.
+        x: as in :func:`conv_mma`.
         fragments: the weight's, of the tile's cut.
-        geometry: likewise.
-        tile: likewise.
     """
-    return {
-        "x_ptr": x,
-        "weight_ptr": fragments.words,
-        "base_ptr": fragments.base,
-        "pixels": geometry.pixels,
-        "shape": geometry.shape,
-        "cut": block_tiles(tile),
-    }
+    return {"x_ptr": x, "weight_ptr": fragments.words, "base_ptr": fragments.base}
+
+
+def product_constants(geometry: Geometry, tile: TileConfig) -> dict[str, Any]:
+    """What it knows of the product beside; operands as in :func:`conv_mma`."""
+    return {"pixels": geometry.pixels, "shape": geometry.shape, "cut": block_tiles(tile)}

@@ -5,7 +5,7 @@ bf16 stream, 4 in place of the 10 where an int16 output is written and read twic
 core's operations. A prediction: nothing has been measured yet.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -16,10 +16,11 @@ from triton.experimental.gluon import language as gl
 
 from tritonbnn.bits import words
 from tritonbnn.kernels.config import TileConfig, ceil_div, default_tile, whole_words
+from tritonbnn.kernels.cut import Cut, block_tiles
 from tritonbnn.kernels.elementwise import MAX_PARTIALS
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import launch
-from tritonbnn.kernels.mma import channel_blocks, product_arguments
+from tritonbnn.kernels.mma import channel_blocks, product_constants, product_operands
 from tritonbnn.kernels.mma_pack import store_bits
 from tritonbnn.kernels.mma_sums import no_sums, store_sums, thread_sums
 from tritonbnn.kernels.mma_tile import block_of_program, place_of_block, signed_sums
@@ -144,66 +145,87 @@ def _unit_mma_kernel(
         store_bits((s >= 0) & known, signs_ptr, pixels, block_p, block_o, shape, cut)
 
 
-class Product(NamedTuple):
-    """A convolution that several kernels compute anew, each with what follows it.
+@dataclass(frozen=True)
+class Blocks:
+    """How kernels cut a convolution together with what follows it, which its shape decides.
 
     Attributes:
-        pixel_blocks: blocks of pixels.
-        channel_blocks: blocks of channels.
-        tile: of all kernels.
-        arguments: the operands, prepared once.
+        tile: of the kernels.
+        cut: how warps share a block.
+        pixels: blocks of pixels.
+        channels: blocks of channels.
+        summing: programs that share the blocks of pixels in a kernel that sums.
+        constants: what kernels take of the convolution beside its operands.
     """
 
-    pixel_blocks: int
-    channel_blocks: int
     tile: TileConfig
-    arguments: dict[str, Any]
+    cut: Cut
+    pixels: int
+    channels: int
+    summing: int
+    constants: dict[str, Any]
 
-    @property
-    def summing(self) -> int:
-        """Programs that share the blocks of pixels in a kernel that sums."""
-        return min(ceil_div(MAX_PARTIALS, self.channel_blocks), self.pixel_blocks)
+
+def _blocks(geometry: Geometry, tile: TileConfig) -> Blocks:
+    pixels, channels = ceil_div(geometry.pixels, tile.block_m), channel_blocks(geometry, tile)
+    summing = min(ceil_div(MAX_PARTIALS, channels), pixels)
+    constants = product_constants(geometry, tile)
+    return Blocks(tile, block_tiles(tile), pixels, channels, summing, constants)
 
 
 @lru_cache(maxsize=1024)
-def unit_tile(geometry: Geometry) -> TileConfig:
+def unit_blocks(geometry: Geometry) -> Blocks:
     """Of a convolution with what follows it.
 
     Not the tuning table's, for a larger tile leaves too few registers for what follows.
     """
-    return whole_words(default_tile(geometry.key("conv_packed", "int32"), "mma"))
+    return _blocks(geometry, _unit_tile(geometry))
 
 
 @lru_cache(maxsize=1024)
-def half_tile(geometry: Geometry) -> TileConfig:
-    """As :func:`unit_tile`, for what takes more registers: sums, and the backward pass.
+def half_blocks(geometry: Geometry) -> Blocks:
+    """As :func:`unit_blocks`, for what takes more registers: sums, and the backward pass.
 
     Channels are cut alike.
     """
-    tile = unit_tile(geometry)
-    return replace(tile, block_m=tile.block_m // 2)
+    tile = _unit_tile(geometry)
+    return _blocks(geometry, replace(tile, block_m=tile.block_m // 2))
 
 
-def product_of(x: Tensor, weight: Fragments, geometry: Geometry, tile: TileConfig) -> Product:
+def _unit_tile(geometry: Geometry) -> TileConfig:
+    return whole_words(default_tile(geometry.key("conv_packed", "int32"), "mma"))
+
+
+class Product(NamedTuple):
+    """A convolution that several kernels compute anew, each with what follows it.
+
+    Attributes:
+        blocks: how they cut it.
+        arguments: what they take of it, by name.
+    """
+
+    blocks: Blocks
+    arguments: dict[str, Any]
+
+
+def product_of(x: Tensor, weight: Fragments, blocks: Blocks) -> Product:
     """The convolution of packed operands.
 
     Args:
         x: packed (N, H, W, words), contiguous.
-        weight: of the tile's cut.
-        geometry: of the convolution.
-        tile: :func:`unit_tile` or :func:`half_tile`.
+        weight: of the blocks' cut.
+        blocks: :func:`unit_blocks` or :func:`half_blocks`.
     """
-    blocks = ceil_div(geometry.pixels, tile.block_m), channel_blocks(geometry, tile)
-    return Product(*blocks, tile, product_arguments(x, weight, geometry, tile))
+    return Product(blocks, product_operands(x, weight) | blocks.constants)
 
 
 def moments_mma(product: Product, geometry: Geometry) -> Tensor:
     """Each program's share of the sums of the convolution and its square, (parts, 2, O) int64."""
-    programs = product.summing
-    shape = (programs, 2, geometry.out_channels)
+    blocks = product.blocks
+    shape = (blocks.summing, 2, geometry.out_channels)
     sums = torch.empty(shape, dtype=torch.int64, device=product.arguments["x_ptr"].device)
-    programs *= product.channel_blocks
-    launch(_moments_mma_kernel, programs, product.tile, **product.arguments, sums_ptr=sums)
+    programs = blocks.summing * blocks.channels
+    launch(_moments_mma_kernel, programs, blocks.tile, **product.arguments, sums_ptr=sums)
     return sums
 
 
@@ -237,8 +259,8 @@ def unit_mma(
     signs = torch.empty(shape, dtype=torch.int32, device=stream.device)
     launch(
         _unit_mma_kernel,
-        product.pixel_blocks * product.channel_blocks,
-        product.tile,
+        product.blocks.pixels * product.blocks.channels,
+        product.blocks.tile,
         **product.arguments,
         stream_ptr=stream,
         affine_ptr=affine,

@@ -206,13 +206,13 @@ def activation_sums_mma(
         geometry: of the convolution.
         shortcut: "identity", "pool" or "repeat".
     """
-    programs = product.summing
-    shape = (programs, 4, geometry.out_channels)
+    blocks = product.blocks
+    shape = (blocks.summing, 4, geometry.out_channels)
     sums = torch.empty(shape, dtype=torch.float32, device=grad.device)
     launch(
         _activation_sums_mma_kernel,
-        programs * product.channel_blocks,
-        product.tile,
+        blocks.summing * blocks.channels,
+        blocks.tile,
         **product.arguments,
         **_activation_arguments(grad, stream, affine, activation, shortcut),
         sums_ptr=sums,
@@ -256,8 +256,8 @@ def unit_grad_mma(
         positive = torch.empty(shape, dtype=torch.int32, device=grad.device)
     launch(
         _unit_grad_mma_kernel,
-        product.pixel_blocks * product.channel_blocks,
-        product.tile,
+        product.blocks.pixels * product.blocks.channels,
+        product.blocks.tile,
         **product.arguments,
         **_activation_arguments(grad, stream, affine, activation, shortcut),
         coefficients_ptr=coefficients,

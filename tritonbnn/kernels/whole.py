@@ -14,7 +14,6 @@ from tritonbnn import checks
 from tritonbnn.contract import Averages, Gradients, Kept, Options, Statistics
 from tritonbnn.kernels.binarize import Skipped
 from tritonbnn.kernels.conv import conv_real, convolved, product_choice
-from tritonbnn.kernels.cut import block_tiles
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.input_grad import Binary, reads_signs, stream_grad
 from tritonbnn.kernels.launch import KERNEL_DTYPES, check_kernel_dtype
@@ -86,21 +85,21 @@ def forward(
     packed = alpha = numbers = kept_a = None
     if _in_one(options, geometry, x.device):
         from tritonbnn.kernels.mma_unit import (  # it needs Gluon
-            half_tile,
+            half_blocks,
             moments_mma,
             product_of,
+            unit_blocks,
             unit_mma,
-            unit_tile,
         )
 
-        tile = unit_tile(geometry)
-        packed, alpha, fragments = _prepared(weight, cut=block_tiles(tile))
+        blocks = unit_blocks(geometry)
+        packed, alpha, fragments = _prepared(weight, cut=blocks.cut)
         sums = None
         if statistics is None:
-            product = product_of(signs, fragments, geometry, half_tile(geometry))
+            product = product_of(signs, fragments, half_blocks(geometry))
             sums = moments_mma(product, geometry)
         vectors, found = _norm(sums, None, geometry, alpha, gamma, beta, statistics, options)
-        product = product_of(signs, fragments, geometry, tile)
+        product = product_of(signs, fragments, blocks)
         passed = (stream, vectors, (shift_mid, slope, shift_out), next_shift)
         z, next_signs = unit_mma(product, *passed, geometry, shortcut=shortcut, pack=pack)
     else:
@@ -285,20 +284,20 @@ def _through_product(
     Unless the gradient to u is to be ``stored``, there are signs in place of it. The weight as
     numbers comes too, where the input's gradient asks for them.
     """
-    from tritonbnn.kernels.mma_unit import half_tile, product_of  # it needs Gluon
+    from tritonbnn.kernels.mma_unit import half_blocks, product_of  # it needs Gluon
     from tritonbnn.kernels.mma_unit_grad import activation_sums_mma, unit_grad_mma
 
     assert kept.packed is not None
     assert kept.alpha is not None
     vectors, shortcut = kept.vectors.contiguous(), options.shortcut
-    tile = half_tile(geometry)
-    cut, real = block_tiles(tile), None
+    blocks, real = half_blocks(geometry), None
     if wants_input and not reads_signs(geometry, grad.dtype, grad.device):
-        real, fragments = scaled(kept.packed, kept.alpha, geometry.channels, grad.dtype, cut)
+        forms = (geometry.channels, grad.dtype, blocks.cut)
+        real, fragments = scaled(kept.packed, kept.alpha, *forms)
         assert fragments is not None
     else:
-        fragments = fragments_of(kept.packed, geometry.channels, cut)
-    product = product_of(signs, fragments, geometry, tile)
+        fragments = fragments_of(kept.packed, geometry.channels, blocks.cut)
+    product = product_of(signs, fragments, blocks)
     operands = (product, grad, stream, vectors, activation)
     sums = activation_sums_mma(*operands, geometry, shortcut)
     grads, coefficients = norm_grads(sums, vectors, kept.alpha, gamma, options.group)
