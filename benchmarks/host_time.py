@@ -4,8 +4,9 @@
 
 A step runs in Python as on a GPU, down to Triton's own launch of every kernel, which is where it
 ends: nothing is compiled, and no driver is called. Fused Adam, the count of its steps, which is one
-launch too, and the library's convolutions of our kernels start nothing either. Torch's other operators run on the CPU, on so few numbers that they
-cost little but their call. A driver's launch, some 2 us each, comes on top.
+launch too, and the library's convolutions of our kernels start nothing either. Torch's other
+operators run on the CPU, on so few numbers that they cost little but their call. A driver's launch,
+some 2 us each, comes on top.
 """
 
 import time

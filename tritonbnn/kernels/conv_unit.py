@@ -70,7 +70,7 @@ def conv_unit_forward(
         channels_last(stream),
         torch.stack((mean, scale, offset)),
         contiguous(shift_mid, slope, shift_out),
-        *contiguous(next_shift),
+        None if next_shift is None else next_shift.contiguous(),
         geometry,
         shortcut=shortcut,
         pack=pack,

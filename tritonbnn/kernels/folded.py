@@ -96,14 +96,7 @@ class FoldedUnit:
         if self._fragments is None:  # a cut knows of the channels alone, which stay
             self._fragments = fragments_of(self.weight, self.channels, blocks.cut)
         product = product_of(signs, self._fragments, blocks)
-        activation = (None if self.slope is None else self._zeros, self.slope, self.shift_out)
-        return unit_mma(
-            product,
-            stream,
-            self._affine,
-            contiguous(*activation),
-            *contiguous(self.next_shift),
-            geometry,
-            shortcut=self.shortcut,
-            pack=self.pack,
-        )
+        shift_mid = None if self.slope is None else self._zeros
+        *activation, next_shift = contiguous(shift_mid, self.slope, self.shift_out, self.next_shift)
+        passed = (stream, self._affine, tuple(activation), next_shift)
+        return unit_mma(product, *passed, geometry, shortcut=self.shortcut, pack=self.pack)

@@ -309,7 +309,7 @@ def check_unit(a: Tensor, stream: Tensor, shortcut: str, **vectors: Tensor | Non
 
 def contiguous(*vectors: Tensor | None) -> Vectors:
     """Vectors as kernels read them."""
-    return tuple(None if vector is None else vector.contiguous() for vector in vectors)
+    return tuple([None if vector is None else vector.contiguous() for vector in vectors])
 
 
 def pass_arguments(

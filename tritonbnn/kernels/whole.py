@@ -42,15 +42,23 @@ def takes(x: Tensor, weight: Tensor, *others: Tensor | None) -> bool:
 
 def moves(averages: Averages, channels: int, device: torch.device) -> bool:
     """Whether :func:`forward` can move running averages: those of every ordinary BatchNorm."""
-    if averages.momentum is None:
-        return False
-    vectors = (averages.mean, averages.variance)
-    ordinary = all(
-        v is not None and v.shape == (channels,) and v.dtype == torch.float32 and v.is_contiguous()
-        for v in vectors
+    mean, variance, counter, momentum = averages
+    return (
+        momentum is not None
+        and _is_ordinary(mean, channels, device)
+        and _is_ordinary(variance, channels, device)
+        and (counter is None or counter.device == device)
     )
-    tensors = [tensor for tensor in (*vectors, averages.counter) if tensor is not None]
-    return ordinary and all(tensor.device == device for tensor in tensors)
+
+
+def _is_ordinary(average: Tensor | None, channels: int, device: torch.device) -> bool:
+    return (
+        average is not None
+        and average.shape == (channels,)
+        and average.dtype == torch.float32
+        and average.is_contiguous()
+        and average.device == device
+    )
 
 
 def forward(
@@ -219,7 +227,7 @@ def backward(
         factor = _factor(weight, kept, dy.dtype) if factor is None else factor
         added = skipped if residual is None else None
         dx, shares = stream_grad(dy, factor, geometry, x, shift_in, added, options.shortcut)
-        dshift_in = None if shift_in is None else shares.view(-1, shares.shape[-1]).sum(0)
+        dshift_in = None if shift_in is None else shares.flatten(0, -2).sum(0)
     del factor
     if wants_weight:  # after the expanded weight is gone, which may be as large
         signed = isinstance(weight, PackedWeight)  # of +1 and -1, none of which is above 1

@@ -162,15 +162,20 @@ def binary_unit(
     checks.check_conv_weight(weight, x.shape[1])
     if gamma is None or beta is None:
         raise TypeError("gamma and beta must be tensors: the BatchNorm of a unit is affine")
-    vectors = {"gamma": gamma, "beta": beta, "shift_mid": shift_mid, "slope": slope}
-    vectors["shift_out"] = shift_out
-    checks.check_per_channel(weight.shape[0], **vectors)
-    checks.check_per_channel(x.shape[1], shift_in=shift_in)
-    checks.check_per_channel(weight.shape[0], next_shift=next_shift)
     given = None if statistics is None else Statistics(*statistics)
     mean, variance = (None, None) if given is None else given
-    moments = {"the running mean": mean, "the running variance": variance}
-    checks.check_per_channel(weight.shape[0], **moments)
+    vectors = {
+        "gamma": gamma,
+        "beta": beta,
+        "shift_mid": shift_mid,
+        "slope": slope,
+        "shift_out": shift_out,
+        "next_shift": next_shift,
+        "the running mean": mean,
+        "the running variance": variance,
+    }
+    checks.check_per_channel(weight.shape[0], **vectors)
+    checks.check_per_channel(x.shape[1], shift_in=shift_in)
     if signs is not None:
         checks.check_packed("signs", signs, x.shape[1])
         checks.check_shape("signs", signs, (x.shape[0], *x.shape[2:], signs.shape[-1]))
@@ -181,9 +186,7 @@ def binary_unit(
         shift_in=shift_in,
         shortcut=residual,
         signs=signs,
-        next_shift=next_shift,
         **vectors,
-        **moments,
     )
     if len({v is None for v in (shift_mid, slope, shift_out)}) > 1:
         raise ValueError("shift_mid, slope and shift_out must be given together, or none of them")
