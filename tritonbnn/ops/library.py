@@ -99,14 +99,15 @@ def in_one_call(takes: Callable[..., bool], x: Tensor, *others: Tensor | None) -
 
 
 def whole_units(x: Tensor, *others: Tensor | None) -> ModuleType | None:
-    """What computes a unit of these operands in one call a direction, or None.
+    """The launchers whose ``whole`` computes a unit of these operands in one call a direction.
 
-    None while torch traces, which is to see operators.
+    None where there are no such, and while torch traces, which is to see operators.
     """
     if through_operators(x, *others):
         return None
-    whole = getattr(backend.launchers(x.device), "whole", None)
-    return whole if whole is not None and whole.takes(x, *others) else None
+    launchers = backend.launchers(x.device)
+    whole = getattr(launchers, "whole", None)
+    return launchers if whole is not None and whole.takes(x, *others) else None
 
 
 _ORDINARY = (Tensor, torch.nn.Parameter, PackedWeight)

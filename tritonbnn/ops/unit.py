@@ -1,5 +1,6 @@
 """The half-block as one Function, which saves packed signs and the stream."""
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -204,12 +205,13 @@ def binary_unit(
     residual = None if residual is None else residual.to(x.dtype)
     next_shift = None if next_shift is None else next_shift.detach()
     operands = (x, weight, gamma, beta, shift_in, shift_mid, slope, shift_out, residual)
-    whole = library.whole_units(*operands, next_shift, mean, variance)
+    launchers = library.whole_units(*operands, next_shift, mean, variance)
+    whole = None if launchers is None else launchers.whole
     if group is not None and whole is not None and not whole.SHARES_STATISTICS:
         whole = None
     moved = averages is not None and whole is not None and whole.moves(averages, shape[1], x.device)
     if plan == "auto":
-        plan = _automatic_plan(x, weight, stride, binary_weight)
+        plan = _automatic_plan(x, weight, stride, binary_weight, launchers)
     moving = averages if moved else None
     options = Options(stride, kind, binary_weight, eps, plan, group, pack, whole, moving)
     output = UnitOutput(*apply(_BinaryUnit, *operands, signs, next_shift, given, options))
@@ -220,7 +222,10 @@ def binary_unit(
     return output
 
 
-def _automatic_plan(x: Tensor, weight: Tensor, stride: int, binary_weight: bool) -> str:
+def _automatic_plan(
+    x: Tensor, weight: Tensor, stride: int, binary_weight: bool, launchers: ModuleType | None
+) -> str:
+    """The plan that the launchers have for a unit; None for those that x's device has."""
     sizes = (*x.shape, *weight.shape[::2])
     if torch.compiler.is_compiling():
         # not at the top, as it imports Triton, which then cannot be told to interpret
@@ -229,7 +234,7 @@ def _automatic_plan(x: Tensor, weight: Tensor, stride: int, binary_weight: bool)
         if not all(map(has_static_value, sizes)):
             return "keep"
         sizes = tuple(map(guard_scalar, sizes))  # a symbol with one value is no constant yet
-    return _planned(*(*sizes, stride, x.dtype, binary_weight, x.device))
+    return _planned(*(*sizes, stride, x.dtype, binary_weight, x.device, launchers))
 
 
 def _planned(
@@ -243,9 +248,11 @@ def _planned(
     dtype: torch.dtype,
     binary_weight: bool,
     device: torch.device,
+    launchers: ModuleType | None,
 ) -> str:
     """The tuning table's plan for one shape."""
-    return backend.launchers(device).unit_plan(
+    launchers = backend.launchers(device) if launchers is None else launchers
+    return launchers.unit_plan(
         batch=batch,
         height=height,
         width=width,
