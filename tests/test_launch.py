@@ -39,6 +39,12 @@ with launches_do_nothing(TARGETS["sm_90"]):
         for mine, own in zip(given[-len(arguments):], expected[-len(arguments):], strict=True):
             assert mine is own or mine == own
         kinds.add(id(remembered))
+    try:
+        launch.start(_pack_kernel, (3,), tile, arguments | {"rows": packed}, packed.device)
+    except TypeError as error:
+        assert "tensors of _pack_kernel" in str(error)
+    else:
+        raise AssertionError("a tensor that is no pointer by its name is not looked at")
 print(len(kinds), len(launch._runners), len(cases))
 """
 
