@@ -61,8 +61,9 @@ def _through_activation(
     positive = gl.full(LAYOUT.shape, True, gl.int1, LAYOUT)
     du, low = grad, gl.full(LAYOUT.shape, 0.0, gl.float32, LAYOUT)
     if slope_ptr is not None:
-        t = normalised(distance, affine_ptr, out, known, shape)
-        t += block_shortcut(stream_ptr, start, row, pixel, out, mask, shape, SHORTCUT)
+        # the shortcut first: behind the vectors, ptxas spills some registers of them
+        t = block_shortcut(stream_ptr, start, row, pixel, out, mask, shape, SHORTCUT)
+        t += normalised(distance, affine_ptr, out, known, shape)
         t += per_channel(shift_mid_ptr, out, known)
         positive = t > 0
         du = gl.where(positive, grad, grad * per_channel(slope_ptr, out, known))
