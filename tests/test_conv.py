@@ -16,7 +16,8 @@ from tests.helpers import (
     vectors,
 )
 from tritonbnn import eager, kernels, reference
-from tritonbnn.kernels import config
+from tritonbnn.kernels import config, conv
+from tritonbnn.kernels.geometry import Geometry
 
 TILES = {
     "int8": config.TileConfig(32, 32, 64, 4, 2),
@@ -130,6 +131,38 @@ def test_signs_with_a_real_weight(launchers, device, problem, dtype):
     )
     truth = reference.binary_conv2d(x.double(), weight.double(), binary_weight=False, **arguments)
     assert_no_worse_than_eager(y, ordinary, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_a_real_convolution_leaves_its_moments(unwritten_memory, problem, dtype):
+    n, c, h, w, o, k, stride = problem
+    x, weight = activation(n, c, h, w), gradient(o, c, k, k, seed=4)
+    x[:, : c // 2] = x[:, : c // 2].abs()
+    weight[:, : c // 2] += 100  # so that means are far from 0
+    packed, weight = eager.pack_signs(x).to(KERNEL_DEVICE), weight.to(KERNEL_DEVICE)
+    geometry = Geometry(n, h, w, c, o, k, stride, k // 2)
+    with config.using(config.Choice("dot", config.TileConfig(16, 16, 32, 4, 1))):
+        y, moments = conv.real_convolved(packed, weight, geometry, dtype, summed=True)
+    blocks = y.cpu().double().permute(0, 2, 3, 1).reshape(-1, o).split(moments.rows)
+    assert len(blocks) == len(moments.sums)
+    for block, (total, squares) in zip(blocks, moments.sums.cpu().double(), strict=True):
+        scale = block.abs().max().clamp(min=1)
+        assert (total - block.sum(0)).abs().max() <= 1e-6 * scale * len(block)
+        exact = (block - block.mean(0)).square().sum(0)
+        # what the mean is rounded by is lost, never a share of its square
+        lost = 1e-4 * exact + len(block) * (1e-6 * scale) ** 2
+        assert ((squares - exact).abs() <= lost).all()
+
+
+def test_the_library_leaves_no_moments():
+    packed = eager.pack_signs(activation(2, 33, 5, 3)).to(KERNEL_DEVICE)
+    weight = activation(7, 33, 1, 1, seed=4).to(KERNEL_DEVICE)
+    geometry = Geometry(2, 5, 3, 33, 7, 1, 1, 0)
+    with config.using(config.Choice("library", config.TileConfig(16, 16, 32, 4, 1))):
+        y, moments = conv.real_convolved(packed, weight, geometry, torch.float32, summed=True)
+    assert y.shape == geometry.output_shape
+    assert moments is None
 
 
 def test_the_library_formulation_agrees():

@@ -76,6 +76,30 @@ def test_the_batchs_statistics_and_the_averages_that_they_move(unwritten_memory,
     assert moved[2] == 5
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
+@pytest.mark.parametrize("most", [1024, 3], ids=["at-once", "in-splits"])
+def test_blocks_moments_are_joined(unwritten_memory, monkeypatch, most, shared):
+    """Each block's squares are about its own mean; the last block is short."""
+    monkeypatch.setattr(unit_norm, "MOST_PARTS", most)
+    monkeypatch.setattr(distributed, "all_reduce", lambda tensor, group: tensor.mul_(2))
+    rows, generator = 4, torch.Generator().manual_seed(6)
+    a = torch.randn(1027, CHANNELS, generator=generator) + 1000
+    a[:600] += 3  # blocks differ by more than chance
+    blocks = a.double().split(rows)
+    sums = [torch.stack((b.sum(0), (b - b.mean(0)).square().sum(0))) for b in blocks]
+    shares, *norm = there(torch.stack(sums).float(), None, *vectors()[1:])
+    taken = options(group=object() if shared else None)
+    joined = (shares, None, len(a), *norm, taken)
+    found, statistics = unit_norm.batch_norm(*joined, rows=rows)
+    wide = a.double()
+    assert close(statistics[0], wide.mean(0), 1e-6)
+    exact = torch.cat((wide, wide)).var(0) if shared else wide.var(0)
+    assert ((statistics[1].cpu() - exact).abs() <= 1e-5 * exact).all()  # sums are rounded to float32
+    gamma, beta = vectors()[1:]
+    expected = F.batch_norm(wide, None, None, gamma.double(), beta.double(), True, 0.0, EPS)
+    assert close(normalised(wide, found), expected, 1e-4)  # the centre is float32
+
+
 def test_a_batch_without_values_is_counted_and_moves_nothing(unwritten_memory):
     averages = Averages(*there(torch.ones(CHANNELS), torch.ones(CHANNELS), torch.tensor(4)), 0.3)
     sums = torch.empty((0, 2, CHANNELS), dtype=torch.int64, device=KERNEL_DEVICE)

@@ -5,6 +5,8 @@ either packed, for the popcount kernel, or expanded to numbers, for the tensor c
 and expanding it once spares every tile the shuffles that expanding both operands would cost.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,18 @@ from tritonbnn.kernels.weight import Numbers, expand
 from tritonbnn.layout import channels_last, empty_channels_last, flat_pixels, from_flat
 
 
+class BlockMoments(NamedTuple):
+    """Moments of a convolution's output, by blocks of pixels.
+
+    Attributes:
+        sums: float32 (blocks, 2, O): a block's sum, and its sum of squares about its own mean.
+        rows: pixels of a block, of which the last one may have fewer.
+    """
+
+    sums: Tensor
+    rows: int
+
+
 @triton.jit
 def _conv_dot_kernel(
     x_ptr,
@@ -32,6 +46,7 @@ def _conv_dot_kernel(
     tap_sum_ptr,
     alpha_ptr,
     y_ptr,
+    sums_ptr,
     pixels,
     shape: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -42,7 +57,9 @@ def _conv_dot_kernel(
 
     x (N H W, words) int32, expanded in registers to the weight's dtype; weight (O, kh kw, C)
     float or int8; tap_sum (O, kh kw), the weight's sums over C in the accumulator's dtype, or
-    None without padding; alpha (O,) float32 or None; y (N H' W', O) of any number dtype.
+    None without padding; alpha (O,) float32 or None; y (N H' W', O) of any number dtype. sums
+    (blocks of BLOCK_M pixels, 2, O) float32 or None: y's moments, as :func:`_store_moments` has
+    them.
     """
     OPERAND: tl.constexpr = weight_ptr.dtype.element_ty
     ACCUMULATOR: tl.constexpr = tl.int32 if OPERAND.is_int() else tl.float32
@@ -80,8 +97,32 @@ def _conv_dot_kernel(
     if alpha_ptr is not None:
         y = acc.to(tl.float32) * tl.load(alpha_ptr + out, mask=known, other=0.0)[None, :]
     offs_y = pixel.to(tl.int64)[:, None] * OUT_CHANNELS + out[None, :]
-    mask = (pixel < pixels)[:, None] & known[None, :]
+    exists = (pixel < pixels)[:, None]
+    mask = exists & known[None, :]
     tl.store(y_ptr + offs_y, y.to(y_ptr.dtype.element_ty), mask=mask)
+    if sums_ptr is not None:
+        # In the accumulator's layout a sum over pixels takes six times the shuffles: read again as
+        # stored, a thread has eight channels side by side, of many pixels.
+        tl.debug_barrier()
+        stored = tl.load(y_ptr + offs_y, mask=mask, other=0.0).to(tl.float32)
+        block = tl.program_id(0) // tl.cdiv(OUT_CHANNELS, BLOCK_N)
+        count = tl.minimum(pixels - block * BLOCK_M, BLOCK_M)
+        sums_ptr += block.to(tl.int64) * 2 * OUT_CHANNELS
+        _store_moments(stored, exists, count, out, known, sums_ptr, OUT_CHANNELS)
+
+
+@triton.jit
+def _store_moments(y, exists, count, out, known, sums_ptr, OUT_CHANNELS: tl.constexpr):
+    """The sum of a block's ``count`` rows, and the sum of their squares about their own mean.
+
+    y float32, 0 where no row exists; sums (2, OUT_CHANNELS) float32. Nothing that is known before
+    is sure to be near a channel's mean, and far from it squares lose digits. So each block takes
+    its own: :mod:`tritonbnn.kernels.unit_norm` adds blocks up in float64.
+    """
+    total = tl.sum(y, axis=0)
+    d = tl.where(exists, y - (total / count)[None, :], 0.0)
+    tl.store(sums_ptr + out, total, mask=known)
+    tl.store(sums_ptr + OUT_CHANNELS + out, tl.sum(d * d, axis=0), mask=known)
 
 
 @triton.jit
@@ -198,7 +239,7 @@ def convolved(
     elif y.numel():
         values, sums = numbers or expand(weight, geometry.channels)
         tap_sums = sums if geometry.padding else None
-        _launch_dot(x, values, tap_sums, alpha, y, geometry, choice.tile)
+        _launch_dot(x, values, tap_sums, alpha, y, None, geometry, choice.tile)
     return y
 
 
@@ -212,16 +253,40 @@ def conv_real(
     check_kernel_dtype("weight", weight.dtype)
     check_kernel_dtype("dtype", dtype)
     geometry = checked_geometry(x, channels, out_channels, kernel_size, stride, padding)
+    return real_convolved(x, weight, geometry, dtype, summed=False)[0]
+
+
+def real_convolved(
+    x: Tensor, weight: Tensor, geometry: Geometry, dtype: torch.dtype, *, summed: bool
+) -> tuple[Tensor, BlockMoments | None]:
+    """:func:`conv_real`, unchecked, and its moments if they are wanted and the product is ours.
+
+    They cost 8 bytes a block and channel, where a pass over the result would read all of it.
+
+    Args:
+        x: packed (N, H, W, words).
+        weight: (O, C, kh, kw).
+        geometry: of the convolution.
+        dtype: of operands and result.
+        summed: whether moments are wanted.
+    """
     choice = config.choose(geometry.key("conv_real", config.dtype_name(dtype)), x.device)
     weight = channels_last(weight.to(dtype))
     if choice.formulation == "library":
-        return convolution(unpack_signs(x, channels, dtype), weight, geometry)
-    y = torch.empty((geometry.pixels, out_channels), dtype=dtype, device=x.device)
+        signs = unpack_signs(x, geometry.channels, dtype)
+        return channels_last(convolution(signs, weight, geometry)), None
+    outputs, block = geometry.out_channels, choice.tile.block_m
+    y = torch.empty((geometry.pixels, outputs), dtype=dtype, device=x.device)
+    sums = None
+    if summed:
+        shape = (ceil_div(geometry.pixels, block), 2, outputs)
+        sums = torch.empty(shape, dtype=torch.float32, device=x.device)
     if y.numel():
         flat = flat_pixels(weight)
-        tap_sums = flat.sum(1, dtype=torch.float32) if padding else None
-        _launch_dot(x.contiguous(), flat, tap_sums, None, y, geometry, choice.tile)
-    return from_flat(y, geometry.output_shape)
+        tap_sums = flat.sum(1, dtype=torch.float32) if geometry.padding else None
+        _launch_dot(x.contiguous(), flat, tap_sums, None, y, sums, geometry, choice.tile)
+    moments = None if sums is None else BlockMoments(sums, block)
+    return from_flat(y, geometry.output_shape), moments
 
 
 def _launch_dot(
@@ -230,6 +295,7 @@ def _launch_dot(
     tap_sums: Tensor | None,
     alpha: Tensor | None,
     y: Tensor,
+    sums: Tensor | None,
     geometry: Geometry,
     tile: config.TileConfig,
 ) -> None:
@@ -243,6 +309,7 @@ def _launch_dot(
         tap_sum_ptr=tap_sums,
         alpha_ptr=alpha,
         y_ptr=y,
+        sums_ptr=sums,
         pixels=geometry.pixels,
         shape=geometry.shape,
         BLOCK_M=tile.block_m,

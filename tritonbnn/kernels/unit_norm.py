@@ -19,6 +19,9 @@ from tritonbnn.kernels.launch import launch
 _TILE = TileConfig(256, 8, 1, 4, 1)
 """Parts and channels of a block: 32 bytes of float32 lie side by side."""
 
+MOST_PARTS = 1024
+"""That a program adds up: a convolution may leave 25 times as many, which are joined before."""
+
 
 @triton.jit
 def _total(
@@ -41,6 +44,37 @@ def _total(
         offset = (part * ROWS + row) * CHANNELS + channel
         total += tl.load(sums_ptr + offset, mask=mask, other=0).to(WIDE)
     return tl.sum(total, axis=0)[None, :].to(tl.float64)
+
+
+@triton.jit
+def _squares(
+    sums_ptr,
+    parts,
+    values,
+    channel,
+    known,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """The sum of squares of sums (parts, 2, CHANNELS), in float64.
+
+    If ROWS is 0, it is the sum of the second row. Else that is each part's about its own mean, of
+    ROWS values and in the last part what is left of them all, and the result is about 0. That wide,
+    a mean of 1e5 spreads leaves the variance 6 digits.
+    """
+    if ROWS == 0:
+        return _total(sums_ptr, 1, parts, channel, known, 2, CHANNELS, BLOCK_P)
+    squares = tl.zeros((BLOCK_P, channel.shape[1]), tl.float64)
+    for start in range(0, parts, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)[:, None]
+        mask = (part < parts) & known
+        place = sums_ptr + part * 2 * CHANNELS + channel
+        total = tl.load(place, mask=mask, other=0.0).to(tl.float64)
+        rows = tl.maximum(tl.minimum(values - part * ROWS, ROWS), 1).to(tl.float64)
+        squares += tl.load(place + CHANNELS, mask=mask, other=0.0).to(tl.float64)
+        squares += total * total / rows
+    return tl.sum(squares, axis=0)[None, :]
 
 
 @triton.jit
@@ -107,21 +141,30 @@ def _local_sums_kernel(
     local_ptr,
     parts,
     values,
+    share,
     CHANNELS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """This process's count, sum and sum of squares, about 0, local (3, CHANNELS) float64.
+    """This process's count, sum and sum of squares, about 0, local (splits, 3, CHANNELS) float64.
 
-    sums and pivot as :func:`_batch_norm_kernel` takes them.
+    sums and pivot as :func:`_batch_norm_kernel` takes them. Axis 1 of the grid is the split, of
+    ``share`` parts.
     """
     channel = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     known = channel < CHANNELS
+    first = tl.program_id(1) * share
+    sums_ptr += first.to(tl.int64) * 2 * CHANNELS
+    parts = tl.minimum(parts - first, share)
+    if ROWS > 0:
+        values = tl.minimum(values - first * ROWS, share * ROWS)
     total = _total(sums_ptr, 0, parts, channel, known, 2, CHANNELS, BLOCK_P)
-    squares = _total(sums_ptr, 1, parts, channel, known, 2, CHANNELS, BLOCK_P)
+    squares = _squares(sums_ptr, parts, values, channel, known, ROWS, CHANNELS, BLOCK_P)
     count = tl.zeros((1, BLOCK_N), tl.float64) + values
     pivot = _double(pivot_ptr, channel, known, 0.0)
     squares += pivot * (2.0 * total + pivot * count)
+    local_ptr += tl.program_id(1) * 3 * CHANNELS
     _store_row(local_ptr, 0, channel, known, count, CHANNELS)
     _store_row(local_ptr, 1, channel, known, total + pivot * count, CHANNELS)
     _store_row(local_ptr, 2, channel, known, squares, CHANNELS)
@@ -144,26 +187,29 @@ def _batch_norm_kernel(
     momentum,
     CHANNELS: tl.constexpr,
     EPS: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """BatchNorm by the batch's statistics, and the running averages moved towards them.
 
     sums (parts, 2, CHANNELS) int64, of a and a^2; or float32, of a - pivot and its square, pivot
-    (CHANNELS,); or (1, 3, CHANNELS) float64, of all processes, as :func:`_local_sums_kernel` has
-    them. Vectors (CHANNELS,) float; counter int64 of one element; vectors (6, CHANNELS) and
-    statistics (2, CHANNELS) float32. Where there are no averages, all three are None.
+    (CHANNELS,); or float32, as :func:`_squares` takes them with ROWS; or (parts, 3, CHANNELS)
+    float64, of splits or of all processes, as :func:`_local_sums_kernel` has them. Vectors
+    (CHANNELS,) float; counter int64 of one element; vectors (6, CHANNELS) and statistics
+    (2, CHANNELS) float32. Where there are no averages, all three are None.
     """
     channel = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     known = channel < CHANNELS
     if sums_ptr.dtype.element_ty == tl.float64:
-        count = tl.maximum(_double(sums_ptr, channel, known, 0.0), 1.0)
-        total = _double(sums_ptr + CHANNELS, channel, known, 0.0)
-        squares = _double(sums_ptr + 2 * CHANNELS, channel, known, 0.0)
+        count = _total(sums_ptr, 0, parts, channel, known, 3, CHANNELS, BLOCK_P)
+        count = tl.maximum(count, 1.0)
+        total = _total(sums_ptr, 1, parts, channel, known, 3, CHANNELS, BLOCK_P)
+        squares = _total(sums_ptr, 2, parts, channel, known, 3, CHANNELS, BLOCK_P)
     else:
         count = tl.maximum(tl.zeros((1, BLOCK_N), tl.float64) + values, 1.0)
         total = _total(sums_ptr, 0, parts, channel, known, 2, CHANNELS, BLOCK_P)
-        squares = _total(sums_ptr, 1, parts, channel, known, 2, CHANNELS, BLOCK_P)
+        squares = _squares(sums_ptr, parts, values, channel, known, ROWS, CHANNELS, BLOCK_P)
     mean = total / count
     spread = tl.maximum(squares / count - mean * mean, 0.0)
     centre = mean + _double(pivot_ptr, channel, known, 0.0)
@@ -294,27 +340,31 @@ def batch_norm(
     gamma: Tensor,
     beta: Tensor,
     options: Options,
+    *,
+    rows: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """BatchNorm by the batch's own statistics, over all devices of a group if there is one.
 
     ``options.averages``, if there are any, move towards them in place.
 
     Args:
-        sums: (parts, 2, O) int64 or float32, as the passes leave them; or of all processes, from
-            :func:`local_sums`.
+        sums: (parts, 2, O) int64 or float32, as the passes leave them: of values and of squares.
         pivot: (O,), what was subtracted before reals were summed; None for integers.
         values: per channel, of this process.
         alpha: (O,), or None for 1.
         gamma: (O,), BatchNorm's weight.
         beta: (O,), BatchNorm's bias.
         options: of the unit.
+        rows: of a part, if its squares are about its own mean; the last part may have fewer.
 
     Returns:
         The fields of Affine, (6, O) float32; and mean and unbiased variance of y, (2, O) float32.
     """
-    parts, _, channels = sums.shape
+    channels = sums.shape[2]
+    if options.group is not None or (rows and len(sums) > MOST_PARTS):
+        sums, pivot, rows = local_sums(sums, pivot, values, rows=rows), None, 0
     if options.group is not None:
-        sums, pivot, parts = local_sums(sums, pivot, values), None, 1
+        sums = sums if len(sums) == 1 else sums.sum(0, keepdim=True)
         distributed.all_reduce(sums, group=options.group)
     vectors = torch.empty((6, channels), dtype=torch.float32, device=sums.device)
     statistics = torch.empty((2, channels), dtype=torch.float32, device=sums.device)
@@ -333,34 +383,41 @@ def batch_norm(
         counter_ptr=averages.counter,
         vectors_ptr=vectors,
         statistics_ptr=statistics,
-        parts=parts,
+        parts=len(sums),
         values=values,
         momentum=averages.momentum,
         EPS=options.eps,
+        ROWS=rows,
         BLOCK_P=_TILE.block_m,
     )
     return vectors, statistics
 
 
-def local_sums(sums: Tensor, pivot: Tensor | None, values: int) -> Tensor:
+def local_sums(sums: Tensor, pivot: Tensor | None, values: int, *, rows: int = 0) -> Tensor:
     """What processes that share statistics add up: count, sum and sum of squares about 0.
 
     Args:
         sums: as :func:`batch_norm` takes them, as are the others.
 
     Returns:
-        (1, 3, O) float64. So wide, moments about 0 do the variance no harm.
+        (splits, 3, O) float64, of several splits where a block's sums are many. So wide, moments
+        about 0 do the variance no harm.
     """
     parts, _, channels = sums.shape
-    local = torch.empty((1, 3, channels), dtype=torch.float64, device=sums.device)
+    share = _TILE.block_m if rows and parts > MOST_PARTS else max(parts, 1)
+    splits = max(ceil_div(parts, share), 1)
+    local = torch.empty((splits, 3, channels), dtype=torch.float64, device=sums.device)
     _launch(
         _local_sums_kernel,
         channels,
+        splits,
         sums_ptr=sums,
         pivot_ptr=pivot,
         local_ptr=local,
         parts=parts,
         values=values,
+        share=share,
+        ROWS=rows,
         BLOCK_P=_TILE.block_m,
     )
     return local
@@ -413,18 +470,18 @@ def norm_grads(
     coefficients = torch.empty((3, channels), dtype=torch.float32, device=sums.device)
     alike: dict[str, Any] = {"vectors_ptr": vectors, "alpha_ptr": alpha, "gamma_ptr": gamma}
     alike["BLOCK_P"] = _TILE.block_m
-    own = {"sums_ptr": sums, "shared_ptr": None, "grads_ptr": grads, "parts": parts}
+    own: dict[str, Any] = {"sums_ptr": sums, "shared_ptr": None, "grads_ptr": grads, "parts": parts}
     if group is None:
         _launch(_norm_grads_kernel, channels, **own, **alike, coefficients_ptr=coefficients)
         return grads, coefficients
     _launch(_norm_grads_kernel, channels, **own, **alike, coefficients_ptr=None)
     shared = grads[:2].clone()
     distributed.all_reduce(shared, group=group)
-    others = {"sums_ptr": None, "shared_ptr": shared, "grads_ptr": None, "parts": 0}
+    others: dict[str, Any] = {"sums_ptr": None, "shared_ptr": shared, "grads_ptr": None, "parts": 0}
     _launch(_norm_grads_kernel, channels, **others, **alike, coefficients_ptr=coefficients)
     return grads, coefficients
 
 
-def _launch(kernel: Any, channels: int, **arguments: Any) -> None:
-    blocks = ceil_div(channels, _TILE.block_n)
-    launch(kernel, blocks, _TILE, CHANNELS=channels, BLOCK_N=_TILE.block_n, **arguments)
+def _launch(kernel: Any, channels: int, splits: int = 1, **arguments: Any) -> None:
+    grid = ceil_div(channels, _TILE.block_n), splits
+    launch(kernel, grid, _TILE, CHANNELS=channels, BLOCK_N=_TILE.block_n, **arguments)

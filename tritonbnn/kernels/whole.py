@@ -5,7 +5,7 @@ sixty launches of torch's. Here operands are prepared once a step, and partial s
 to kernel as they are.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from torch import Tensor
 from tritonbnn import checks
 from tritonbnn.contract import Averages, Gradients, Kept, Options, Statistics
 from tritonbnn.kernels.binarize import Skipped
-from tritonbnn.kernels.conv import conv_real, convolved, product_choice
+from tritonbnn.kernels.conv import convolved, product_choice, real_convolved
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.input_grad import Binary, reads_signs, stream_grad
 from tritonbnn.kernels.launch import KERNEL_DTYPES, check_kernel_dtype
@@ -105,8 +105,8 @@ def forward(
         sums = None
         if statistics is None:
             product = product_of(signs, fragments, half_blocks(geometry))
-            sums = moments_mma(product, geometry)
-        vectors, found = _norm(sums, None, geometry, alpha, gamma, beta, statistics, options)
+            sums = Sums(moments_mma(product, geometry))
+        vectors, found = _norm(sums, geometry, alpha, gamma, beta, statistics, options)
         product = product_of(signs, fragments, blocks)
         passed = (stream, vectors, (shift_mid, slope, shift_out), next_shift)
         z, next_signs = unit_mma(product, *passed, geometry, shortcut=shortcut, pack=pack)
@@ -114,12 +114,9 @@ def forward(
         if options.binary_weight:
             choice = product_choice(geometry, x.device)
             packed, alpha, numbers = _prepared(weight, numbers=choice.formulation == NUMBERS)
-        a = _convolution(signs, weight, packed, numbers, geometry, x.dtype)
-        sums = pivot = None
-        if statistics is None:
-            sums = moment_sums(a)
-            pivot = flat_pixels(a)[0] if a.is_floating_point() and a.numel() else None
-        vectors, found = _norm(sums, pivot, geometry, alpha, gamma, beta, statistics, options)
+        operands = (signs, weight, packed, numbers, geometry, x.dtype)
+        a, sums = _convolution(*operands, summed=statistics is None)
+        vectors, found = _norm(sums, geometry, alpha, gamma, beta, statistics, options)
         norm, after = _affine(vectors), (shift_mid, slope, shift_out)
         z, next_signs = epilogue(a, stream, norm, after, next_shift, shortcut, pack=pack)
         kept_a = a if options.plan == "keep" else None
@@ -150,6 +147,20 @@ def _geometry(signs: Tensor, weight: Tensor, options: Options) -> Geometry:
     return checked_geometry(signs, channels, out_channels, *window)
 
 
+class Sums(NamedTuple):
+    """What passes leave of a convolution for its moments, as :func:`batch_norm` takes it.
+
+    Attributes:
+        shares: (parts, 2, O).
+        pivot: (O,), or None.
+        rows: of a part, or 0.
+    """
+
+    shares: Tensor
+    pivot: Tensor | None = None
+    rows: int = 0
+
+
 def _convolution(
     signs: Tensor,
     weight: Tensor,
@@ -157,19 +168,26 @@ def _convolution(
     numbers: Numbers | None,
     geometry: Geometry,
     dtype: torch.dtype,
-) -> Tensor:
-    """Before its scale: integers, or for a real weight ``dtype``."""
+    *,
+    summed: bool = False,
+) -> tuple[Tensor, Sums | None]:
+    """Before its scale, integers or for a real weight ``dtype``; and its sums if wanted."""
     if packed is None:
-        window = {"stride": geometry.stride, "padding": geometry.padding}
-        return channels_last(conv_real(signs, weight, dtype=dtype, **window))
-    integer = checks.sum_dtype(geometry.channels * geometry.kernel_size**2)
-    choice = product_choice(geometry, signs.device)
-    return convolved(signs, packed, numbers, None, geometry, choice, integer)
+        a, moments = real_convolved(signs, weight, geometry, dtype, summed=summed)
+        if moments is not None:
+            return a, Sums(moments.sums, rows=moments.rows)
+    else:
+        integer = checks.sum_dtype(geometry.channels * geometry.kernel_size**2)
+        choice = product_choice(geometry, signs.device)
+        a = convolved(signs, packed, numbers, None, geometry, choice, integer)
+    if not summed:
+        return a, None
+    pivot = flat_pixels(a)[0] if a.is_floating_point() and a.numel() else None
+    return a, Sums(moment_sums(a), pivot)
 
 
 def _norm(
-    sums: Tensor | None,
-    pivot: Tensor | None,
+    sums: Sums | None,
     geometry: Geometry,
     alpha: Tensor | None,
     gamma: Tensor,
@@ -182,7 +200,8 @@ def _norm(
         given = Statistics(*(each.contiguous() for each in statistics))
         return given_norm(given, alpha, gamma, beta, options.eps)
     assert sums is not None
-    return batch_norm(sums, pivot, geometry.pixels, alpha, gamma, beta, options)
+    operands = (sums.shares, sums.pivot, geometry.pixels, alpha, gamma, beta, options)
+    return batch_norm(*operands, rows=sums.rows)
 
 
 def _affine(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,7 +271,7 @@ def _kept(
 ) -> Tensor:
     """The convolution before its scale, computed again where it was not kept."""
     if kept.a is None:
-        return _convolution(signs, weight, kept.packed, None, geometry, dtype)
+        return _convolution(signs, weight, kept.packed, None, geometry, dtype)[0]
     return channels_last(kept.a)  # hooks of autograd may return it in another memory
 
 
