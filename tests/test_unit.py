@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from tests.helpers import activation, assert_no_worse_than_eager, vectors
+from tests.helpers import KERNEL_DEVICE, activation, assert_no_worse_than_eager, vectors
 from tritonbnn import eager, kernels
-from tritonbnn.kernels import config, elementwise
+from tritonbnn.bits import words
+from tritonbnn.kernels import config, elementwise, unit_grad
+from tritonbnn.layout import channels_last
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [(torch.int16, 9216), (torch.int32, 9 * 8192)])
@@ -59,6 +61,32 @@ def test_launchers_are_no_worse_than_eager(launchers, device, dtype, shortcut):
     plain = run(eager, "cpu", dtype)
     for result, ordinary, truth in zip(run(launchers, device, dtype), plain, exact, strict=True):
         assert_no_worse_than_eager(result, ordinary, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(2, 96, 5, 3), (3, 33, 1, 7), (1, 1, 1, 1)])
+def test_bits_stand_for_the_gradient_to_u(unwritten_memory, shape, dtype):
+    """What follows from them is what follows from the gradient, bit for bit."""
+    channels = shape[1]
+    a = activation(*shape, dtype=dtype, layout="channels_last").to(KERNEL_DEVICE)
+    stream, grad = (activation(*shape, dtype=dtype, seed=s) for s in (4, 5))
+    stream, grad = (channels_last(t).to(KERNEL_DEVICE) for t in (stream, grad))
+    mean, scale, offset, shift_mid, slope = (v.to(KERNEL_DEVICE) for v in vectors(5, channels))
+    operands = (grad, a, stream, (mean, scale, offset), (shift_mid, slope), "identity")
+    du, sums = unit_grad.activation_backward(*operands, stored=True)
+    bits, same = unit_grad.activation_backward(*operands, stored=False)
+    assert du.positive is None
+    assert bits.grad is grad
+    assert torch.equal(sums, same)
+    positive = eager.unpack_signs(bits.positive.cpu(), channels, torch.float32) > 0
+    low = (grad * slope.view(-1, 1, 1)).to(dtype)
+    assert torch.equal(torch.where(positive, grad.cpu(), low.cpu()), du.grad.cpu())
+    dy, other = (unit_grad.norm_backward(g, a, scale, mean, offset) for g in (du, bits))
+    assert torch.equal(dy, other)
+    left = words(channels) * 32 - channels  # bits of no channel
+    assert not (
+        eager.unpack_signs(bits.positive.cpu(), channels + left, dtype)[:, channels:] > 0
+    ).any()
 
 
 @pytest.mark.parametrize("shifted", [True, False])

@@ -94,7 +94,8 @@ def test_blocks_moments_are_joined(unwritten_memory, monkeypatch, most, shared):
     wide = a.double()
     assert close(statistics[0], wide.mean(0), 1e-6)
     exact = torch.cat((wide, wide)).var(0) if shared else wide.var(0)
-    assert ((statistics[1].cpu() - exact).abs() <= 1e-5 * exact).all()  # sums are rounded to float32
+    # blocks' sums are rounded to float32
+    assert ((statistics[1].cpu() - exact).abs() <= 1e-5 * exact).all()
     gamma, beta = vectors()[1:]
     expected = F.batch_norm(wide, None, None, gamma.double(), beta.double(), True, 0.0, EPS)
     assert close(normalised(wide, found), expected, 1e-4)  # the centre is float32

@@ -60,7 +60,7 @@ class Skipped(NamedTuple):
 
 
 @triton.jit
-def _skipped_grad(
+def skipped_grad(
     residual_ptr,
     positive_ptr,
     slope_ptr,
@@ -122,11 +122,11 @@ def shortcut_grad(
         y = row // WIDTH % HEIGHT // 2
         x = row % WIDTH // 2
         pixel = (image * (HEIGHT // 2) + y) * (WIDTH // 2) + x
-        return 0.25 * _skipped_grad(*given, pixel, exists, first, left, CHANNELS, BLOCK_N, BLOCK_N)
+        return 0.25 * skipped_grad(*given, pixel, exists, first, left, CHANNELS, BLOCK_N, BLOCK_N)
     if SHORTCUT == "repeat":
         STEP: tl.constexpr = CHANNELS & -CHANNELS
-        total = _skipped_grad(*given, row, exists, first, left, 2 * CHANNELS, BLOCK_N, BLOCK_N)
-        return total + _skipped_grad(
+        total = skipped_grad(*given, row, exists, first, left, 2 * CHANNELS, BLOCK_N, BLOCK_N)
+        return total + skipped_grad(
             *given,
             row,
             exists,
@@ -136,7 +136,7 @@ def shortcut_grad(
             STEP if STEP < BLOCK_N else BLOCK_N,
             BLOCK_N,
         )
-    return _skipped_grad(*given, row, exists, first, left, CHANNELS, BLOCK_N, BLOCK_N)
+    return skipped_grad(*given, row, exists, first, left, CHANNELS, BLOCK_N, BLOCK_N)
 
 
 @triton.jit

@@ -298,10 +298,13 @@ def fitted(tile: TileConfig, target: Target) -> TileConfig:
 def default_tile(key: ProblemKey, formulation: str) -> TileConfig:
     """A tile that fits every problem of the operation, clipped to this one."""
     if key.out_channels == 0:
+        if key.op == "unit_activation_backward":
+            # Four accumulators. A thread has eight channels, so that their bits are a byte of its
+            # own; with 128 channels side by side the compiler takes another layout for them.
+            block_n = min(64, power_of_two(key.channels))
+            return TileConfig(1024 // block_n, block_n, 1, 4, 1)
         # Registers: float32 takes two where bf16 takes one, a backward pass has accumulators.
         elements = 2048 if "float32" in key.dtype or key.op.endswith("backward") else 4096
-        if key.op == "unit_activation_backward":
-            elements = 1024
         block_n = min(128, power_of_two(key.channels))
         # With half the threads, the compiler spills a value or two of some shapes on sm_90.
         num_warps = 8 if key.op.startswith("unit") else 4

@@ -59,6 +59,24 @@ def shortcut_value(
 
 
 @triton.jit
+def store_bits(conditions, words_ptr, row, rows, block, CHANNELS: tl.constexpr):
+    """Pack a block of conditions (rows, channels), and store the bytes of its words.
+
+    row (rows of the block, 1); ``block`` counts blocks of channels, which are of whole words. Of
+    channels that do not exist a condition must not hold. A thread has the eight channels of a byte,
+    or half of them, where a word's are several threads' and go through shared memory.
+    """
+    BLOCK_M: tl.constexpr = conditions.shape[0]
+    BYTES: tl.constexpr = conditions.shape[1] // 8
+    ALL: tl.constexpr = (CHANNELS + 31) // 32 * 4
+    lane = tl.arange(0, 8)[None, None, :]
+    bits = tl.where(tl.reshape(conditions, (BLOCK_M, BYTES, 8)), 1 << lane, 0)
+    byte = block * BYTES + tl.arange(0, BYTES)[None, :]
+    place = words_ptr.to(tl.pointer_type(tl.uint8)) + (row * ALL + byte)
+    tl.store(place, tl.sum(bits, axis=2).to(tl.uint8), mask=(row < rows) & (byte < ALL))
+
+
+@triton.jit
 def per_channel(ptr, channel, known):
     return tl.load(ptr + channel, mask=known, other=0.0).to(tl.float32)
 
@@ -151,12 +169,7 @@ def _unit_forward_kernel(
         s = z.to(tl.float32)
         if next_shift_ptr is not None:
             s += per_channel(next_shift_ptr, channel, known)
-        lane = tl.arange(0, 32)[None, None, :]
-        bits = tl.reshape(((s >= 0) & known).to(tl.int32), (BLOCK_M, BLOCK_N // 32, 32))
-        word = pid_n * (BLOCK_N // 32) + tl.arange(0, BLOCK_N // 32)[None, :]
-        words: tl.constexpr = (CHANNELS + 31) // 32
-        inside = (row < rows) & (word < words)
-        tl.store(signs_ptr + row * words + word, tl.sum(bits << lane, axis=2), mask=inside)
+        store_bits((s >= 0) & known, signs_ptr, row, rows, pid_n, CHANNELS)
 
 
 def unit_plan(

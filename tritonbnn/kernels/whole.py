@@ -232,15 +232,17 @@ def backward(
     shift_in, *activation = contiguous(shift_in, shift_mid, slope)
     past = (grad, stream, tuple(activation), gamma.contiguous(), kept, options)
     factor: Tensor | Binary | None = None
+    # behind a pool four pixels would each compute it again, to save a quarter of the bytes
+    stored = residual is not None or options.shortcut == "pool"
     if _in_one(options, geometry, x.device):
-        # behind a pool four pixels would each compute it again, to save a quarter of the bytes
-        stored = residual is not None or options.shortcut == "pool"
         passed = _through_product(
             signs, weight, *past, geometry, stored=stored, wants_input=wants_input
         )
         skipped, dy, grads, factor = passed
     else:
-        skipped, dy, grads = _through_norm(_kept(kept, signs, weight, geometry, x.dtype), *past)
+        a = _kept(kept, signs, weight, geometry, x.dtype)
+        skipped, dy, grads = _through_norm(a, *past, stored=stored)
+        del a
     dx = dweight = dshift_in = None
     if wants_input:
         factor = _factor(weight, kept, dy.dtype) if factor is None else factor
@@ -283,13 +285,19 @@ def _through_norm(
     gamma: Tensor,
     kept: Kept,
     options: Options,
+    *,
+    stored: bool,
 ) -> tuple[Skipped, Tensor, Tensor]:
-    """The gradients to u, y and the unit's vectors, from the convolution."""
+    """The gradients to u, y and the unit's vectors, from the convolution.
+
+    Unless that to u is to be ``stored``, there are signs in place of it.
+    """
     vectors = kept.vectors.contiguous()
     norm = _affine(vectors)
-    du, sums = activation_backward(grad, a, stream, norm, activation, options.shortcut)
+    operands = (grad, a, stream, norm, activation, options.shortcut)
+    skipped, sums = activation_backward(*operands, stored=stored)
     grads, coefficients = norm_grads(sums, vectors, kept.alpha, gamma, options.group)
-    return Skipped(du), norm_backward(du, a, *coefficients.unbind(0)), grads
+    return skipped, norm_backward(skipped, a, *coefficients.unbind(0)), grads
 
 
 def _through_product(
@@ -308,8 +316,7 @@ def _through_product(
 ) -> tuple[Skipped, Tensor, Tensor, Tensor | None]:
     """As :func:`_through_norm`, with the convolution done twice.
 
-    Unless the gradient to u is to be ``stored``, there are signs in place of it. The weight as
-    numbers comes too, where the input's gradient asks for them.
+    The weight as numbers comes too, where the input's gradient asks for them.
     """
     from tritonbnn.kernels.mma_unit import half_blocks, product_of  # it needs Gluon
     from tritonbnn.kernels.mma_unit_grad import activation_sums_mma, unit_grad_mma
