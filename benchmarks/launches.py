@@ -146,7 +146,8 @@ def as_on_a_gpu(target: Target, call: Callable[..., None]) -> Iterator[None]:
     environment = {VARIABLE: "triton", "TRITON_INTERPRET": "1"}
 
     def trusted(device: torch.device, formulation: str = "mma") -> bool:
-        return formulation in (*target.products, *target.weight_grads, *target.input_grads)
+        gradients = (*target.weight_grads, *target.input_grads)
+        return formulation in (*target.products, *target.reals, *gradients)
 
     with (
         mock.patch.dict(os.environ, environment),

@@ -21,6 +21,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from tests.warpgroup_numpy import SharedMemory, run_assembly, run_bits
 from tritonbnn.kernels import (
     conv,
+    conv_warpgroup,
     input_grad,
     input_grad_warpgroup,
     mma,
@@ -123,7 +124,8 @@ def _binary(function):
     return method
 
 
-for _name in ("add", "sub", "mul", "floordiv", "mod", "and_", "or_", "xor", "lshift", "rshift"):
+_NAMES = ("add", "sub", "mul", "floordiv", "mod", "and_", "or_", "xor", "lshift", "rshift")
+for _name in (*_NAMES, "truediv"):
     setattr(Array, f"__{_name.strip('_')}__", _binary(getattr(operator, _name)))
 for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
     setattr(Array, f"__{_name}__", _binary(getattr(operator, _name)))
@@ -362,7 +364,7 @@ def emulate(monkeypatch):
     def launch(kernel, programs, tile, **arguments):
         run(kernel, programs, tile.num_warps, arguments)
 
-    products = mma, mma_warpgroup, input_grad_warpgroup, weight_grad_warpgroup
+    products = mma, mma_warpgroup, conv_warpgroup, input_grad_warpgroup, weight_grad_warpgroup
     for module in (*products, mma_peak, mma_unit, mma_unit_grad):
         monkeypatch.setattr(module, "launch", launch)
     for module in (conv, input_grad, mma_operands, weight_grad):

@@ -34,7 +34,7 @@ ELSEWHERE = {
 """Kernels that no layer's default launches."""
 
 WARPGROUP_KERNELS = {
-    *("_conv_warpgroup_kernel", "_matrices_kernel", "_ones_kernel"),
+    *("_conv_warpgroup_kernel", "_matrices_kernel", "_ones_kernel", "_conv_real_hopper_kernel"),
     *("_conv_weight_grad_hopper_kernel", "_unpack_kernel"),  # and what the library is given there
 }
 """What sm_90 alone launches."""

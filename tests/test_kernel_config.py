@@ -53,7 +53,10 @@ def test_batches_fall_into_buckets():
     [
         ("not an object", "expected an object, not 'not an object'"),
         ({"key": asdict(KEY), "tile": asdict(TILE)}, "misses formulation"),
-        (entry(formulation="popcount"), "conv_real runs as dot or library, not as 'popcount'"),
+        (
+            entry(formulation="popcount"),
+            "conv_real runs as dot or library or warpgroup, not as 'popcount'",
+        ),
         (entry(replace(KEY, op="conv")), "unknown op 'conv'"),
         (entry(replace(KEY, batch=3)), "batch must be a power of two, not 3"),
         (entry(replace(KEY, width=14.0)), "width must be int, not 14.0"),

@@ -65,6 +65,9 @@ def _tiles(key: ProblemKey, formulation: str) -> Iterator[TileConfig]:
     elif formulation == "warpgroup" and key.op == "conv_input_grad":
         for m, n, stages in product((32, 64, 128, 256), (64, 128), (3, 4, 6)):
             yield TileConfig(m, n, 64, 4, stages)
+    elif formulation == "warpgroup" and key.op == "conv_real":
+        for warps, n, k, stages in product((4, 8), (32, 64, 128), (32, 64), (3, 4)):
+            yield TileConfig(16 * warps, n, k, warps, stages)
     elif formulation == "warpgroup":
         for m, n, k, stages in product((64, 128, 256), (64, 128), (64, 128), (3, 4)):
             yield TileConfig(m, n, k, n // 16, stages)
@@ -121,6 +124,11 @@ def fits(key: ProblemKey, formulation: str, tile: TileConfig, target: Target) ->
     if formulation == "warpgroup" and key.op == "conv_input_grad":
         whole = tile.block_n % 64 == 0 and tile.block_k == 64
         fitting = tile.block_m * 128 * tile.num_stages <= target.shared_bytes
+        return whole and fitting and elements <= MAX_ACCUMULATORS * threads
+    if formulation == "warpgroup" and key.op == "conv_real":
+        weight = tile.block_n * tile.block_k * _OPERAND_BYTES[key.dtype]
+        whole = tile.block_m == 16 * tile.num_warps and min(tile.block_n, tile.block_k) >= 32
+        fitting = weight * tile.num_stages <= target.shared_bytes
         return whole and fitting and elements <= MAX_ACCUMULATORS * threads
     if formulation == "warpgroup":  # its signs lie in registers
         gradient = tile.block_m * tile.block_k * _OPERAND_BYTES[key.dtype]

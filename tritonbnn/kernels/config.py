@@ -21,7 +21,7 @@ from typing import Any, get_type_hints
 
 import torch
 
-from tritonbnn.bits import WORD_BITS
+from tritonbnn.bits import WORD_BITS, words
 from tritonbnn.cli import UserError
 from tritonbnn.compiled.build import cache_folder
 from tritonbnn.kernels.targets import ANY, Target, target_of
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 FORMULATIONS = {
     "unit_plan": ("keep", "recompute", "fused"),
     "conv_packed": ("int8", "popcount", "mma", "wgmma"),
-    "conv_real": ("dot", "library"),
+    "conv_real": ("dot", "library", "warpgroup"),
     "conv_input_grad": ("dot", "library", "warpgroup"),
     "conv_weight_grad": ("dot", "library", "warpgroup"),
 }
@@ -233,6 +233,8 @@ def formulations(op: str, target: Target) -> tuple[str, ...]:
         return ("library",)
     if op == "conv_input_grad":
         return target.input_grads
+    if op == "conv_real":
+        return target.reals
     return target.weight_grads if op == "conv_weight_grad" else known
 
 
@@ -244,9 +246,9 @@ def default(key: ProblemKey, formulation: str | None = None, target: Target = AN
     if formulation is None:
         names = (name for name in formulations(key.op, target) if takes(name, key))
         # At 32 channels half of a warpgroup's 64 rows are empty. The bytes of the weight's gradient
-        # hide one tap of them, not nine.
+        # hide one tap of them, not nine. With a real weight, rows are pixels.
         plain = key.op == "conv_weight_grad" and key.kernel_size == 1
-        wide = key.channels > 32 or plain
+        wide = key.channels > 32 or plain or key.op == "conv_real"
         formulation = next(name for name in names if name != "warpgroup" or wide)
     tile = default_tile(key, formulation)
     if formulation == "dot" and "warpgroup" in target.weight_grads:
@@ -275,6 +277,10 @@ def takes(formulation: str, key: ProblemKey) -> bool:
     if formulation == "warpgroup" and key.op == "conv_input_grad":
         whole = key.channels % 8 == key.out_channels % 8 == 0
         return whole and key.dtype != "float32" and (key.stride == 1 or key.kernel_size == 3)
+    if formulation == "warpgroup" and key.op == "conv_real":
+        # places in a packed image are int32
+        packed = key.batch * key.height * key.width * words(key.channels)
+        return key.dtype != "float32" and key.out_channels % 8 == 0 and packed < 2**31
     if formulation == "warpgroup":
         return key.dtype != "float32" and key.out_channels % 8 == 0
     return True
@@ -319,6 +325,10 @@ def default_tile(key: ProblemKey, formulation: str) -> TileConfig:
         # where images move and little is multiplied, registers are better than pixels
         short = key.kernel_size == 1 and key.out_channels < 256
         return TileConfig((64 if short else 128) * 128 // channels, channels, 64, 4, 4)
+    if formulation == "warpgroup" and key.op == "conv_real":
+        outputs = min(128, max(32, power_of_two(key.out_channels)))
+        warps = 8 if outputs == 128 else 4
+        return TileConfig(16 * warps, outputs, 64 if key.channels > 32 else 32, warps, 4)
     if formulation == "warpgroup":
         channels = 128 if key.channels > 64 else 64
         outputs = min(256, max(64, power_of_two(key.out_channels)))

@@ -270,23 +270,39 @@ def real_convolved(
         dtype: of operands and result.
         summed: whether moments are wanted.
     """
-    choice = config.choose(geometry.key("conv_real", config.dtype_name(dtype)), x.device)
-    weight = channels_last(weight.to(dtype))
+    choice = _real_choice(geometry, dtype, x.device)
     if choice.formulation == "library":
         signs = unpack_signs(x, geometry.channels, dtype)
-        return channels_last(convolution(signs, weight, geometry)), None
+        return channels_last(convolution(signs, channels_last(weight.to(dtype)), geometry)), None
     outputs, block = geometry.out_channels, choice.tile.block_m
     y = torch.empty((geometry.pixels, outputs), dtype=dtype, device=x.device)
     sums = None
     if summed:
         shape = (ceil_div(geometry.pixels, block), 2, outputs)
         sums = torch.empty(shape, dtype=torch.float32, device=x.device)
-    if y.numel():
-        flat = flat_pixels(weight)
+    if y.numel() and choice.formulation == "warpgroup":
+        from tritonbnn.kernels.conv_warpgroup import conv_warpgroup_real  # it needs Gluon
+
+        numbers = weight.permute(2, 3, 1, 0)  # outputs side by side
+        numbers = numbers.to(dtype, copy=True, memory_format=torch.contiguous_format)
+        conv_warpgroup_real(x.contiguous(), numbers, y, sums, geometry, choice.tile)
+    elif y.numel():
+        flat = flat_pixels(channels_last(weight.to(dtype)))
         tap_sums = flat.sum(1, dtype=torch.float32) if geometry.padding else None
         _launch_dot(x.contiguous(), flat, tap_sums, None, y, sums, geometry, choice.tile)
     moments = None if sums is None else BlockMoments(sums, block)
     return from_flat(y, geometry.output_shape), moments
+
+
+def _real_choice(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> config.Choice:
+    """What a real weight's product runs as: the table's choice, if the device has what it takes."""
+    key = geometry.key("conv_real", config.dtype_name(dtype))
+    choice = config.choose(key, device)
+    if choice.formulation != "warpgroup":
+        return choice
+    if config.takes("warpgroup", key) and has_one_bit_core(device, "warpgroup"):
+        return choice
+    return config.choose_default(key, "dot", device)
 
 
 def _launch_dot(

@@ -86,7 +86,11 @@ def has_one_bit_core(device: torch.device, formulation: str = "mma") -> bool:
         if formulation == "wgmma":
             from tritonbnn.kernels import mma_warpgroup  # noqa: F401
         elif formulation == "warpgroup":
-            from tritonbnn.kernels import input_grad_warpgroup, weight_grad_warpgroup  # noqa: F401
+            from tritonbnn.kernels import (  # noqa: F401
+                conv_warpgroup,
+                input_grad_warpgroup,
+                weight_grad_warpgroup,
+            )
         else:
             from tritonbnn.kernels import mma  # noqa: F401
     except ImportError:

@@ -33,6 +33,7 @@ class Target:
         weight_grads: formulations of the weight's gradient that exist here, and are not the
             library's alone, the default first (by ``benchmarks.count``).
         input_grads: the same of the input's gradient.
+        reals: the same of the convolution with a real weight.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Target:
     most_stages: int = 3
     weight_grads: tuple[str, ...] = ("dot", "library")
     input_grads: tuple[str, ...] = ("dot", "library")
+    reals: tuple[str, ...] = ("dot", "library")
 
 
 def _cuda(capability: int, models: str, kilobytes: int, *products: str, **facts: Any) -> Target:
@@ -73,6 +75,7 @@ TARGETS = {
             *(90, "H100, H200", 227, "mma", "int8", "popcount", "wgmma"),
             weight_grads=("warpgroup", "library", "dot"),
             input_grads=("warpgroup", "dot", "library"),
+            reals=("warpgroup", "dot", "library"),
         ),
         _cuda(100, "B200", 227, "int8", "popcount"),
         _cuda(120, "RTX 5090", 99, "int8", "popcount", most_stages=2),

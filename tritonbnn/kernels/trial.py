@@ -59,12 +59,14 @@ UNITS = (
 
 def operations(formulation: str) -> tuple[str, ...]:
     """What a formulation is of."""
-    return ("conv_weight_grad", "conv_input_grad") if formulation == "warpgroup" else (OP,)
+    if formulation == "warpgroup":
+        return ("conv_weight_grad", "conv_input_grad", "conv_real")
+    return (OP,)
 
 
 def formulations(target: Target) -> tuple[str, ...]:
     """All that exist on a target and can be tried."""
-    below = dict.fromkeys((*target.weight_grads, *target.input_grads))
+    below = dict.fromkeys((*target.weight_grads, *target.input_grads, *target.reals))
     return (*target.products, *(name for name in below if name == "warpgroup"))
 
 
