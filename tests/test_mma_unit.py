@@ -103,8 +103,8 @@ def test_the_backward_passes_are_those_of_the_unit(one_bit_core, shortcut, activ
     blocks = half_blocks(geometry)
     product = product_of(x, fragments_of(weight, channels, blocks.cut), blocks)
     passed = (product, grad, stream, torch.stack(norm), after)
-    sums = mma_unit_grad.activation_sums_mma(*passed, geometry, shortcut)
-    last = (*passed, torch.stack((du_scale, a_scale, constant)), geometry, shortcut)
+    sums, by_bits = mma_unit_grad.activation_sums_mma(*passed, geometry, shortcut)
+    last = (product, by_bits, torch.stack((du_scale, a_scale, constant)))
     (du, *nothing), dy = mma_unit_grad.unit_grad_mma(*last, stored=True)
     skipped, dy_again = mma_unit_grad.unit_grad_mma(*last, stored=False)
     assert nothing == [None, None]

@@ -1,4 +1,4 @@
-"""A bit for each output of a block on the one-bit core, packed and stored, in Gluon.
+"""A bit for each output of a block on the one-bit core, packed and stored, or read, in Gluon.
 
 A thread has a few channels of each of its pixels, a part of a word. It packs those in registers,
 and lanes exchange parts until each has whole words, of fewer pixels: bytes, which they send four at
@@ -8,7 +8,7 @@ a time. Sums across lanes would send every part on its own.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from tritonbnn.kernels.mma_tile import bits, group_layout
+from tritonbnn.kernels.mma_tile import bits, group_layout, output_layout
 
 
 @gluon.constexpr_function
@@ -55,3 +55,24 @@ def store_bits(
     word = block_o * PARTS.shape[1] + gl.arange(0, PARTS.shape[1], gl.SliceLayout(0, STORED))
     inside = (pixel < pixels)[:, None] & (word < WORDS)[None, :]
     gl.store(words_ptr + (pixel.to(gl.int64)[:, None] * WORDS + word[None, :]), packed, mask=inside)
+
+
+@gluon.jit
+def load_bits(words_ptr, pixels, block_p, block_o, shape: gl.constexpr, cut: gl.constexpr):
+    """What :func:`store_bits` stored, as conditions in the output's layout; not set beyond it.
+
+    The channels that a thread has of a pixel lie in one word, which it reads once.
+    """
+    GROUPS: gl.constexpr = group_layout(cut)
+    READ: gl.constexpr = gl.SliceLayout(2, GROUPS)
+    WORDS: gl.constexpr = (shape.out_channels + 31) // 32
+    PART_BITS: gl.constexpr = 2 * cut.tiles_o
+    pixel = block_p * GROUPS.shape[0] + gl.arange(0, GROUPS.shape[0], gl.SliceLayout(1, READ))
+    group = block_o * GROUPS.shape[1] + gl.arange(0, GROUPS.shape[1], gl.SliceLayout(0, READ))
+    word = group * PART_BITS // 32
+    inside = (pixel < pixels)[:, None] & (word < WORDS)[None, :]
+    place = pixel.to(gl.int64)[:, None] * WORDS + word[None, :]
+    words = gl.load(words_ptr + place, mask=inside, other=0) >> (group * PART_BITS % 32)[None, :]
+    bit = gl.arange(0, PART_BITS, gl.SliceLayout(0, gl.SliceLayout(1, GROUPS)))[None, None, :]
+    OUTPUT: gl.constexpr = output_layout(cut)
+    return gl.convert_layout((((words[:, :, None] >> bit) & 1) != 0).reshape(OUTPUT.shape), OUTPUT)

@@ -323,7 +323,7 @@ def _through_product(
 
     assert kept.packed is not None
     assert kept.alpha is not None
-    vectors, shortcut = kept.vectors.contiguous(), options.shortcut
+    vectors = kept.vectors.contiguous()
     blocks, real = half_blocks(geometry), None
     if wants_input and not reads_signs(geometry, grad.dtype, grad.device):
         forms = (geometry.channels, grad.dtype, blocks.cut)
@@ -332,10 +332,10 @@ def _through_product(
     else:
         fragments = fragments_of(kept.packed, geometry.channels, blocks.cut)
     product = product_of(signs, fragments, blocks)
-    operands = (product, grad, stream, vectors, activation)
-    sums = activation_sums_mma(*operands, geometry, shortcut)
+    passed = (grad, stream, vectors, activation, geometry, options.shortcut)
+    sums, skipped = activation_sums_mma(product, *passed)
     grads, coefficients = norm_grads(sums, vectors, kept.alpha, gamma, options.group)
-    skipped, dy = unit_grad_mma(*operands, coefficients, geometry, shortcut, stored=stored)
+    skipped, dy = unit_grad_mma(product, skipped, coefficients, stored=stored)
     return skipped, dy, grads, real
 
 
