@@ -25,9 +25,9 @@ def conv_moments(
     """Moments of a convolution: the twin of :func:`tritonbnn.eager.conv_moments`."""
     geometry = _checked(x, weight, channels, stride, padding)
     if on_one_bit_core(geometry, x.device):
-        from tritonbnn.kernels.mma_unit import half_blocks, moments_mma  # it needs Gluon
+        from tritonbnn.kernels.mma_unit import moments_blocks, moments_mma  # it needs Gluon
 
-        product = _product(x, weight, geometry, half_blocks(geometry))
+        product = _product(x, weight, geometry, moments_blocks(geometry))
         return moments_of(moments_mma(product, geometry), geometry.pixels)
     return channel_moments(_convolution(x, weight, geometry))
 

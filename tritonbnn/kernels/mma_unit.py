@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 
 from tritonbnn.bits import words
 from tritonbnn.kernels.config import TileConfig, ceil_div, default_tile, whole_words
-from tritonbnn.kernels.cut import Cut, block_tiles
+from tritonbnn.kernels.cut import CHUNK_WORDS, Cut, block_tiles
 from tritonbnn.kernels.elementwise import MAX_PARTIALS
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import launch
@@ -184,12 +184,23 @@ def unit_blocks(geometry: Geometry) -> Blocks:
 
 @lru_cache(maxsize=1024)
 def half_blocks(geometry: Geometry) -> Blocks:
-    """As :func:`unit_blocks`, for what takes more registers: sums, and the backward pass.
+    """As :func:`unit_blocks`, for what takes more registers: sums of the backward pass.
 
     Channels are cut alike.
     """
     tile = _unit_tile(geometry)
     return _blocks(geometry, replace(tile, block_m=tile.block_m // 2))
+
+
+@lru_cache(maxsize=1024)
+def moments_blocks(geometry: Geometry) -> Blocks:
+    """As :func:`unit_blocks`, for moments.
+
+    Of a few steps of K compilers make a row of loads, for which there are registers beside half of
+    the pixels alone.
+    """
+    steps = ceil_div(geometry.kernel_size**2 * words(geometry.channels), CHUNK_WORDS)
+    return half_blocks(geometry) if 4 <= steps <= 8 else unit_blocks(geometry)
 
 
 def _unit_tile(geometry: Geometry) -> TileConfig:
@@ -214,7 +225,7 @@ def product_of(x: Tensor, weight: Fragments, blocks: Blocks) -> Product:
     Args:
         x: packed (N, H, W, words), contiguous.
         weight: of the blocks' cut.
-        blocks: :func:`unit_blocks` or :func:`half_blocks`.
+        blocks: :func:`unit_blocks` or another of these.
     """
     return Product(blocks, product_operands(x, weight) | blocks.constants)
 

@@ -79,9 +79,9 @@ def _activation_sums_mma_kernel(
             t += normalised(distance, affine_ptr, channel, known, shape)
             t += per_channel(shift_mid_ptr, channel, known)
             positive = t > 0
-            du = _behind_activation(positive, grad, slope_ptr, channel, known)
             sum_slope += thread_sums(gl.where(positive, 0.0, t) * grad, cut)
             store_bits(positive & known, positive_ptr, pixels, block_p, block_o, shape, cut)
+            du = _behind_activation(positive, grad, slope_ptr, channel, known)
         sum_du += thread_sums(du, cut)
         sum_du_y += thread_sums(du * distance, cut)
         sum_grad += thread_sums(grad, cut)

@@ -93,7 +93,7 @@ def forward(
     packed = alpha = numbers = kept_a = None
     if _in_one(options, geometry, x.device):
         from tritonbnn.kernels.mma_unit import (  # it needs Gluon
-            half_blocks,
+            moments_blocks,
             moments_mma,
             product_of,
             unit_blocks,
@@ -104,7 +104,7 @@ def forward(
         packed, alpha, fragments = _prepared(weight, cut=blocks.cut)
         sums = None
         if statistics is None:
-            product = product_of(signs, fragments, half_blocks(geometry))
+            product = product_of(signs, fragments, moments_blocks(geometry))
             sums = Sums(moments_mma(product, geometry))
         vectors, found = _norm(sums, geometry, alpha, gamma, beta, statistics, options)
         product = product_of(signs, fragments, blocks)
@@ -318,7 +318,7 @@ def _through_product(
 
     The weight as numbers comes too, where the input's gradient asks for them.
     """
-    from tritonbnn.kernels.mma_unit import half_blocks, product_of  # it needs Gluon
+    from tritonbnn.kernels.mma_unit import half_blocks, product_of, unit_blocks  # it needs Gluon
     from tritonbnn.kernels.mma_unit_grad import activation_sums_mma, unit_grad_mma
 
     assert kept.packed is not None
@@ -335,6 +335,8 @@ def _through_product(
     passed = (grad, stream, vectors, activation, geometry, options.shortcut)
     sums, skipped = activation_sums_mma(product, *passed)
     grads, coefficients = norm_grads(sums, vectors, kept.alpha, gamma, options.group)
+    if not stored:  # who stores more has no registers for more pixels at once
+        product = product_of(signs, fragments, unit_blocks(geometry))
     skipped, dy = unit_grad_mma(product, skipped, coefficients, stored=stored)
     return skipped, dy, grads, real
 
