@@ -112,3 +112,6 @@ def unwritten_memory(monkeypatch):
 
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, filling(getattr(torch, name)))
+    yield
+    if rules := sys.modules.get("torch._dynamo.trace_rules"):
+        rules.clear_lru_cache()  # what torch.compile has learnt of torch in the meantime
