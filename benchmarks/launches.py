@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from benchmarks.steps import training_step
 from benchmarks.traffic import Operators
-from tritonbnn.kernels import config, conv, input_grad, mma_operands, weight_grad
+from tritonbnn.kernels import below_triton, config
 from tritonbnn.kernels.launch import Launch, launching_by
 from tritonbnn.kernels.targets import Target
 from tritonbnn.ops.backend import VARIABLE
@@ -145,16 +145,12 @@ def as_on_a_gpu(target: Target, call: Callable[..., None]) -> Iterator[None]:
     # the kernels were imported to be compiled, so they are not interpreted whatever this says
     environment = {VARIABLE: "triton", "TRITON_INTERPRET": "1"}
 
-    def trusted(device: torch.device, formulation: str = "mma") -> bool:
-        gradients = (*target.weight_grads, *target.input_grads)
-        return formulation in (*target.products, *target.reals, *gradients)
+    def runs(device: torch.device, formulation: str = "mma") -> bool:
+        return formulation in target.formulations
 
     with (
         mock.patch.dict(os.environ, environment),
-        mock.patch.object(conv, "has_one_bit_core", trusted),
-        mock.patch.object(weight_grad, "has_one_bit_core", trusted),
-        mock.patch.object(input_grad, "has_one_bit_core", trusted),
-        mock.patch.object(mma_operands, "has_one_bit_core", trusted),
+        mock.patch.object(below_triton, "runs", runs),
         through_dispatcher(always=False),
         config.using(target),
         launching_by(call),

@@ -87,11 +87,11 @@ def one_bit_core(monkeypatch, unwritten_memory):
     """A GPU with the instruction, or its emulation."""
     from tests import gluon_numpy
     from tests.helpers import KERNEL_DEVICE
-    from tritonbnn.kernels.mma_operands import has_one_bit_core
+    from tritonbnn.kernels import below_triton
 
     if not HAS_GPU:
         gluon_numpy.emulate(monkeypatch)
-    elif not has_one_bit_core(KERNEL_DEVICE):
+    elif not below_triton.runs(KERNEL_DEVICE):
         pytest.skip("needs a GPU with a one-bit tensor core: sm_80, 86, 89 or 90")
 
 

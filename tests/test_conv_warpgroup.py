@@ -6,11 +6,10 @@ import torch
 from tests.conftest import HAS_GPU
 from tests.helpers import KERNEL_DEVICE, activation, gradient
 from tritonbnn import eager, reference
-from tritonbnn.kernels import config, conv, targets
+from tritonbnn.kernels import below_triton, config, conv, targets
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.config import Choice, TileConfig
 from tritonbnn.kernels.geometry import Geometry
-from tritonbnn.kernels.mma_operands import has_one_bit_core
 
 SMALL, LARGE = TileConfig(64, 32, 32, 4, 3), TileConfig(128, 128, 64, 8, 4)
 H100 = targets.TARGETS["sm_90"]
@@ -18,7 +17,7 @@ H100 = targets.TARGETS["sm_90"]
 
 @pytest.fixture
 def warpgroup(one_bit_core):
-    if HAS_GPU and not has_one_bit_core(KERNEL_DEVICE, "warpgroup"):
+    if HAS_GPU and not below_triton.runs(KERNEL_DEVICE, "warpgroup"):
         pytest.skip("needs a GPU with the warpgroup's tensor core: sm_90")
 
 
@@ -74,6 +73,6 @@ def test_what_is_not_trusted_is_tritons(monkeypatch):
     layer = Geometry(2, 5, 3, 64, 8, 3, 1, 1)
     with config.using(H100):
         for trusted, formulation in ((True, "warpgroup"), (False, "dot")):
-            monkeypatch.setattr(conv, "has_one_bit_core", lambda *_, known=trusted: known)
+            monkeypatch.setattr(below_triton, "runs", lambda *_, known=trusted: known)
             found = conv._real_choice(layer, torch.bfloat16, torch.device("meta"))
             assert found.formulation == formulation

@@ -6,12 +6,11 @@ import torch
 from tests.conftest import HAS_GPU
 from tests.helpers import KERNEL_DEVICE, activation, gradient, plus_minus, vectors
 from tritonbnn import eager, kernels
-from tritonbnn.kernels import config, input_grad, targets
+from tritonbnn.kernels import below_triton, config, input_grad, targets
 from tritonbnn.kernels.binarize import Skipped
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.config import Choice, TileConfig
 from tritonbnn.kernels.geometry import Geometry
-from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.sign_words import sign_words
 from tritonbnn.layout import channels_last
 
@@ -21,7 +20,7 @@ H100 = targets.TARGETS["sm_90"]
 
 @pytest.fixture
 def warpgroup(one_bit_core):
-    if HAS_GPU and not has_one_bit_core(KERNEL_DEVICE, "warpgroup"):
+    if HAS_GPU and not below_triton.runs(KERNEL_DEVICE, "warpgroup"):
         pytest.skip("needs a GPU with the warpgroup's tensor core: sm_90")
 
 
@@ -143,7 +142,7 @@ def test_what_it_does_not_take_is_the_plain_products(layer, dtype, formulation):
 def test_what_it_cannot_do_is_the_plain_products(
     monkeypatch, trusted, binary, padding, formulation
 ):
-    monkeypatch.setattr(input_grad, "has_one_bit_core", lambda *_: trusted)
+    monkeypatch.setattr(below_triton, "runs", lambda *_: trusted)
     layer = Geometry(2, 5, 3, 64, 8, 3, 1, padding)
     with config.using(H100):
         found = input_grad._choice(layer, torch.bfloat16, torch.device("meta"), binary=binary)

@@ -13,7 +13,7 @@ from tests.conftest import HAS_GPU
 from tests.helpers import KERNEL_DEVICE, plus_minus, vectors
 from tests.test_conv import PROBLEMS, by_unfolding, operands
 from tritonbnn import cli, eager, kernels
-from tritonbnn.kernels import bench_matmul, config, conv, mma_operands, mma_peak
+from tritonbnn.kernels import below_triton, bench_matmul, config, conv, mma_peak
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.config import Choice, TileConfig
 from tritonbnn.kernels.cut import block_tiles
@@ -138,7 +138,7 @@ def test_the_peak_counts_every_instruction(one_bit_core):
 
 
 def test_the_matmul_benchmark_checks_then_relates(one_bit_core, monkeypatch):
-    monkeypatch.setattr(bench_matmul, "has_one_bit_core", lambda *_: True)
+    monkeypatch.setattr(below_triton, "runs", lambda *_: True)
     roofs = dict.fromkeys(("copy_bytes_per_s", *bench_matmul.ROOFS.values()), 1e9)
     row = bench_matmul.measure(32, KERNEL_DEVICE, roofs, limit=1, runs=1)
     assert (row["operations"], row["bytes"]) == (2 * 32**3, 2 * 32 * 4 + 32 * 32 * 4)
@@ -161,7 +161,7 @@ def test_the_matmul_benchmark_names_its_sizes():
 def test_without_the_core_int8_runs_and_says_nothing(capfd):
     if HAS_GPU:
         pytest.skip("the interpreter has no one-bit tensor core, this GPU may")
-    assert not mma_operands.has_one_bit_core(KERNEL_DEVICE)
+    assert not below_triton.runs(KERNEL_DEVICE)
     y, truth = convolve((2, 33, 5, 3, 31, 3, 2), TILES[0])
     assert torch.equal(y.long(), truth)
     assert capfd.readouterr() == ("", "")
@@ -172,13 +172,13 @@ def test_without_the_core_int8_runs_and_says_nothing(capfd):
     [((7, 5), False), ((8, 0), True), ((8, 9), True), ((9, 0), True), ((10, 0), False)],
 )
 def test_the_core_is_known_by_capability(monkeypatch, capability, native):
-    monkeypatch.setattr(mma_operands, "interpreted", lambda kernel: False)
+    monkeypatch.setattr(below_triton, "interpreted", lambda kernel: False)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(mma_operands.verdicts, "trusted", lambda device, name: True)
-    known = mma_operands.has_one_bit_core.__wrapped__
+    monkeypatch.setattr(below_triton.verdicts, "trusted", lambda device, name: True)
+    known = below_triton.runs.__wrapped__
     assert known(torch.device("cuda")) is native
     assert not known(torch.device("cpu"))
-    monkeypatch.setattr(mma_operands.verdicts, "trusted", lambda device, name: False)
+    monkeypatch.setattr(below_triton.verdicts, "trusted", lambda device, name: False)
     assert not known(torch.device("cuda"))
 
 
@@ -188,7 +188,7 @@ def test_what_is_not_trusted_gives_way_to_int8(monkeypatch, target):
     monkeypatch.setattr(conv, "target_of", lambda device: TARGETS[target])
     with config.using(TARGETS[target]):
         for trusted, formulation in ((True, "mma"), (False, "int8")):
-            monkeypatch.setattr(conv, "has_one_bit_core", lambda *_, trusted=trusted: trusted)
+            monkeypatch.setattr(below_triton, "runs", lambda *_, trusted=trusted: trusted)
             assert conv.product_choice(layer, torch.device("meta")).formulation == formulation
 
 

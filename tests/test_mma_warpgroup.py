@@ -14,7 +14,7 @@ from tests.helpers import KERNEL_DEVICE, plus_minus, vectors
 from tests.test_conv import by_unfolding, operands
 from tests.warpgroup_numpy import BASE, wgmma_m64nk256
 from tritonbnn import eager, kernels
-from tritonbnn.kernels import config, conv, mma_operands, mma_peak, mma_warpgroup
+from tritonbnn.kernels import below_triton, config, mma_peak, mma_warpgroup
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.config import Choice, TileConfig
 from tritonbnn.kernels.geometry import Geometry
@@ -32,7 +32,7 @@ TILES = [
 @pytest.fixture
 def warpgroup_core(one_bit_core):
     """A GPU with the instruction, or its emulation."""
-    if HAS_GPU and not mma_operands.has_one_bit_core(KERNEL_DEVICE, "wgmma"):
+    if HAS_GPU and not below_triton.runs(KERNEL_DEVICE, "wgmma"):
         pytest.skip("needs a GPU with the warpgroup's one-bit tensor core: sm_90")
 
 
@@ -88,7 +88,7 @@ def test_products_are_exact(warpgroup_core, size, tile):
     tile=st.sampled_from(TILES[:3]),
 )
 def test_any_product_is_exact(size, tile):
-    if HAS_GPU and not mma_operands.has_one_bit_core(KERNEL_DEVICE, "wgmma"):
+    if HAS_GPU and not below_triton.runs(KERNEL_DEVICE, "wgmma"):
         pytest.skip("needs a GPU with the warpgroup's one-bit tensor core: sm_90")
     with pytest.MonkeyPatch.context() as patch:
         if not HAS_GPU:
@@ -115,7 +115,7 @@ def test_convolutions_scale_and_round_as_they_should(warpgroup_core, dtype):
 def test_other_convolutions_run_as_the_default(monkeypatch, window):
     kernel_size, stride = window
     padding = kernel_size // 2
-    monkeypatch.setattr(conv, "has_one_bit_core", lambda *_: True)
+    monkeypatch.setattr(below_triton, "runs", lambda *_: True)
     x, weight, *packed = operands((2, 33, 5, 3, 31, kernel_size, stride))
     arguments = {"channels": 33, "stride": stride, "padding": padding, "dtype": torch.int16}
     with config.using(Choice("wgmma", TILES[0])):
@@ -132,9 +132,9 @@ def test_without_the_core_int8_runs_and_says_nothing(capfd):
 
 
 def test_only_sm_90_has_it(monkeypatch):
-    monkeypatch.setattr(mma_operands, "interpreted", lambda kernel: False)
-    monkeypatch.setattr(mma_operands.verdicts, "trusted", lambda device, name: True)
-    known = mma_operands.has_one_bit_core.__wrapped__
+    monkeypatch.setattr(below_triton, "interpreted", lambda kernel: False)
+    monkeypatch.setattr(below_triton.verdicts, "trusted", lambda device, name: True)
+    known = below_triton.runs.__wrapped__
     for capability, native in {(8, 0): False, (9, 0): True, (10, 0): False}.items():
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
         assert known(torch.device("cuda"), "wgmma") is native

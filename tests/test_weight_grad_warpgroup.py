@@ -8,11 +8,10 @@ from tests.helpers import KERNEL_DEVICE, gradient
 from tests.test_conv import operands
 from tritonbnn import eager, kernels
 from tritonbnn.checks import conv_output_size
-from tritonbnn.kernels import config, targets, weight_grad
+from tritonbnn.kernels import below_triton, config, targets, weight_grad
 from tritonbnn.kernels.candidates import candidates
 from tritonbnn.kernels.config import Choice, TileConfig
 from tritonbnn.kernels.geometry import Geometry
-from tritonbnn.kernels.mma_operands import has_one_bit_core
 
 SMALL, LARGE = TileConfig(64, 64, 64, 4, 3), TileConfig(256, 128, 64, 8, 2)
 H100 = targets.TARGETS["sm_90"]
@@ -20,7 +19,7 @@ H100 = targets.TARGETS["sm_90"]
 
 @pytest.fixture
 def warpgroup(one_bit_core):
-    if HAS_GPU and not has_one_bit_core(KERNEL_DEVICE, "warpgroup"):
+    if HAS_GPU and not below_triton.runs(KERNEL_DEVICE, "warpgroup"):
         pytest.skip("needs a GPU with the warpgroup's tensor core: sm_90")
 
 
@@ -74,6 +73,6 @@ def test_what_is_not_trusted_is_the_librarys(monkeypatch):
     layer = Geometry(2, 5, 3, 64, 8, 3, 1, 1)
     with config.using(H100):
         for trusted, formulation in ((True, "warpgroup"), (False, "library")):
-            monkeypatch.setattr(weight_grad, "has_one_bit_core", lambda *_, known=trusted: known)
+            monkeypatch.setattr(below_triton, "runs", lambda *_, known=trusted: known)
             found = weight_grad._choice(layer, torch.bfloat16, torch.device("meta"))
             assert found.formulation == formulation

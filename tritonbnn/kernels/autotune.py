@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from tritonbnn import cli
 from tritonbnn.files import writable, write_json
-from tritonbnn.kernels import aot, config, shipped
+from tritonbnn.kernels import aot, below_triton, config, shipped
 from tritonbnn.kernels.apart import JudgeApart
 from tritonbnn.kernels.candidates import candidates, spread
 from tritonbnn.kernels.commands import (
@@ -32,7 +32,6 @@ from tritonbnn.kernels.commands import (
 )
 from tritonbnn.kernels.config import BELOW_TRITON
 from tritonbnn.kernels.judge import Judges, UnfitError
-from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.problems import OPS, PLAN, STEP_OPS, Problem
 from tritonbnn.kernels.provenance import versions
 from tritonbnn.kernels.targets import TARGETS, Target, parse_target, target_of
@@ -173,7 +172,7 @@ def _runnable(
     found = [
         choice
         for choice in choices
-        if choice.formulation not in BELOW_TRITON or has_one_bit_core(device, choice.formulation)
+        if choice.formulation not in BELOW_TRITON or below_triton.runs(device, choice.formulation)
     ]
     default = config.on_common_cores(key, target)
     return found if choices[0] in found else list(dict.fromkeys((default, *found)))

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from tritonbnn import cli, eager
 from tritonbnn.files import writable, write_json
+from tritonbnn.kernels import below_triton
 from tritonbnn.kernels.commands import (
     add_problem_arguments,
     kernel_device,
@@ -26,7 +27,6 @@ from tritonbnn.kernels.commands import (
     positive,
 )
 from tritonbnn.kernels.library import convolution, convolution_backward
-from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.problems import DTYPES, VECTORS, Problem
 from tritonbnn.kernels.provenance import header
 from tritonbnn.kernels.shipped import describe
@@ -142,11 +142,11 @@ def measured_roofs(device: torch.device, dtype: torch.dtype) -> dict[str, float]
 def one_bit_roofs(device: torch.device) -> dict[str, float]:
     """Operations per second of each form of the one-bit tensor core that the device has."""
     roofs = {}
-    if has_one_bit_core(device):
+    if below_triton.runs(device):
         from tritonbnn.kernels.mma_peak import one_bit_rate  # it needs Gluon
 
         roofs["one_bit_ops_per_s"] = one_bit_rate(device)
-    if has_one_bit_core(device, "wgmma"):
+    if below_triton.runs(device, "wgmma"):
         from tritonbnn.kernels.mma_peak import warpgroup_rate
 
         roofs["one_bit_warpgroup_ops_per_s"] = warpgroup_rate(device)

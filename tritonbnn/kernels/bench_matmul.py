@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 from tritonbnn import cli, eager
 from tritonbnn.files import writable, write_json
-from tritonbnn.kernels import config, packed_matmul
+from tritonbnn.kernels import below_triton, config, packed_matmul
 from tritonbnn.kernels.bench import measured_roofs
 from tritonbnn.kernels.candidates import candidates, spread
 from tritonbnn.kernels.commands import LIMIT_HELP, kernel_device, positive
-from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.provenance import header
 from tritonbnn.kernels.targets import target_of
 from tritonbnn.kernels.timing import Timing, time_callable
@@ -83,7 +82,7 @@ def measure(
     timings = {"torch_int_mm": time_callable(lambda: torch._int_mm(a, b.T), device, runs=runs)}
     moved = sum(each.numel() * each.itemsize for each in (*operands, truth))
     row: dict[str, Any] = {"size": size, "operations": 2 * size**3, "bytes": moved}
-    forms = [name for name in ROOFS if has_one_bit_core(device, name)]
+    forms = [name for name in ROOFS if below_triton.runs(device, name)]
     for formulation in ("int8", *forms):
         tile, timings[formulation] = best(formulation, operands, truth, limit, runs)
         row[f"{formulation}_tile"] = asdict(tile)

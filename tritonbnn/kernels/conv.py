@@ -14,12 +14,12 @@ from torch import Tensor
 
 from tritonbnn import checks
 from tritonbnn.bits import WORD_BITS
-from tritonbnn.kernels import config
+from tritonbnn.kernels import below_triton, config
 from tritonbnn.kernels.config import ONE_BIT, ceil_div
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
 from tritonbnn.kernels.library import convolution
-from tritonbnn.kernels.mma_operands import has_one_bit_core
+from tritonbnn.kernels.mma_operands import warpgroup_operands
 from tritonbnn.kernels.pack import unpack_signs
 from tritonbnn.kernels.targets import target_of
 from tritonbnn.kernels.tiles import popcount, signs, tile_of, window
@@ -197,7 +197,7 @@ def product_choice(geometry: Geometry, device: torch.device) -> config.Choice:
     key = geometry.key("conv_packed", "int32")
     choice = config.choose(key, device)
     name = choice.formulation
-    if name not in ONE_BIT or (config.takes(name, key) and has_one_bit_core(device, name)):
+    if name not in ONE_BIT or (config.takes(name, key) and below_triton.runs(device, name)):
         return choice
     return config.on_common_cores(key, target_of(device))
 
@@ -233,7 +233,8 @@ def convolved(
     elif y.numel() and choice.formulation == "wgmma":
         from tritonbnn.kernels.mma_warpgroup import conv_warpgroup
 
-        conv_warpgroup(x, weight, alpha, flat_pixels(y), geometry, choice.tile)
+        operands = warpgroup_operands(x, weight, choice.tile)
+        conv_warpgroup(x, operands, alpha, flat_pixels(y), geometry, choice.tile)
     elif y.numel() and choice.formulation == "popcount":
         _launch_popcount(x, weight, alpha, y, geometry, choice.tile)
     elif y.numel():
@@ -295,14 +296,9 @@ def real_convolved(
 
 
 def _real_choice(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> config.Choice:
-    """What a real weight's product runs as: the table's choice, if the device has what it takes."""
+    """What a real weight's product runs as."""
     key = geometry.key("conv_real", config.dtype_name(dtype))
-    choice = config.choose(key, device)
-    if choice.formulation != "warpgroup":
-        return choice
-    if config.takes("warpgroup", key) and has_one_bit_core(device, "warpgroup"):
-        return choice
-    return config.choose_default(key, "dot", device)
+    return below_triton.choose(key, device, "dot")
 
 
 def _launch_dot(

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from tritonbnn import checks
+from tritonbnn.kernels.below_triton import on_one_bit_core
 from tritonbnn.kernels.conv import conv_packed
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype
-from tritonbnn.kernels.mma_operands import on_one_bit_core
 from tritonbnn.kernels.unit import channel_moments, contiguous, moments_of, unit_forward
 from tritonbnn.kernels.weight import fragments_of
 from tritonbnn.layout import channels_last

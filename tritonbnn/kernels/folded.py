@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tritonbnn.checks import sum_dtype
+from tritonbnn.kernels.below_triton import on_one_bit_core
 from tritonbnn.kernels.conv import convolved, product_choice
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
-from tritonbnn.kernels.mma_operands import on_one_bit_core
 from tritonbnn.kernels.unit import contiguous, epilogue
 from tritonbnn.kernels.weight import Fragments, Numbers, expand, fragments_of
 from tritonbnn.kernels.whole import NUMBERS

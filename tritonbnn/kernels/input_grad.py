@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tritonbnn import checks
-from tritonbnn.kernels import config
+from tritonbnn.kernels import below_triton, config
 from tritonbnn.kernels.binarize import (
     Skipped,
     shortcut_grad,
@@ -24,7 +24,6 @@ from tritonbnn.kernels.config import ceil_div
 from tritonbnn.kernels.geometry import Geometry, check_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
 from tritonbnn.kernels.library import convolution_backward
-from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.sign_words import CHANNELS, sign_words
 from tritonbnn.kernels.tiles import tile_of
 from tritonbnn.kernels.weight import scaled
@@ -238,15 +237,10 @@ def reads_signs(geometry: Geometry, dtype: torch.dtype, device: torch.device) ->
 def _choice(
     geometry: Geometry, dtype: torch.dtype, device: torch.device, *, binary: bool
 ) -> config.Choice:
-    """What the input's gradient runs as: the table's choice, if weight and device have it."""
+    """What the input's gradient runs as."""
     key = geometry.key("conv_input_grad", config.dtype_name(dtype))
-    choice = config.choose(key, device)
-    if choice.formulation != "warpgroup":
-        return choice
-    taken = binary and config.takes("warpgroup", key) and geometry.padding == key.kernel_size // 2
-    if taken and has_one_bit_core(device, "warpgroup"):
-        return choice
-    return config.choose_default(key, "dot", device)
+    able = binary and geometry.padding == geometry.kernel_size // 2
+    return below_triton.choose(key, device, "dot", able=able)
 
 
 def input_grad(grad: Tensor, weight: Tensor | Binary, geometry: Geometry) -> Tensor:

@@ -1,20 +1,17 @@
-"""Who has a one-bit tensor core, and what the warpgroup's needs beside packed operands.
+"""What the warpgroup's one-bit tensor core needs beside packed operands.
 
 Bytes: the ones of pixels cost 8 a pixel, written and read, and one more pass over the packed image.
 """
 
-from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonbnn.kernels import config, verdicts
-from tritonbnn.kernels.config import ONE_BIT, TileConfig, ceil_div, power_of_two
-from tritonbnn.kernels.geometry import Geometry
-from tritonbnn.kernels.launch import interpreted, launch
-from tritonbnn.kernels.targets import target_of
+from tritonbnn.kernels.config import TileConfig, ceil_div, power_of_two
+from tritonbnn.kernels.launch import launch
 from tritonbnn.kernels.tiles import popcount
 
 _TILE = TileConfig(256, 1, 1, 4, 1)
@@ -72,46 +69,33 @@ def _ones_kernel(
     tl.store(ones_ptr + row, tl.sum(popcount(packed), axis=1), mask=row < rows)
 
 
-@lru_cache
-def has_one_bit_core(device: torch.device, formulation: str = "mma") -> bool:
-    """Whether the one-bit tensor core's kernels run on a device; on ``meta``, whether they compile.
+class WarpgroupOperands(NamedTuple):
+    """What the warpgroup's product takes beside x.
 
-    The other kernels in Gluon are asked for here too. Not in the interpreter, and not with a Triton
-    that has no Gluon or another one than these need. On a GPU they must have been exact in a
-    process of their own.
+    Attributes:
+        matrices: the weight, int32, in the order in which the instruction reads it.
+        weight_ones: (O,) int32, the bits set in the weight of each output.
+        x_ones: (N H W,) int32, those of each pixel.
     """
-    if interpreted(_ones_kernel):
-        return False
-    try:
-        if formulation == "wgmma":
-            from tritonbnn.kernels import mma_warpgroup  # noqa: F401
-        elif formulation == "warpgroup":
-            from tritonbnn.kernels import (  # noqa: F401
-                conv_warpgroup,
-                input_grad_warpgroup,
-                weight_grad_warpgroup,
-            )
-        else:
-            from tritonbnn.kernels import mma  # noqa: F401
-    except ImportError:
-        return False
-    if device.type == "cuda":
-        target = target_of(device)
-        there = formulation in (*target.products, *target.weight_grads)
-        return there and verdicts.trusted(device, formulation)
-    return device.type == "meta"
+
+    matrices: Tensor
+    weight_ones: Tensor
+    x_ones: Tensor
 
 
-def on_one_bit_core(geometry: Geometry, device: torch.device) -> bool:
-    """Whether units around a packed convolution do it on ``mma``'s core, within their passes.
+def warpgroup_operands(x: Tensor, weight: Tensor, tile: TileConfig) -> WarpgroupOperands:
+    """The operands of a product.
 
-    By the tuning table and the device, wherever the product alone runs on either one-bit core.
+    Args:
+        x: packed (N, H, W, words), contiguous.
+        weight: packed (O, 1, 1, words), contiguous.
+        tile: of the product.
     """
-    choice = config.choose(geometry.key("conv_packed", "int32"), device)
-    return geometry.pixels > 0 and choice.formulation in ONE_BIT and has_one_bit_core(device)
+    matrices = _weight_matrices(weight, tile.block_n, tile.block_k // 256)
+    return WarpgroupOperands(matrices, _row_ones(weight), _row_ones(x))
 
 
-def weight_matrices(weight: Tensor, block_n: int, steps: int) -> Tensor:
+def _weight_matrices(weight: Tensor, block_n: int, steps: int) -> Tensor:
     """A packed weight as a warpgroup's tensor core reads it.
 
     Args:
@@ -139,7 +123,7 @@ def weight_matrices(weight: Tensor, block_n: int, steps: int) -> Tensor:
     return matrices
 
 
-def row_ones(packed: Tensor) -> Tensor:
+def _row_ones(packed: Tensor) -> Tensor:
     """The bits set in every row of packed (..., words), flat, int32."""
     words = packed.shape[-1]
     rows = packed.numel() // words

@@ -244,7 +244,7 @@ def signed_sums(
 
     x (N H W, words) int32; weight and base as :mod:`tritonbnn.kernels.weight` makes them; ``shape``
     a :class:`tritonbnn.kernels.geometry.Shape`, ``cut`` a
-    :class:`tritonbnn.kernels.mma_operands.Cut`.
+    :class:`tritonbnn.kernels.cut.Cut`.
     """
     WORDS: gl.constexpr = (shape.channels + 31) // 32
     CHUNKS: gl.constexpr = (shape.kernel_size * shape.kernel_size * WORDS + 15) // 16

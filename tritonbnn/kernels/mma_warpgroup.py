@@ -4,9 +4,9 @@
 Instructions") counts common ones as ``mma.sync`` does in :mod:`tritonbnn.kernels.mma_tile`, for 64
 pixels and up to 256 channels at once. Pixels are its rows, read by lanes straight from the image;
 the weight is its columns, which it reads from shared memory. There the weight lies as the
-instruction wants it without swizzle, matrices of 8 channels by 4 words each in one piece, and
-:func:`tritonbnn.kernels.mma_operands.weight_matrices` has put it into that order before: copying is
-linear. While a stage of K is multiplied, the next ones are on their way.
+instruction wants it without swizzle, matrices of 8 channels by 4 words each in one piece.
+:mod:`tritonbnn.kernels.mma_operands` has put it into that order before, so that copying is linear.
+While a stage of K is multiplied, the next ones are on their way.
 
 Prediction, nothing has been measured yet: at 128 pixels by 256 channels a block asks the second
 level cache for 12 KB every 256 clocks at the instruction's peak, more than it gives.
@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from tritonbnn.kernels.config import TileConfig, ceil_div
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import launch
-from tritonbnn.kernels.mma_operands import row_ones, weight_matrices
+from tritonbnn.kernels.mma_operands import WarpgroupOperands
 from tritonbnn.kernels.mma_tile import (
     bits,
     steps_along,
@@ -206,7 +206,7 @@ def _conv_warpgroup_kernel(
 
 def conv_warpgroup(
     x: Tensor,
-    weight: Tensor,
+    operands: WarpgroupOperands,
     alpha: Tensor | None,
     y: Tensor,
     geometry: Geometry,
@@ -216,7 +216,7 @@ def conv_warpgroup(
 
     Args:
         x: packed (N, H, W, words), contiguous.
-        weight: packed (O, 1, 1, words), contiguous.
+        operands: the weight's, and the ones of both, for the tile.
         alpha: (O,) float32, or None for 1.
         y: (N H W, O), the result.
         geometry: of the convolution: 1x1, stride 1, no padding.
@@ -228,9 +228,9 @@ def conv_warpgroup(
         ceil_div(geometry.pixels, tile.block_m) * ceil_div(geometry.out_channels, tile.block_n),
         tile,
         x_ptr=x,
-        weight_ptr=weight_matrices(weight, tile.block_n, tile.block_k // 256),
-        weight_ones_ptr=row_ones(weight),
-        x_ones_ptr=row_ones(x),
+        weight_ptr=operands.matrices,
+        weight_ones_ptr=operands.weight_ones,
+        x_ones_ptr=operands.x_ones,
         alpha_ptr=alpha,
         y_ptr=y,
         pixels=geometry.pixels,

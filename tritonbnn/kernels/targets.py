@@ -51,6 +51,11 @@ class Target:
     input_grads: tuple[str, ...] = ("dot", "library")
     reals: tuple[str, ...] = ("dot", "library")
 
+    @property
+    def formulations(self) -> set[str]:
+        """All that exist here, of any operation."""
+        return {*self.products, *self.weight_grads, *self.input_grads, *self.reals}
+
 
 def _cuda(capability: int, models: str, kilobytes: int, *products: str, **facts: Any) -> Target:
     shared, name = kilobytes * KILOBYTE, f"sm_{capability}"

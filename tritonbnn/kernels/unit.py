@@ -16,10 +16,10 @@ from torch import Tensor
 from tritonbnn import checks
 from tritonbnn.bits import words
 from tritonbnn.kernels import config
+from tritonbnn.kernels.below_triton import on_one_bit_core
 from tritonbnn.kernels.elementwise import launch_elementwise, launch_partial_sums
 from tritonbnn.kernels.geometry import known_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype
-from tritonbnn.kernels.mma_operands import on_one_bit_core
 from tritonbnn.kernels.tiles import tile_of
 from tritonbnn.layout import channels_last, empty_pixels, flat_pixels
 

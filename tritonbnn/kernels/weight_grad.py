@@ -11,14 +11,12 @@ from torch import Tensor
 
 from tritonbnn import checks
 from tritonbnn.bits import WORD_BITS
-from tritonbnn.kernels import config
+from tritonbnn.kernels import below_triton, config
 from tritonbnn.kernels.config import ceil_div
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.launch import check_kernel_dtype, launch
 from tritonbnn.kernels.library import convolution_backward
-from tritonbnn.kernels.mma_operands import has_one_bit_core
 from tritonbnn.kernels.pack import unpack_signs
-from tritonbnn.kernels.targets import target_of
 from tritonbnn.kernels.tiles import signs, tile_of, window
 from tritonbnn.kernels.weight import summed
 from tritonbnn.layout import channels_last, empty_channels_last, flat_pixels
@@ -128,14 +126,9 @@ def weight_grad(grad: Tensor, x: Tensor, geometry: Geometry, *, clip: Tensor | N
 
 
 def _choice(geometry: Geometry, dtype: torch.dtype, device: torch.device) -> config.Choice:
-    """What the weight's gradient runs as: the table's choice, if the device has what it takes."""
+    """What the weight's gradient runs as."""
     key = geometry.key("conv_weight_grad", config.dtype_name(dtype))
-    choice = config.choose(key, device)
-    if choice.formulation != "warpgroup":
-        return choice
-    if config.takes("warpgroup", key) and has_one_bit_core(device, "warpgroup"):
-        return choice
-    return config.default(key, "library", target_of(device))
+    return below_triton.choose(key, device, "library")
 
 
 def _splits(geometry: Geometry, tile: config.TileConfig, blocks: int, formulation: str) -> int:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from tritonbnn import checks
 from tritonbnn.contract import Averages, Gradients, Kept, Options, Statistics
+from tritonbnn.kernels.below_triton import on_one_bit_core
 from tritonbnn.kernels.binarize import Skipped
 from tritonbnn.kernels.conv import convolved, product_choice, real_convolved
 from tritonbnn.kernels.geometry import Geometry, checked_geometry
 from tritonbnn.kernels.input_grad import Binary, reads_signs, stream_grad
 from tritonbnn.kernels.launch import KERNEL_DTYPES, check_kernel_dtype
-from tritonbnn.kernels.mma_operands import on_one_bit_core
 from tritonbnn.kernels.pack import pack_signs
 from tritonbnn.kernels.unit import Vectors, contiguous, epilogue, moment_sums
 from tritonbnn.kernels.unit_grad import activation_backward, norm_backward
