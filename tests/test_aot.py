@@ -172,6 +172,7 @@ def test_no_kernel_of_a_unit_spills_at_any_layer(tmp_path):
     assert len(found) > 50  # layers with the same output and shortcut share their kernels
 
 
+@pytest.mark.compile
 def test_float32_products_stay_off_the_tensor_core(tmp_path):
     path = tmp_path / "rows.json"
     ops = ("conv_real", "conv_input_grad", "conv_weight_grad")
@@ -183,6 +184,7 @@ def test_float32_products_stay_off_the_tensor_core(tmp_path):
     assert not any(row["tensor_core"] for row in products)
 
 
+@pytest.mark.compile
 def test_what_runs_ahead_of_a_loop_divides_by_no_zero():
     """Pixels of a 1x1 convolution of stride 2 may meet no tap, but loads run ahead of the loop."""
     code = """

@@ -187,6 +187,7 @@ def test_in_this_process_trouble_is_raised(tmp_path, act, facts):
     assert caught.value.facts == facts
 
 
+@pytest.mark.slow
 def test_in_one_process_they_take_turns_too(monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "own_processes", lambda device: False)  # as on a GPU
     log = tmp_path / "passes"
@@ -231,6 +232,7 @@ def test_no_process_outlives_the_command(ending):
             os.killpg(command.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_process_whose_peak_is_too_high_is_one_line(monkeypatch):
     monkeypatch.setattr(peak_memory, "peak_of_steps", die)
     with pytest.raises(cli.UserError, match=r"ours was killed, .*: choose a smaller --batch"):

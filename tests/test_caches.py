@@ -36,6 +36,7 @@ def command(module: str, *argv: object, cwd: Path, **environ: str) -> subprocess
     )
 
 
+@pytest.mark.slow
 def test_without_a_writable_home_kernels_are_compiled_in_a_temporary_folder(tmp_path):
     done = command(*TUNE, cwd=tmp_path, HOME=NOWHERE)
     assert done.returncode == 0, done.stderr

@@ -220,6 +220,7 @@ def start():
         process.communicate()
 
 
+@pytest.mark.slow
 def test_workers_outlive_a_signal_to_the_group(start):
     process = start("go on")
     for number in (signal.SIGINT, signal.SIGTERM):

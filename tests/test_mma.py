@@ -77,7 +77,7 @@ def test_convolutions_are_exact(one_bit_core, problem, tile):
 @pytest.mark.parametrize(
     "problem",
     [
-        pytest.param((1, 1024, 3, 2, 20, 3, 1), id="9216_bits"),
+        pytest.param((1, 1024, 3, 2, 20, 3, 1), id="9216_bits", marks=pytest.mark.slow),
         pytest.param((1, 128, 5, 4, 33, 3, 2), id="lanes_in_different_taps"),
         pytest.param((1, 64, 4, 5, 17, 3, 2), id="two_taps_a_lane"),
         pytest.param((2, 512, 3, 3, 16, 1, 1), id="1x1"),
@@ -115,6 +115,7 @@ def test_products_are_exact(one_bit_core, size):
     assert torch.equal(product.cpu().long(), a.long() @ b.long().T)
 
 
+@pytest.mark.slow
 def test_integers_beyond_int16_are_exact(one_bit_core):
     x = torch.full((2, 1, 1, 1050), -1, dtype=torch.int32, device=KERNEL_DEVICE)
     with config.using(Choice("mma", TILES[1])):

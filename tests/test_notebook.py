@@ -153,6 +153,7 @@ def test_a_second_run_in_another_thread_is_refused(place: Path, tmp_path: Path, 
     assert len(second) == 1
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_the_module_runs_in_a_notebook(place: Path, tmp_path: Path):
     """As ``%run -m``: the run saves, and the next interrupts are the notebook's again."""
     code = f"""

@@ -21,7 +21,11 @@ from tritonbnn.packed import PackedWeight
 
 FORMS = [
     pytest.param(lambda p: Bop(p, threshold=1e-5, gamma=0.1), id="bop"),
-    pytest.param(lambda p: Bop2ndOrder(p, threshold=0.2, gamma=0.1, sigma=0.05), id="second_order"),
+    pytest.param(
+        lambda p: Bop2ndOrder(p, threshold=0.2, gamma=0.1, sigma=0.05),
+        id="second_order",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
@@ -179,6 +183,7 @@ def _process(rank, port, folder):
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

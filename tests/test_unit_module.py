@@ -226,6 +226,7 @@ def test_channels_without_a_shortcut_are_refused(fused):
         BinaryUnit(8, 24, 3, fused=fused)(torch.randn(2, 8, 4, 4))
 
 
+@pytest.mark.slow
 def test_requires_grad_may_change_between_steps(launchers, device):
     """Each step's gradients are those of a unit that was never frozen, for what is not frozen."""
     torch.manual_seed(0)
