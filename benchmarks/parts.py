@@ -17,7 +17,13 @@ ELEMENTWISE = (
     ("unit_activation_backward", "unit_norm_backward", "sign_backward"),
 )
 KERNEL_TESTS = ("pack", "matmul", "binarize", "rprelu", "conv", "conv_grad", "unit", "ops")
-GLUON_TESTS = ("weight", "mma", "mma_unit", "mma_warpgroup", "weight_grad_warpgroup")
+WARPGROUP_TESTS = (
+    "mma_warpgroup",
+    "conv_warpgroup",
+    "input_grad_warpgroup",
+    "weight_grad_warpgroup",
+)
+GLUON_TESTS = ("weight", "mma", "mma_unit", *WARPGROUP_TESTS)
 """Of kernels that a CPU emulates."""
 
 SWEPT = "ours+bf16,expert+bf16+channels_last,obvious+bf16+channels_last,twin+bf16+channels_last"
