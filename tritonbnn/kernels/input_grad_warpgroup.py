@@ -171,7 +171,8 @@ def _copy_gradient(grad_ptr, stage, inside, first, y, x, chunk, wanted, shape: g
     OUTPUTS: gl.constexpr = stage.shape[1]
     row = gl.arange(0, stage.shape[0], gl.SliceLayout(1, COPY)).to(gl.int64)
     out = gl.arange(0, OUTPUTS, gl.SliceLayout(0, COPY))
-    inside = ((inside >> (y * 3 + x + 4)) % 2 != 0) & wanted
+    # Beyond the last tap it is any bit, for nothing is wanted there.
+    inside = ((inside >> ((y * 3 + x + 4) & 31)) % 2 != 0) & wanted
     known = chunk * OUTPUTS + out < shape.out_channels
     # a row within a block is small: addresses take fewer instructions than by rows of all images
     moved = (first + (y * shape.out_width + x)).to(gl.int64) * shape.out_channels
