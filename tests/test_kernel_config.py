@@ -10,6 +10,7 @@ import torch
 
 from tests.helpers import assert_runs_silently
 from tritonbnn.kernels import config
+from tritonbnn.kernels.targets import TARGETS
 
 GPU = "NVIDIA Test 80GB"
 KEY = config.ProblemKey("conv_real", "bfloat16", 256, 14, 14, 512, 512, 3, 1)
@@ -159,6 +160,18 @@ def test_a_forced_choice_ends_with_its_block():
     with config.using(choice):
         assert config.choose(KEY, torch.device("cpu")) == choice
     assert config.choose(KEY, torch.device("cpu")) == before != choice
+
+
+def test_what_a_table_lacks_is_the_default_of_the_target_beside_it():
+    tuned, other = (config.ProblemKey("conv_packed", "int32", 8, 9, 9, c, 64) for c in (32, 64))
+    choice = config.Choice("popcount", config.TileConfig(32, 32, 32, 4, 2))
+    device = torch.device("cpu")
+    with config.using({tuned: choice}, TARGETS["sm_80"]):
+        assert config.choose(tuned, device) == choice
+        assert config.choose(other, device).formulation == "mma"
+        assert config.choose_default(other, "mma", device).formulation == "mma"
+    with config.using({tuned: choice}):
+        assert config.choose(other, device).formulation == "int8"
 
 
 def test_every_operation_has_a_default_for_the_smallest_and_the_widest_problem():

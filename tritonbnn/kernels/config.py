@@ -183,10 +183,11 @@ _stand_in: Target | None = None
 
 
 @contextmanager
-def using(forced: Choice | Table | Target) -> Iterator[None]:
+def using(forced: Choice | Table | Target, target: Target = ANY) -> Iterator[None]:
     """Make every launcher in the block take one choice, or look it up in ``forced`` alone.
 
-    For a target it is the target's default, whatever the tensors are on.
+    For a target it is the target's default, whatever the tensors are on. What a table does not
+    have is the default of the ``target`` that is given beside it.
     """
     global _forced, _stand_in
     previous = _forced, _stand_in
@@ -197,9 +198,10 @@ def using(forced: Choice | Table | Target) -> Iterator[None]:
             return forced
         if isinstance(forced, Target):
             return default(key.bucketed(), target=forced)
-        return look_up(key, forced)
+        return look_up(key, forced, target)
 
-    _forced, _stand_in = chosen, forced if isinstance(forced, Target) else None
+    stand_in = forced if isinstance(forced, Target) else target
+    _forced, _stand_in = chosen, None if stand_in is ANY else stand_in
     try:
         yield
     finally:

@@ -11,6 +11,7 @@ from tritonbnn.kernels import config
 from tritonbnn.kernels.config import Choice, Table
 from tritonbnn.kernels.problems import Problem
 from tritonbnn.kernels.problems.problem import Tensors
+from tritonbnn.kernels.targets import target_of
 from tritonbnn.kernels.timing import time_callable
 from tritonbnn.kernels.truth import error_of
 
@@ -74,7 +75,8 @@ class Judge:
             raise UnfitError(f"its operands do not fit: {first_line(error)}") from error
 
     def time(self, choice: Choice) -> float:
-        with config.using({**self._table, self._problem.key.bucketed(): choice}):
+        table = {**self._table, self._problem.key.bucketed(): choice}
+        with config.using(table, target_of(self.device)):
             try:
                 wrong = self._wrong()
                 if wrong:
