@@ -137,10 +137,15 @@ def rest_of_step(model: nn.Module, batch: int, *, bf16: bool) -> list[Counted]:
 
 
 @contextmanager
-def as_on_a_gpu(target: Target, call: Callable[..., None]) -> Iterator[None]:
+def as_on_a_gpu(
+    target: Target, call: Callable[..., None], table: config.Table | None = None
+) -> Iterator[None]:
     """Have the kernels' launchers called on the CPU, and each launch handed to ``call``.
 
-    It takes what :class:`~tritonbnn.kernels.launch.Launch` holds.
+    Args:
+        target: whose default formulations and tiles our kernels take.
+        call: takes what :class:`~tritonbnn.kernels.launch.Launch` holds.
+        table: what is tuned, and taken in their place.
     """
     # the kernels were imported to be compiled, so they are not interpreted whatever this says
     environment = {VARIABLE: "triton", "TRITON_INTERPRET": "1"}
@@ -152,7 +157,7 @@ def as_on_a_gpu(target: Target, call: Callable[..., None]) -> Iterator[None]:
         mock.patch.dict(os.environ, environment),
         mock.patch.object(below_triton, "runs", runs),
         through_dispatcher(always=False),
-        config.using(target),
+        config.using(table or {}, target),
         launching_by(call),
     ):
         yield

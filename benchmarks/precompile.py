@@ -3,9 +3,9 @@
     python -m benchmarks.precompile --model reactnet_a --batch 256 --size 224
 
 Triton compiles a kernel at its first launch, one after the other. Here a step's launches are
-recorded on tensors without data. Triton then looks at their arguments as at a launch, and compiles
-into its cache on disk, where the launch finds the kernel. No process but the first asks the GPU,
-and with --target not even that one.
+recorded on tensors without data, tuned as the GPU's table has them. Triton then looks at their
+arguments as at a launch, and compiles into its cache on disk, where the launch finds the kernel. No
+process but the first asks the GPU, and with --target not even that one.
 """
 
 import importlib
@@ -29,6 +29,7 @@ from benchmarks.stand_in import StandIn, standing_in
 from benchmarks.steps import CLASSES, training_step
 from tritonbnn import caches, cli
 from tritonbnn.kernels import tiles
+from tritonbnn.kernels.config import Table, table_of
 from tritonbnn.kernels.launch import interpreted
 from tritonbnn.kernels.targets import Target, parse_target, target_of
 
@@ -69,7 +70,13 @@ class Job:
 
 
 def jobs_of_step(
-    build: Callable[[], nn.Module], batch: int, size: int, *, bf16: bool, target: Target
+    build: Callable[[], nn.Module],
+    batch: int,
+    size: int,
+    *,
+    bf16: bool,
+    target: Target,
+    table: Table | None = None,
 ) -> list[Job]:
     """What one training step with Adam launches of ours, each kernel once.
 
@@ -79,6 +86,7 @@ def jobs_of_step(
         size: height and width of an image.
         bf16: forward under bf16 autocast.
         target: whose default formulations and tiles our kernels take.
+        table: what is tuned, and taken in their place.
     """
     found: dict[Any, Job] = {}
 
@@ -87,7 +95,7 @@ def jobs_of_step(
         job = _job(kernel, arguments, tile)
         found.setdefault(_identity(job, constants), job)
 
-    with FakeTensorMode(), as_on_a_gpu(target, launched):
+    with FakeTensorMode(), as_on_a_gpu(target, launched, table):
         model = in_channels_last(build())
         images = torch.empty(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
         training_step(model, images, torch.zeros(batch, dtype=torch.int64), bf16=bf16)()
@@ -165,13 +173,14 @@ def main(argv: list[str]) -> int:
     if interpreted(tiles.popcount):
         raise cli.UserError("interpreted kernels are not compiled: unset TRITON_INTERPRET")
     caches.prepare(caches.TRITON)
-    target, gpu = _chosen(given.target)
+    target, gpu, table = _chosen(given.target)
 
     def build() -> nn.Module:
         return parse("ours").build(given.model, given.step, num_classes=CLASSES)
 
     try:
-        jobs = jobs_of_step(build, given.batch, given.size, bf16=target.bfloat16, target=target)
+        how = {"bf16": target.bfloat16, "target": target, "table": table}
+        jobs = jobs_of_step(build, given.batch, given.size, **how)
     except ValueError as error:
         raise cli.UserError(str(error)) from error
     processes = given.processes or min(MOST_PROCESSES, len(os.sched_getaffinity(0)))
@@ -185,14 +194,15 @@ def main(argv: list[str]) -> int:
     return int(bool(failed))
 
 
-def _chosen(name: str | None) -> tuple[Target, GPUTarget]:
-    """Whose defaults are taken, and what is compiled for: of a name, or of the GPU here."""
+def _chosen(name: str | None) -> tuple[Target, GPUTarget, Table]:
+    """Whose defaults are taken, what is compiled for, and what is tuned: of a name or the GPU."""
     if name is not None:
         target = parse_target(name)
-        return target, gpu_of(target)
+        return target, gpu_of(target), {}
     if not torch.cuda.is_available():
         raise cli.UserError("no CUDA device here: name a GPU with --target, as in sm_90")
-    return target_of(torch.device("cuda")), driver.active.get_current_target()
+    table = table_of(torch.cuda.get_device_name())
+    return target_of(torch.device("cuda")), driver.active.get_current_target(), table
 
 
 def gpu_of(target: Target) -> GPUTarget:

@@ -19,6 +19,8 @@ from benchmarks import precompile
 from benchmarks.launches import as_on_a_gpu
 from benchmarks.stand_in import standing_in
 from benchmarks.steps import training_step
+from tritonbnn.kernels.config import Choice, TileConfig
+from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.targets import TARGETS
 from tritonbnn.nn import BinaryUnit
 
@@ -44,7 +46,11 @@ if __name__ == "__main__":
     model = build().to(memory_format=torch.channels_last)
     with standing_in(gpu), as_on_a_gpu(target, launched):
         training_step(model, images, torch.zeros(6, dtype=torch.int64), bf16=True)()
-    print(json.dumps([jobs[0].kernel, len(jobs), failed, missed, len(hits)]))
+    key = Geometry(6, 10, 10, 40, 40, 3, 1, 1).key("conv_input_grad", "bfloat16").bucketed()
+    table = {key: Choice("dot", TileConfig(32, 16, 32, 4, 2))}
+    tuned = precompile.jobs_of_step(build, 6, 10, bf16=True, target=target, table=table)
+    rows = [job.arguments["BLOCK_M"] for job in tuned if job.kernel == "_conv_input_grad_kernel"]
+    print(json.dumps([jobs[0].kernel, len(jobs), failed, missed, len(hits), rows]))
 """
 
 
@@ -57,10 +63,11 @@ def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
     cache = str(tmp_path / "cache")
     done = in_its_own_process(str(script), TRITON_CACHE_DIR=cache, PYTHONPATH=root)
     assert done.returncode == 0, done.stderr
-    left_out, count, failed, missed, hits = json.loads(done.stdout.splitlines()[-1])
+    left_out, count, failed, missed, hits, rows = json.loads(done.stdout.splitlines()[-1])
     assert failed == []
     assert missed == [left_out]
     assert hits == count - 1 > 10
+    assert rows == [32]  # of the one layer that is tuned; the other has the target's default
 
 
 def test_a_step_s_kernels_are_recorded_once_each():
