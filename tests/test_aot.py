@@ -22,7 +22,10 @@ from tritonbnn.kernels.targets import TARGETS
 FIRST = ("sm_80", "sm_90")
 """Where every formulation is compiled, the one-bit tensor core's too."""
 
-OPERAND_KERNELS = {"_filter_kernel", "_weight_sum_kernel", "_unpack_kernel", "_ones_kernel"}
+OPERAND_KERNELS = {
+    *("_filter_kernel", "_sign_words_kernel", "_weight_sum_kernel"),
+    *("_unpack_kernel", "_ones_kernel"),
+}
 """What only prepares the operands of a product."""
 
 SOURCES = Path(shipped.__file__).parent
@@ -35,7 +38,8 @@ ELSEWHERE = {
 
 WARPGROUP_KERNELS = {
     *("_conv_warpgroup_kernel", "_matrices_kernel", "_ones_kernel", "_conv_real_hopper_kernel"),
-    *("_conv_weight_grad_hopper_kernel", "_unpack_kernel"),  # and what the library is given there
+    *("_conv_input_grad_hopper_kernel", "_sign_words_kernel", "_conv_weight_grad_hopper_kernel"),
+    "_unpack_kernel",  # what the library is given there
 }
 """What sm_90 alone launches."""
 

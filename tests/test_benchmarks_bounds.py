@@ -346,7 +346,7 @@ def test_the_command_prints_the_bounds_of_a_network(tmp_path):
     printed = run_python(f"from benchmarks import count; count.main({flags!r})")
     assert "bounds of our kernels on sm_90: H100" in printed
     rows = json.loads(path.read_text())["rows"]["ours+bf16"]["bounds"]
-    gradients = [row for row in rows if row["kernel"] == "conv_input_grad"]
+    gradients = [row for row in rows if row["kernel"].startswith("conv_input_grad")]
     assert sum(row["launches"] for row in gradients) == 16
     for row in rows:
         assert row["bound_ms"] >= max(row[f"{name}_ms"] for name in bounds.LIMITS) * 0.999
