@@ -150,8 +150,10 @@ def as_on_a_gpu(
     # the kernels were imported to be compiled, so they are not interpreted whatever this says
     environment = {VARIABLE: "triton", "TRITON_INTERPRET": "1"}
 
+    there = target.formulations
+
     def runs(device: torch.device, formulation: str = "mma") -> bool:
-        return formulation in target.formulations
+        return formulation in there
 
     with (
         mock.patch.dict(os.environ, environment),
