@@ -121,24 +121,28 @@ def fits(key: ProblemKey, formulation: str, tile: TileConfig, target: Target) ->
         return False
     if formulation == "wgmma":
         return _fits_warpgroup(key, tile, target)
-    if formulation == "warpgroup" and key.op == "conv_input_grad":
-        whole = tile.block_n % 64 == 0 and tile.block_k == 64
-        fitting = tile.block_m * 128 * tile.num_stages <= target.shared_bytes
-        return whole and fitting and elements <= MAX_ACCUMULATORS * threads
-    if formulation == "warpgroup" and key.op == "conv_real":
-        weight = tile.block_n * tile.block_k * _OPERAND_BYTES[key.dtype]
-        whole = tile.block_m == 16 * tile.num_warps and min(tile.block_n, tile.block_k) >= 32
-        fitting = weight * tile.num_stages <= target.shared_bytes
-        return whole and fitting and elements <= MAX_ACCUMULATORS * threads
-    if formulation == "warpgroup":  # its signs lie in registers
-        gradient = tile.block_m * tile.block_k * _OPERAND_BYTES[key.dtype]
-        whole = tile.block_n == 16 * tile.num_warps and min(tile.block_m, tile.block_k) >= 64
-        fitting = gradient * tile.num_stages <= target.shared_bytes
+    if formulation == "warpgroup":
+        whole, copied = _of_warpgroups(key.op, tile)
+        fitting = copied * _OPERAND_BYTES[key.dtype] * tile.num_stages <= target.shared_bytes
         return whole and fitting and elements <= MAX_ACCUMULATORS * threads
     operands = (tile.block_m + tile.block_n) * tile.block_k * _OPERAND_BYTES[key.dtype]
     return (
         elements <= MAX_ACCUMULATORS * threads and operands * tile.num_stages <= target.shared_bytes
     )
+
+
+def _of_warpgroups(op: str, tile: TileConfig) -> tuple[bool, int]:
+    """Whether a tile is of whole instructions, and the numbers of a stage in shared memory.
+
+    The other operand lies in registers.
+    """
+    if op == "conv_input_grad":
+        return tile.block_n % 64 == 0 and tile.block_k == 64, tile.block_m * tile.block_k
+    if op == "conv_real":
+        whole = tile.block_m == 16 * tile.num_warps and min(tile.block_n, tile.block_k) >= 32
+        return whole, tile.block_n * tile.block_k
+    whole = tile.block_n == 16 * tile.num_warps and min(tile.block_m, tile.block_k) >= 64
+    return whole, tile.block_m * tile.block_k
 
 
 def _fits_warpgroup(key: ProblemKey, tile: TileConfig, target: Target) -> bool:

@@ -272,19 +272,18 @@ def _for_warpgroups(key: ProblemKey, tile: TileConfig) -> TileConfig:
 def takes(formulation: str, key: ProblemKey) -> bool:
     """Whether a formulation has a kernel for a problem.
 
-    The warpgroup's packed product is a plain one; its gradients have 16 bits, and are copied by 8.
+    The warpgroup's packed product is a plain one; its others have 16 bits, and are copied by 8.
     """
     if formulation == "wgmma":
         return (key.kernel_size, key.stride) == (1, 1)
-    if formulation == "warpgroup" and key.op == "conv_input_grad":
-        whole = key.channels % 8 == key.out_channels % 8 == 0
-        return whole and key.dtype != "float32" and (key.stride == 1 or key.kernel_size == 3)
-    if formulation == "warpgroup" and key.op == "conv_real":
-        # places in a packed image are int32
-        packed = key.batch * key.height * key.width * words(key.channels)
-        return key.dtype != "float32" and key.out_channels % 8 == 0 and packed < 2**31
-    if formulation == "warpgroup":
-        return key.dtype != "float32" and key.out_channels % 8 == 0
+    if formulation != "warpgroup":
+        return True
+    if key.dtype == "float32" or key.out_channels % 8:
+        return False
+    if key.op == "conv_input_grad":
+        return key.channels % 8 == 0 and (key.stride == 1 or key.kernel_size == 3)
+    if key.op == "conv_real":  # places in a packed image are int32
+        return key.batch * key.height * key.width * words(key.channels) < 2**31
     return True
 
 

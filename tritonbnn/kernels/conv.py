@@ -22,7 +22,7 @@ from tritonbnn.kernels.library import convolution
 from tritonbnn.kernels.mma_operands import warpgroup_operands
 from tritonbnn.kernels.pack import unpack_signs
 from tritonbnn.kernels.targets import target_of
-from tritonbnn.kernels.tiles import popcount, signs, tile_of, window
+from tritonbnn.kernels.tiles import popcount, signs, store_moments, tile_of, window
 from tritonbnn.kernels.weight import Numbers, expand
 from tritonbnn.layout import channels_last, empty_channels_last, flat_pixels, from_flat
 
@@ -58,7 +58,7 @@ def _conv_dot_kernel(
     x (N H W, words) int32, expanded in registers to the weight's dtype; weight (O, kh kw, C)
     float or int8; tap_sum (O, kh kw), the weight's sums over C in the accumulator's dtype, or
     None without padding; alpha (O,) float32 or None; y (N H' W', O) of any number dtype. sums
-    (blocks of BLOCK_M pixels, 2, O) float32 or None: y's moments, as :func:`_store_moments` has
+    (blocks of BLOCK_M pixels, 2, O) float32 or None: y's moments, as :func:`store_moments` has
     them.
     """
     OPERAND: tl.constexpr = weight_ptr.dtype.element_ty
@@ -108,21 +108,7 @@ def _conv_dot_kernel(
         block = tl.program_id(0) // tl.cdiv(OUT_CHANNELS, BLOCK_N)
         count = tl.minimum(pixels - block * BLOCK_M, BLOCK_M)
         sums_ptr += block.to(tl.int64) * 2 * OUT_CHANNELS
-        _store_moments(stored, exists, count, out, known, sums_ptr, OUT_CHANNELS)
-
-
-@triton.jit
-def _store_moments(y, exists, count, out, known, sums_ptr, OUT_CHANNELS: tl.constexpr):
-    """The sum of a block's ``count`` rows, and the sum of their squares about their own mean.
-
-    y float32, 0 where no row exists; sums (2, OUT_CHANNELS) float32. Nothing that is known before
-    is sure to be near a channel's mean, and far from it squares lose digits. So each block takes
-    its own: :mod:`tritonbnn.kernels.unit_norm` adds blocks up in float64.
-    """
-    total = tl.sum(y, axis=0)
-    d = tl.where(exists, y - (total / count)[None, :], 0.0)
-    tl.store(sums_ptr + out, total, mask=known)
-    tl.store(sums_ptr + OUT_CHANNELS + out, tl.sum(d * d, axis=0), mask=known)
+        store_moments(stored, exists, count, out, known, sums_ptr, OUT_CHANNELS)
 
 
 @triton.jit

@@ -22,14 +22,9 @@ from tritonbnn.kernels.config import TileConfig, ceil_div
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import launch
 from tritonbnn.kernels.mma_tile import bits, thread_barrier
+from tritonbnn.kernels.tiles import store_moments
+from tritonbnn.kernels.warpgroup import SIGNED
 
-# Two signs: a word twice, how far its bits are to be moved, twice, and two times -1 or 0.
-_SIGNS = gl.constexpr("""{
-.reg .b32 signs;
-shl.b32 signs, $1, $3;
-and.b32 signs, signs, 0x80008000;
-xor.b32 $0, signs, $5;
-}""")
 _OPERANDS = gl.constexpr("=r,r,r,r,r,r,r")
 
 
@@ -112,7 +107,7 @@ def _signs(
     MINUS_ONES: gl.constexpr = -0x407F4080 if BFLOAT16 else -0x43FF4400
     alike = gl.where(inside, MINUS_ONES, 0)[:, None]
     signs = gl.inline_asm_elementwise(
-        _SIGNS,
+        SIGNED,
         _OPERANDS,
         [words[:, :, None], shift[:, None, :], alike[:, :, None]],
         weight_ptr.dtype.element_ty,
@@ -159,11 +154,8 @@ def _store(
     if sums_ptr is not None:
         count = gl.minimum(pixels - block_p * BLOCK_P, BLOCK_P)
         stored = gl.where(exists, y.to(gl.float32), 0.0)
-        total = gl.sum(stored, axis=0)
-        d = gl.where(exists, stored - (total / count)[None, :], 0.0)
         sums_ptr += block_p.to(gl.int64) * 2 * shape.out_channels
-        gl.store(sums_ptr + out, total, mask=known)
-        gl.store(sums_ptr + shape.out_channels + out, gl.sum(d * d, axis=0), mask=known)
+        store_moments(stored, exists, count, out, known, sums_ptr, shape.out_channels)
 
 
 @gluon.jit

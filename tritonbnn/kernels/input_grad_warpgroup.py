@@ -22,20 +22,14 @@ from tritonbnn.kernels.binarize import sign_slope
 from tritonbnn.kernels.config import TileConfig, ceil_div
 from tritonbnn.kernels.geometry import Geometry
 from tritonbnn.kernels.launch import launch
-from tritonbnn.kernels.mma_tile import bits, thread_barrier
+from tritonbnn.kernels.mma_tile import bits, taps_inside, thread_barrier
 from tritonbnn.kernels.sign_words import SignWords
+from tritonbnn.kernels.warpgroup import SIGNED
 
 AT_ONCE = gl.constexpr(16)
 """Pixels that are taken through the sign at a time."""
 
-# Two numbers: a word twice, how far its bits are to be moved, twice, and two scales.
-_NUMBERS = gl.constexpr("""{
-.reg .b32 signs;
-shl.b32 signs, $1, $3;
-and.b32 signs, signs, 0x80008000;
-xor.b32 $0, signs, $5;
-}""")
-_OPERANDS = gl.constexpr("=r,r,r,r,r,r")
+_OPERANDS = gl.constexpr("=r,r,r,r,r,r")  # two scales come in one register
 
 COPY = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 """The gradient, (pixels, outputs), in copies of 16 bytes: a lane's are in few pixels."""
@@ -120,7 +114,7 @@ def _weight(words_ptr, scales_ptr, place, chunk, SUMS: gl.constexpr, TILES: gl.c
     upper = gl.arange(0, 2, _only(LAYOUT, 2))[None, None, :, None, None, None, None]
     step = gl.arange(0, 8, _only(LAYOUT, 4))[None, None, None, None, :, None, None]
     numbers = gl.inline_asm_elementwise(
-        _NUMBERS,
+        SIGNED,
         _OPERANDS,
         [
             words[:, :, None, :, None, :, None],
@@ -156,10 +150,8 @@ def _tap(index, y_class, x_class, shape: gl.constexpr):
 def _neighbours(pixel, pixels, shape: gl.constexpr):
     """Which of the 3x3 gradients around each pixel of the gradient exist: a bit each."""
     row, column = pixel // shape.out_width % shape.out_height, pixel % shape.out_width
-    first, last = (column > 0).to(gl.int32), (column + 1 < shape.out_width).to(gl.int32)
-    above, below = (row > 0).to(gl.int32), (row + 1 < shape.out_height).to(gl.int32)
-    line = first + 2 + last * 4
-    return gl.where(pixel < pixels, line * (above + 8 + below * 64), 0)
+    inside = taps_inside(row - 1, column - 1, shape.out_height, shape.out_width)
+    return gl.where(pixel < pixels, inside, 0)
 
 
 @gluon.jit

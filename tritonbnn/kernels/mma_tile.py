@@ -95,11 +95,11 @@ def steps_along(size: gl.constexpr, axis: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _taps_inside(row, column, shape: gl.constexpr):
+def taps_inside(row, column, HEIGHT: gl.constexpr, WIDTH: gl.constexpr):
     """Which taps of a 3x3 window at (row, column) lie inside the image: a bit each."""
-    first, last = (column >= 0).to(gl.int32), (column + 2 < shape.width).to(gl.int32)
+    first, last = (column >= 0).to(gl.int32), (column + 2 < WIDTH).to(gl.int32)
     line = first + 2 + last * 4
-    above, below = (row >= 0).to(gl.int32), (row + 2 < shape.height).to(gl.int32)
+    above, below = (row >= 0).to(gl.int32), (row + 2 < HEIGHT).to(gl.int32)
     return line * (above + 8 + below * 64)
 
 
@@ -116,7 +116,7 @@ def _windows(pixel, shape: gl.constexpr):
             start = (image * shape.height + row) * shape.width + column
         else:  # images are as large as before
             start = pixel - shape.padding * (shape.width + 1)
-        inside = _taps_inside(row, column, shape)
+        inside = taps_inside(row, column, shape.height, shape.width)
     return start.to(gl.int64) * WORDS, inside
 
 

@@ -1,4 +1,4 @@
-"""Jit helpers that several kernels share: popcount, signs from bits, program order."""
+"""Jit helpers that several kernels share: popcount, signs from bits, program order, moments."""
 
 import triton
 import triton.language as tl
@@ -40,3 +40,17 @@ def window(pixel, pixels, tap, shape: tl.constexpr):
     x = column * shape.stride - shape.padding + tap % shape.kernel_size
     inside = (pixel < pixels) & (y >= 0) & (y < shape.height) & (x >= 0) & (x < shape.width)
     return (image * shape.height + y).to(tl.int64) * shape.width + x, inside
+
+
+@triton.jit
+def store_moments(y, exists, count, out, known, sums_ptr, OUT_CHANNELS: tl.constexpr):
+    """The sum of a block's ``count`` rows, and the sum of their squares about their own mean.
+
+    y float32, 0 where no row exists; sums (2, OUT_CHANNELS) float32. Nothing that is known before
+    is sure to be near a channel's mean, and far from it squares lose digits. So each block takes
+    its own: :mod:`tritonbnn.kernels.unit_norm` adds blocks up in float64.
+    """
+    total = tl.sum(y, axis=0)
+    d = tl.where(exists, y - (total / count)[None, :], 0.0)
+    tl.store(sums_ptr + out, total, mask=known)
+    tl.store(sums_ptr + OUT_CHANNELS + out, tl.sum(d * d, axis=0), mask=known)
